@@ -1,0 +1,1 @@
+"""Passes: GraphModule -> GraphModule, one file, one job. Imported as `peft_fx.passes`."""

@@ -1,0 +1,115 @@
+"""What a pass is, and the manager that runs a tuple of them.
+
+A pass rewrites one GraphModule's graph in place and reports what it changed; the graph is valid before and after.
+Verbs run passes on a graph they have just copied, so a failing pass never damages the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..errors import GraphError
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass: a frozen dataclass whose fields are its options.
+
+    requires / ensures raise GraphError if the graph does not hold what the pass needs / promises.
+    """
+
+    def requires(self, gm: fx.GraphModule) -> None:
+        """Checks the graph before the call."""
+
+    def call(self, gm: fx.GraphModule) -> int:
+        """Rewrites `gm.graph` in place; returns how many places changed."""
+        raise NotImplementedError
+
+    def ensures(self, gm: fx.GraphModule) -> None:
+        """Checks the graph after the call."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one pass did: places changed, seconds, and operator counts that differ (op -> after - before)."""
+
+    name: str
+    changed: int
+    seconds: float
+    op_difference: dict[str, int]
+
+
+# Names of passes to leave out, and a callback per report; set through `settings`.
+_disabled: ContextVar[frozenset[str]] = ContextVar("disabled", default=frozenset())
+_observer: ContextVar[Callable[[Report, fx.GraphModule], None] | None] = ContextVar("observer", default=None)
+
+
+class settings:
+    """`with settings(disable=("Linearise",), on_report=print): ...` around any verb."""
+
+    def __init__(self, disable: Iterable[str] = (), on_report: Callable[[Report, fx.GraphModule], None] | None = None):
+        self.values = ((_disabled, frozenset(disable)), (_observer, on_report))
+
+    def __enter__(self):
+        self.tokens = [(var, var.set(value)) for var, value in self.values]
+        return self
+
+    def __exit__(self, *exc):
+        for var, token in self.tokens:
+            var.reset(token)
+
+
+def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
+    """Runs the passes in order on `gm`, in place, linting after each; recompiles once at the end.
+
+    Raises GraphError naming the pass when its requires / ensures or the lint fails.
+    """
+    reports = []
+    for p in passes:
+        if p.name in _disabled.get():
+            continue
+        before, start = op_counts(gm), time.perf_counter()
+        p.requires(gm)
+        changed = p.call(gm)
+        try:
+            gm.graph.lint()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise GraphError(f"pass {p.name} left an invalid graph: {error}") from error
+        p.ensures(gm)
+        seconds = time.perf_counter() - start
+        after = op_counts(gm)
+        difference = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
+        reports.append(Report(p.name, changed, seconds, difference))
+        if observer := _observer.get():
+            observer(reports[-1], gm)
+    gm.recompile()
+    return tuple(reports)
+
+
+def op_counts(gm: fx.GraphModule) -> Counter:
+    """Operator name -> number of call nodes, regions included."""
+    counts = Counter(op_name(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr"))
+    for region in regions(gm):
+        counts += op_counts(region)
+    return counts
+
+
+def op_name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", None) or str(target)
+
+
+def regions(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The sub-graphs that higher-order operators of `gm` run."""
+    names = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
+    return [m for name, m in gm._modules.items() if name in names and isinstance(m, fx.GraphModule)]

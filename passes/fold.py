@@ -1,0 +1,49 @@
+"""After a merge has stored its results under the targets' names: what their operators must change to read them.
+
+A folded weight usually has the shape of the one it replaces and nothing is to be done. Two cases differ: a bias that the
+base operator did not have, and a grouped convolution whose update crosses groups and is ungrouped now.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import GraphError
+from ..methods import get_method
+from ..plan import Placement
+from ..store import get_tensor
+from .base import Pass
+from .inject import add_bias, drop_groups
+from .match import parameter_nodes, sites
+from .names import fake_mode_of
+
+
+@dataclass(frozen=True)
+class PointAtFolded(Pass):
+    placements: tuple[Placement, ...]
+
+    def call(self, gm):
+        nodes, fake_mode, changed = parameter_nodes(gm.graph), fake_mode_of(gm), 0
+        for p in self.placements:
+            node, target = nodes.get(p.target.name), p.target
+            if node is None:
+                continue
+            found, _ = sites(node)
+            node.meta["val"] = fake_mode.from_tensor(get_tensor(gm, target.name), static_shapes=True)
+            if get_method(p.method).dense_groups(target):
+                drop_groups(found)
+                changed += 1
+            if not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None:
+                with gm.graph.inserting_after(node):
+                    bias = gm.graph.get_attr(target.bias_name)
+                bias.meta["val"] = fake_mode.from_tensor(get_tensor(gm, target.bias_name), static_shapes=True)
+                add_bias(found, bias)
+                changed += 1
+        return changed
+
+    def ensures(self, gm):
+        for name in parameter_nodes(gm.graph):
+            if not isinstance(get_tensor(gm, name), torch.Tensor) and not hasattr(gm, name):
+                raise GraphError(f"the graph reads {name}, which the module does not have")

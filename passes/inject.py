@@ -1,0 +1,202 @@
+"""Splice adapters into a base graph: decide first (one `Lowering` per placement), then insert.
+
+Activation form where the method is additive and every reader of the target is a recognised operator; weight form at the
+parameter otherwise. Adapters on one target compose in the order given: once a placement needs the weight form, those
+before it take it too, so that the result equals merging them in that order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..errors import RecipeError
+from ..methods import get_method
+from ..methods.base import Additive, Method
+from ..plan import Placement, Shared
+from ..store import ADAPTERS, get_tensor
+from .base import Pass, regions
+from .lowering import activation_inputs, activation_signature, additive_function, weight_function
+from .match import Site, parameter_nodes, sites
+from .names import fake_mode_of
+from .operators import full_args
+from .splice import TAG, Splicer
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How one placement enters the graph. form: "activation", "weight", "none" (target not read), or "refused"."""
+
+    placement: Placement
+    form: str
+    reason: str
+    sites: tuple[Site, ...] = ()
+
+
+def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
+    """Decides the form of every placement, in order; nothing is changed."""
+    nodes = parameter_nodes(graph)
+    found = {p.target.name: sites(nodes[p.target.name]) for p in placements if p.target.name in nodes}
+    last_weight = {}
+    for i, p in enumerate(placements):
+        if not isinstance(get_method(p.method), Additive) or found.get(p.target.name, ([], ""))[1]:
+            last_weight[p.target.name] = i
+    return [lowering(p, found.get(p.target.name), i <= last_weight.get(p.target.name, -1)) for i, p in enumerate(placements)]
+
+
+def lowering(p: Placement, found: tuple[list[Site], str] | None, needs_weight: bool) -> Lowering:
+    method = get_method(p.method)
+    if found is None:
+        return Lowering(p, "none", "the graph does not read this parameter")
+    if not needs_weight:
+        return Lowering(p, "activation", "", tuple(found[0]))
+    reason = found[1] or "composed with a method that rewrites the weight"
+    if dropout := method.input_dropout(p.target, p.config):
+        return Lowering(p, "refused", f"dropout {dropout} on the input needs the activation form, but {reason}")
+    return Lowering(p, "weight", reason if isinstance(method, Additive) else "the method rewrites the weight", tuple(found[0]))
+
+
+@dataclass(frozen=True)
+class Inject(Pass):
+    placements: tuple[Placement, ...]
+
+    def call(self, gm):
+        decided = lower(gm.graph, self.placements)
+        if refused := [x for x in decided if x.form == "refused"]:
+            raise RecipeError("\n".join(f"{x.placement.target.name}: refused: {x.reason}" for x in refused))
+        insert = Insert(gm)
+        for x in decided:
+            if x.form != "none":
+                getattr(insert, x.form)(x)
+        return len(decided)
+
+
+class Insert:
+    """The two ways of inserting, over one graph module."""
+
+    def __init__(self, gm: fx.GraphModule):
+        self.gm, self.graph = gm, gm.graph
+        self.nodes = parameter_nodes(gm.graph)
+        self.fake_mode = fake_mode_of(gm)
+        self.splice = Splicer(gm, self.fake_mode)
+        self.heads: dict[fx.Node, fx.Node] = {}  # operator node or parameter node -> its latest adapted value
+        self.splices = itertools.count()
+
+    def activation(self, x: Lowering) -> None:
+        p, method = x.placement, get_method(x.placement.method)
+        theta, names = self.theta(p)
+        for site in x.sites:
+            y = self.heads.get(site.node, site.node)
+            function = additive_function(site, method, p.target, p.config, names)
+            static = ("activation", p.method, id(p.config), bare(p), activation_signature(site))
+            arguments = [y, site.x, *theta, *activation_inputs(site)]
+            label = tag(p, next(self.splices))
+            (result,) = self.splice(function, static, arguments, y, label)
+            self.replace(y, result, label)
+            self.heads[site.node] = result
+
+    def weight(self, x: Lowering) -> None:
+        p, method = x.placement, get_method(x.placement.method)
+        theta, names = self.theta(p)
+        W = self.nodes[p.target.name]
+        b = self.nodes.get(p.target.bias_name) if p.target.has_bias else None
+        old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
+        function = weight_function(method, p.target, p.config, names)
+        static = ("weight", p.method, id(p.config), bare(p))
+        first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
+        label = tag(p, next(self.splices))
+        new_W, new_b = self.splice(function, static, [old_W, old_b, *theta], first, label, after=False)
+        self.replace(old_W, new_W, label)
+        self.heads[W] = new_W
+        if new_b is not None and new_b is not old_b:
+            if old_b is None:
+                add_bias(x.sites, new_b)
+            else:
+                self.replace(old_b, new_b, {**label, "target": p.target.bias_name})
+                self.heads[b] = new_b
+        if method.dense_groups(p.target):
+            drop_groups(x.sites)
+
+    def theta(self, p: Placement) -> tuple[list[fx.Node], tuple[str, ...]]:
+        """Nodes for the placement's tensors, ahead of the first operation, so that any site can use them."""
+        return [self.tensor(p.resolve(name)) for name in p.tensors], tuple(p.tensors)
+
+    def tensor(self, shared: Shared) -> fx.Node:
+        name = f"{ADAPTERS}.{shared.name}"
+        if name not in self.nodes:
+            with self.graph.inserting_before(self.first_call):
+                node = self.nodes[name] = self.graph.get_attr(name)
+            node.meta["val"] = self.fake_mode.from_tensor(get_tensor(self.gm, name), static_shapes=True)
+        node = self.nodes[name]
+        if not shared.transposed:
+            return node
+        if (name, "t") not in self.nodes:
+            with self.graph.inserting_before(self.first_call):
+                view = self.nodes[name, "t"] = self.graph.call_function(aten.t.default, (node,))
+            view.meta = {"val": node.meta["val"].t(), "custom": {TAG: {"target": shared.name, "role": "body"}}}
+        return self.nodes[name, "t"]
+
+    @property
+    def first_call(self) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+
+    def replace(self, old: fx.Node, new: fx.Node, label: dict) -> None:
+        """Points every reader of `old` at `new`, but for the nodes of this splice; tags both ends, so that it can be undone."""
+        old.replace_all_uses_with(
+            new, delete_user_cb=lambda user: tag_of(user).get("splice") != label["splice"], propagate_meta=False
+        )
+        new.meta["custom"][TAG] = {**label, "role": "result"}
+        add_tag(old, base_of=label["splice"])
+
+
+def tag(p: Placement, splice: int) -> dict:
+    """What every inserted node says of itself: which splice it belongs to, and for whom."""
+    return {"splice": splice, "adapter": p.adapter, "target": p.target.name, "method": p.method}
+
+
+def tag_of(node: fx.Node) -> dict:
+    """Our tag on a node; {} on the model's own nodes."""
+    return node.meta.get("custom", {}).get(TAG, {})
+
+
+def add_tag(node: fx.Node, **entries) -> None:
+    """Adds entries to a node's tag, in dicts of the node's own."""
+    node.meta["custom"] = {**node.meta.get("custom", {}), TAG: {**tag_of(node), **entries}}
+
+
+def bare(p: Placement) -> tuple:
+    """What of a target a traced function depends on."""
+    t = p.target
+    return t.kind, t.shape, t.transposed, t.groups
+
+
+def add_bias(sites: Sequence[Site], bias: fx.Node) -> None:
+    """Gives operators that had no bias the one a method adds."""
+    for site in sites:
+        set_argument(site.node, site.operator.bias, bias)
+
+
+def drop_groups(sites: Sequence[Site]) -> None:
+    """Makes grouped convolutions ungrouped: their weight now holds every channel."""
+    for site in sites:
+        set_argument(site.node, site.operator.groups, 1)
+
+
+def set_argument(node: fx.Node, position: int, value) -> None:
+    """Changes an argument of a base operator; its tag remembers the literal that was there."""
+    args = full_args(node)
+    add_tag(node, was={**tag_of(node).get("was", {}), str(position): args[position]})
+    args[position] = value
+    node.args = tuple(args)
+
+
+def tagged(gm: fx.GraphModule) -> list[fx.Node]:
+    """All nodes that passes of ours inserted, regions included."""
+    own = [n for n in gm.graph.nodes if tag_of(n).get("role")]
+    return own + [n for region in regions(gm) for n in tagged(region)]

@@ -1,0 +1,101 @@
+"""Find where a target is used: its readers, and the operators behind them when they are recognised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..target import ModuleTable, Target
+from .operators import CHAIN, OPERATORS, SWAPS, Operator, full_args, schema_name
+
+
+@dataclass(frozen=True)
+class Site:
+    """One operator that applies a target's weight. chain: the views from the parameter to the operator, in order."""
+
+    node: fx.Node
+    operator: Operator
+    weight_position: int
+    parameter: fx.Node
+    chain: tuple[fx.Node, ...]
+
+    @property
+    def x(self) -> fx.Node:
+        position = self.operator.x if self.operator.x != self.weight_position else 1 - self.weight_position
+        return self.node.args[position]
+
+    @property
+    def stored_transposed(self) -> bool:
+        """True if the parameter as stored has out and in swapped, judged by the operator alone."""
+        if self.operator.kind == "embedding":
+            return True
+        expects_in_out = self.operator.kind == "expert" and self.weight_position == 1
+        swapped = sum(schema_name(n) in SWAPS for n in self.chain) % 2 == 1
+        return expects_in_out != swapped
+
+
+def parameter_node(graph: fx.Graph, name: str) -> fx.Node | None:
+    """The get_attr node of a parameter, or None if the graph does not read it."""
+    return next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
+
+
+def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    return {n.target: n for n in graph.nodes if n.op == "get_attr"}
+
+
+def sites(parameter: fx.Node) -> tuple[list[Site], str]:
+    """All operators that read a parameter, and "" or why its readers are not all recognised (the near-miss)."""
+    found: list[Site] = []
+    reason = ""
+
+    def follow(node: fx.Node, previous: fx.Node, chain: tuple[fx.Node, ...]):
+        nonlocal reason
+        operator = OPERATORS.get(schema_name(node))
+        if operator is not None and uses(node, previous) == 1:
+            position = next((p for p in operator.weight if p < len(node.args) and node.args[p] is previous), None)
+            if position is not None:
+                found.append(Site(node, operator, position, parameter, chain))
+                return
+        if schema_name(node) in CHAIN and node.args[0] is previous and uses(node, previous) == 1:
+            for user in node.users:
+                follow(user, node, (*chain, node))
+            return
+        reason = reason or f"the weight is read by {schema_name(node) or node.target}, which no activation form covers"
+
+    for user in parameter.users:
+        follow(user, parameter, ())
+    return found, reason
+
+
+def uses(node: fx.Node, of: fx.Node) -> int:
+    """How often `of` occurs among the arguments of `node`."""
+    count = 0
+
+    def visit(n):
+        nonlocal count
+        count += n is of
+        return n
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return count
+
+
+def observed_kinds(graph: fx.Graph, table: ModuleTable) -> dict[str, list]:
+    """Parameter name -> [operator kind, transposed, groups], for parameters that recognised operators alone read."""
+    kinds = {}
+    for name, node in parameter_nodes(graph).items():
+        found, reason = sites(node)
+        variants = {(s.operator.kind, s.stored_transposed, groups_of(s)) for s in found}
+        if not reason and len(variants) == 1:
+            kinds[name] = list(variants.pop())
+    return kinds
+
+
+def groups_of(site: Site) -> int:
+    return full_args(site.node)[site.operator.groups] if site.operator.groups is not None else 1
+
+
+def describe(target: Target, found: list[Site], reason: str) -> str:
+    """One line on how a target is read, for `explain`."""
+    return reason or ", ".join(sorted({schema_name(s.node) for s in found})) or "not read by the graph"

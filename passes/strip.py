@@ -1,0 +1,55 @@
+"""Take every splice out of an adapted graph again, by its tags: how a graph that was loaded from a file gets its base.
+
+Within a process the base graph is kept and nothing is stripped; a file holds the adapted program only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..errors import GraphError
+from .base import Pass
+from .inject import tag_of, tagged
+from .match import parameter_nodes
+from .splice import TAG
+
+
+@dataclass(frozen=True)
+class StripSplices(Pass):
+    def call(self, gm):
+        graph = gm.graph
+        bases = {tag_of(n)["base_of"]: n for n in graph.nodes if "base_of" in tag_of(n)}
+        parameters = parameter_nodes(graph)
+        results = [n for n in graph.nodes if tag_of(n).get("role") == "result"]
+        for node in reversed(results):
+            tag = tag_of(node)
+            base = bases.get(tag["splice"]) if tag["target"] not in parameters or reads_activation(bases, tag) else None
+            node.replace_all_uses_with(base or parameters[tag["target"]], propagate_meta=False)
+        for node in graph.nodes:
+            restore_arguments(node)
+        for node in reversed(graph.nodes):
+            if not node.users and (tag_of(node).get("role") or node.op == "get_attr" and node.target.startswith("peft_fx.")):
+                graph.erase_node(node)
+        for node in graph.nodes:
+            if TAG in node.meta.get("custom", {}):
+                node.meta["custom"] = {k: v for k, v in node.meta["custom"].items() if k != TAG}
+        return len(results)
+
+    def ensures(self, gm):
+        if left := tagged(gm):
+            raise GraphError(f"{len(left)} nodes of adapters are left in the base graph, first {left[0].name}")
+
+
+def reads_activation(bases: dict[int, fx.Node], tag: dict) -> bool:
+    """True if the splice's base is known by tag; placeholders of a loaded program have lost theirs."""
+    return tag["splice"] in bases
+
+
+def restore_arguments(node: fx.Node) -> None:
+    """Puts back the literals that a splice changed on a base operator."""
+    for position, literal in tag_of(node).get("was", {}).items():
+        args = list(node.args)
+        args[int(position)] = literal
+        node.args = tuple(args)

@@ -1,0 +1,160 @@
+"""`capture`: model -> base graph in the dialect that every pass expects.
+
+The model is exported twice, in train and in eval mode; the two captures are compared, and what differs in a literal only
+follows `train()` / `eval()` afterwards. The graph module owns containers named like the model's modules that hold the
+model's own Parameter objects: nothing is copied, `state_dict` has the model's names, a tie stays a tie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from ..errors import CaptureError
+from ..modules import module_table
+from ..passes.base import run
+from ..passes.inline import InlineGradRegions
+from ..passes.linearise import Linearise
+from ..passes.literals import MarkDevice, MarkModes, lock
+from ..passes.match import observed_kinds
+from ..passes.names import NameParameters
+from ..store import BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_tensor
+from ..target import ModuleRecord, ModuleTable
+from .examples import example_inputs, is_hugging_face
+from .program import program_table, retie
+from .trace import auto_shapes, export_in_mode, separate
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple = (),
+    kwargs: dict | None = None,
+    *,
+    dynamic_shapes="auto",
+) -> fx.GraphModule:
+    """Captures a model as an FX graph in the ATen dialect that shares the model's parameters.
+
+    model: an nn.Module (a Hugging Face model needs no example inputs: they are built from its config), a GraphModule from
+        `fx.symbolic_trace`, or an ExportedProgram.
+    args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols.
+    dynamic_shapes: "auto" (every axis that the model allows), None (all fixed), or torch.export's own specification.
+
+    Returns a GraphModule that is called like the model and is in the model's mode. Raises CaptureError naming the module
+    and the remedy for what cannot be captured, e.g. control flow that depends on data.
+    """
+    if isinstance(model, ExportedProgram):
+        return from_program(model)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture takes an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    if not args and not kwargs:
+        if not is_hugging_face(model):
+            raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
+        kwargs = example_inputs(model)
+    args, kwargs = separate(tuple(args), dict(kwargs or {}))
+    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+
+    table = module_table(model)
+    mode = ByMode(model.training)
+    eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
+    try:
+        program = export_in_mode(model, args, kwargs, shapes, training=True)
+    except CaptureError as error:
+        if model.training:
+            raise
+        program, mode.locked = eval_program, str(error)
+    gm = module_of(program, skeleton(model), mode, table)
+    clean = [InlineGradRegions()]
+    if not mode.locked:
+        evaluation = module_of(eval_program, skeleton(model), ByMode(False), table)
+        run(clean, evaluation)
+        gm = in_current_mode(gm, evaluation, clean)
+    else:
+        run(clean, gm)
+    return finish(gm, table, next(model.parameters(), torch.empty(0)).device)
+
+
+def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:
+    """The training capture with literals that follow the mode; if the two cannot be aligned, the current mode's capture."""
+    run([*clean, MarkModes(evaluation.graph)], gm)
+    if gm.peft_fx.mode.locked and not gm.peft_fx.mode.training:
+        lock(evaluation, gm.peft_fx.mode.locked)
+        return evaluation
+    return gm
+
+
+def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device) -> fx.GraphModule:
+    """The rest of normalisation; records kinds of weights of unknown classes and the base graph."""
+    reports = run([NameParameters(table), Linearise(), MarkDevice(device)], gm)
+    table = with_kinds(table, observed_kinds(gm.graph, table))
+    state = gm.meta["peft_fx"]
+    gm.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(gm.graph)), reports=reports)
+    return gm
+
+
+def with_kinds(table: ModuleTable, kinds: dict[str, list]) -> ModuleTable:
+    """Adds to each record how its parameters were seen to be read: {parameter: [kind, transposed, groups]}."""
+
+    def seen(record: ModuleRecord) -> ModuleRecord:
+        own = {p: kinds[n] for p in record.parameters if (n := f"{record.path}.{p}" if record.path else p) in kinds}
+        return replace(record, attributes={**record.attributes, "kinds": own}) if own else record
+
+    return replace(table, records=tuple(map(seen, table.records)))
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """The model's module tree as plain containers around the model's own parameters and buffers."""
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def contain(module: nn.Module) -> nn.Module:
+        if module not in copies:
+            new = copies[module] = nn.Module()
+            new.training = module.training
+            new._parameters.update(module._parameters)
+            new._buffers.update(module._buffers)
+            new._non_persistent_buffers_set |= module._non_persistent_buffers_set
+            for name, child in module._modules.items():
+                if child is not None:
+                    new._modules[name] = contain(child)
+        return copies[module]
+
+    return contain(model)
+
+
+def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: ModuleTable) -> fx.GraphModule:
+    """A graph module over `tree` that runs the program's graph; adds regions and lifted constants, which only it has."""
+    exported = program.module(check_guards=False)
+    device = next(tree.parameters(), torch.empty(0)).device
+    state = State(table, BaseGraph(fx.Graph()), dict(program.range_constraints))
+    buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
+    modules = {"peft_fx": Store(mode, ByDevice(device)), **tree._modules}
+    gm = build(modules, dict(tree._parameters), buffers, fx.Graph(), state)
+    for node in exported.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        value = get_attribute(exported, node.target)
+        if isinstance(value, fx.GraphModule):
+            gm.add_module(node.target, value)
+        elif get_tensor(gm, node.target) is None:
+            set_tensor(gm, node.target, value, persistent=isinstance(value, nn.Parameter))
+    gm.graph = copy_graph(exported.graph)  # a graph has one owner
+    return gm
+
+
+def get_attribute(module: nn.Module, name: str):
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def from_program(program: ExportedProgram) -> fx.GraphModule:
+    """An ExportedProgram's graph; it has the one mode it was exported in."""
+    tree = skeleton(program.module(check_guards=False))
+    retie(tree)
+    table = program_table(program, tree)
+    mode = ByMode(False, "it comes from an ExportedProgram; capture the model itself to have both")
+    gm = module_of(program, tree, mode, table)
+    run([InlineGradRegions()], gm)
+    return finish(gm, table, next(tree.parameters(), torch.empty(0)).device)

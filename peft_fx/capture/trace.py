@@ -1,0 +1,108 @@
+"""The tracer: `torch.export`, non-strict. Kept thin, since capture is the part most likely to be replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError
+from .examples import is_hugging_face
+
+
+def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, training: bool) -> ExportedProgram:
+    """Exports `model` in the given mode and restores the mode of every module.
+
+    Raises CaptureError naming the innermost module that was being traced.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        with torch.enable_grad(), quiet_cache(model):
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:  # noqa: BLE001 — whatever model code raises while traced becomes one clear error
+        raise CaptureError(explain(model, error, training)) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def quiet_cache(model: nn.Module) -> Iterator[None]:
+    """Turns `use_cache` off in a Hugging Face config while tracing: a graph has no growing cache to return."""
+    configs = []
+    if is_hugging_face(model):
+        nested = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})]
+        configs = [c for c in (model.config, *nested) if c is not None and getattr(c, "use_cache", False)]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def separate(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Clones example tensors that share memory: export would merge them into one input, silently."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    seen: set = set()
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            storage = leaf.untyped_storage()._cdata
+            if storage in seen:
+                leaves[i] = leaf.clone()
+            seen.add(storage)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def auto_shapes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """`Dim.AUTO` for every axis of every example tensor, by argument name: what the model fixes is found out by export."""
+
+    def shape(leaf):
+        return (Dim.AUTO,) * leaf.dim() if isinstance(leaf, torch.Tensor) else None
+
+    return pytree.tree_map(shape, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
+
+
+# What commonly stops a trace -> what to do about it.
+REMEDIES = (
+    ("data-dependent", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
+    ("GuardOnDataDependent", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
+    ("Could not guard", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
+    ("numpy", "the model leaves torch for numpy while it runs; capture it in the mode that does not (model.eval() for training-time masking)"),
+    ("missing", "pass example inputs: capture(model, args=(...), kwargs={...})"),
+)  # fmt: skip
+
+
+def explain(model: nn.Module, error: Exception, training: bool) -> str:
+    """One line: the model, the module that was running, the cause, the remedy."""
+    module = innermost_module(model, error)
+    cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = f"{type(error).__name__} {error}"
+    remedy = next((r for key, r in REMEDIES if key in text), "capture a sub-module, or rewrite the operation for torch.export")
+    return (
+        f"{type(model).__name__} cannot be captured in {'train' if training else 'eval'} mode: in module "
+        f"{module or '(the model itself)'}: {type(error).__name__}: {cause[:300]}. Remedy: {remedy}"
+    )
+
+
+def innermost_module(model: nn.Module, error: BaseException) -> str:
+    """Path and class of the last module on the error's stack."""
+    paths = {id(m): path for path, m in model.named_modules()}
+    found = ""
+    chain = error
+    while chain is not None:
+        frame = chain.__traceback__
+        while frame is not None:
+            owner = frame.tb_frame.f_locals.get("self")
+            if path := paths.get(id(owner)):
+                found = f"{path} ({type(owner).__name__})"
+            frame = frame.tb_next
+        chain = chain.__cause__
+    return found

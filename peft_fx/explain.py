@@ -1,0 +1,111 @@
+"""What a graph will do and has done to its targets, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from .derive import placements
+from .passes.inject import lower
+from .passes.match import describe, parameter_nodes, sites
+from .plan import make_plan
+from .recipe import as_recipe
+from .store import State, state_of
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of elements; `str` is PEFT's line."""
+
+    trainable: int
+    total: int
+
+    def __str__(self):
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+
+
+def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
+    """Counts elements of parameters, tied ones once: those that require grad, and all."""
+    parameters = list(graph.parameters())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target of one adapter. status: active, resident, merged, refused, unmatched."""
+
+    adapter: str
+    target: str
+    kind: str
+    shape: tuple[int, ...]
+    storage: str
+    method: str
+    lowering: str
+    parameters: int
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every target with its decision; printing it draws the table."""
+
+    rows: tuple[Row, ...]
+
+    def table(self) -> Table:
+        table = Table(title=f"{len(self.rows)} targets")
+        for column in ("adapter", "target", "kind", "shape", "storage", "method", "lowering", "parameters", "status", "reason"):
+            table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
+        for r in self.rows:
+            shape = "x".join(map(str, r.shape))
+            table.add_row(r.adapter, r.target, r.kind, shape, r.storage, r.method, r.lowering, f"{r.parameters:,}", r.status, r.reason)
+        return table
+
+    def __str__(self):
+        console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(self.table())
+        return console.export_text()
+
+
+def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
+    """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why."""
+    state = state_of(graph, "explain")
+    if recipe is not None:
+        rows = [r for name, c in as_recipe(recipe, "default").items() for r in rows_of(graph, state, name, c, "planned")]
+        return Explanation(tuple(rows))
+    rows = []
+    for name, resident in state.recipe.items():
+        status = "merged" if name in state.merged else "active" if name in state.active else "resident"
+        rows += rows_of(graph, state, name, resident.config, status)
+    return Explanation(tuple(rows))
+
+
+def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: str) -> list[Row]:
+    plan = make_plan(state.table, adapter, config, strict=False)
+    base = state.base.graph
+    nodes = parameter_nodes(base)
+    errors = {r["target"]: r["rounding_error"] for r in state.merge_report}
+    rows = []
+    for x in lower(base, plan.placements):
+        p = x.placement
+        read = describe(p.target, *sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
+        note = x.reason or read
+        if status == "merged" and p.target.name in errors:
+            note = f"rounding error {errors[p.target.name]:.1e}"
+        added = sum(numel(t.shape) for n, t in p.tensors.items() if t.trainable and n not in p.shared)
+        rows.append(Row(adapter, p.target.name, p.target.kind, p.target.shape, "dense", p.method, x.form, added,
+                        "refused" if x.form == "refused" else status, note))  # fmt: skip
+    rows += [Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals]
+    rows += [Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched]
+    return rows
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,144 @@
+"""`export` and `load`: graphs to and from `.pt2` files.
+
+A `.pt2` holds the adapted (or merged) program, tagged node by node, and in its extra files the JSON that no program has room
+for: module table, adapter configs, what is active and merged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from .capture.capture import finish, module_of, skeleton
+from .capture.program import retie
+from .errors import AdapterFileError, GraphError
+from .methods import get_config
+from .passes.base import run
+from .passes.inline import InlineGradRegions
+from .passes.lift import lift
+from .passes.literals import BakeLiterals
+from .passes.strip import StripSplices
+from .store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
+from .target import ModuleTable
+
+EXTRA = "peft_fx.json"
+FORMAT = 1
+
+
+def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
+    """The graph as a `torch.export.ExportedProgram`, in the mode that it is in now; no re-tracing, tensors are shared.
+
+    path: where to write a `.pt2` too (atomically); `peft_fx.load` reads it back with its adapters. A merged graph gives a
+    program of plain operators under the model's own names.
+    """
+    state = state_of(graph, "export")
+    baked = derive(graph, copy_graph(graph.graph), state)
+    baked.train(graph.training)
+    run([BakeLiterals()], baked)
+    program = lift(baked, state.range_constraints)
+    device = next(graph.parameters(), torch.empty(0)).device
+    if (traced := traced_device(program)) not in (None, device):
+        program = torch.export.passes.move_to_device_pass(program, device)
+    if path is not None:
+        save(program, Path(path), state, graph.training)
+    return program
+
+
+def traced_device(program: ExportedProgram) -> torch.device | None:
+    """The device that the program's metadata means, if it has one parameter."""
+    return next((n.meta["val"].device for n in program.graph.nodes if n.op == "placeholder"
+                 and isinstance(n.meta.get("val"), torch.Tensor)), None)  # fmt: skip
+
+
+def save(program: ExportedProgram, path: Path, state: State, training: bool) -> None:
+    """Writes a temporary file beside the target, then renames it."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise AdapterFileError(f"{path}: expected a file path in an existing folder")
+    handle, temporary = tempfile.mkstemp(suffix=".pt2", dir=path.parent)
+    os.close(handle)
+    try:
+        torch.export.save(program, temporary, extra_files={EXTRA: json.dumps(to_json(state, training))})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def to_json(state: State, training: bool) -> dict:
+    """The state as JSON; of the adapters only those that are part of the program."""
+    kept = (*state.merged, *state.active)
+    return {
+        "format": FORMAT,
+        "training": training,
+        "table": state.table.to_json(),
+        "recipe": {name: resident.config.to_dict() for name, resident in state.recipe.items() if name in kept},
+        "active": list(state.active),
+        "merged": list(state.merged),
+        "merge_report": list(state.merge_report),
+    }
+
+
+def load(path) -> fx.GraphModule:
+    """Reads a `.pt2` written by `export`: a graph that can be run, inspected, hot-swapped, merged and exported again.
+
+    Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises
+    AdapterFileError for files that are no program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterFileError(f"{path}: no such file")
+    extra = {EXTRA: ""}
+    try:
+        program = torch.export.load(str(path), extra_files=extra)
+    except (RuntimeError, ValueError, KeyError, OSError, AssertionError) as error:
+        raise AdapterFileError(f"{path}: is no torch.export program: {str(error).splitlines()[0]}") from error
+    if not extra[EXTRA]:
+        from .capture import capture
+
+        return capture(program)
+    return restored(program, json.loads(extra[EXTRA]), str(path))
+
+
+def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule:
+    """The graph module that a program and its JSON stand for."""
+    if data.get("format") != FORMAT:
+        raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
+    table = ModuleTable.from_json(data["table"])
+    tree = skeleton(program.module(check_guards=False))
+    retie(tree)
+    store = tree._modules.pop("peft_fx", None)
+    mode = ByMode(data["training"], f"{where} holds one mode; capture the model to have both")
+    gm = module_of(program, tree, mode, table)
+    if store is not None:
+        gm.peft_fx.adapters = store._modules.get("adapters", nn.Module())
+    run([InlineGradRegions()], gm)
+    device = next(tree.parameters(), torch.empty(0)).device
+    gm = finish(gm, table, device)
+    adapted = copy_graph(gm.graph)
+    run([StripSplices()], gm)
+    recipe = {name: Resident(get_config(c["peft_type"]).from_dict(c)) for name, c in data["recipe"].items()}
+    state = gm.meta["peft_fx"].update(
+        table=table,
+        base=BaseGraph(copy_graph(gm.graph)),
+        recipe=recipe,
+        active=tuple(data["active"]),
+        merged=tuple(data["merged"]),
+        before_merge=tuple(data["merged"] + data["active"]),
+        merge_report=tuple(data["merge_report"]),
+    )
+    gm.meta["peft_fx"] = state
+    gm.graph = adapted
+    freeze_base(gm)
+    return gm
+
+
+def freeze_base(gm: fx.GraphModule) -> None:
+    """Base parameters of a loaded adapted graph do not train, adapters keep what they had."""
+    for name, parameter in gm.named_parameters():
+        if not name.startswith("peft_fx."):
+            parameter.requires_grad_(False)

@@ -1,0 +1,101 @@
+"""Does a file fit a plan? Every key, shape and dtype is checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+
+from ..config import AdapterConfig
+from ..defaults import TASK_HEADS
+from ..errors import AdapterFileError
+from ..kinds import stored_shape
+from ..plan import PREFIX, Placement, Plan
+
+SHOWN = 5
+
+
+def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -> dict[str, torch.Tensor]:
+    """File key -> tensor becomes state name -> tensor, one entry per tensor that some placement owns.
+
+    where: what to call the file in messages. Ignored: the base weights (`<path>.base_layer.weight`) that PEFT writes
+    along with adapted embeddings and heads, if they have the base's shape; the second copies of biases that it writes
+    inside modules to save. Raises AdapterFileError that lists what is missing, left over or of the wrong shape or dtype.
+    """
+    wanted = {key: (p, name) for p in plan.placements for name, key, _ in p.saved()}
+    missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
+    extra = [k for k in tensors if k not in wanted and not ignored(k, tensors[k], plan)]
+    faults = [
+        *listed("missing", missing, extra),
+        *listed("not expected", extra, missing or wanted),
+        *bare_suffixes(extra, plan),
+        *(f for key, (p, name) in wanted.items() if key in tensors for f in faults_of(key, tensors[key], p, name)),
+    ]
+    found = {p.state_name(n): tensors[k] for k, (p, n) in wanted.items() if k in tensors and n not in p.shared}
+    if not faults:
+        faults = untied(wanted, tensors, found)
+    if faults:
+        more = [f"... and {len(faults) - 2 * SHOWN} more"] if len(faults) > 2 * SHOWN else []
+        raise AdapterFileError("\n  ".join([f"{where} does not fit this model and config:", *faults[: 2 * SHOWN], *more]))
+    return found
+
+
+def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
+    """A line per key, the first few, with the nearest candidate."""
+    lines = []
+    for key in keys[:SHOWN]:
+        near = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.6)
+        lines.append(f"{what}: {key}" + (f" (nearest: {near[0]})" if near else ""))
+    return lines + ([f"{what}: {len(keys) - SHOWN} more keys"] if len(keys) > SHOWN else [])
+
+
+def bare_suffixes(extra: list[str], plan: Plan) -> list[str]:
+    """PEFT also saves modules whose name merely ends in an entry of modules_to_save: says which to name."""
+    entries = {e for p in plan.placements[:1] for e in (*(p.config.modules_to_save or ()), *task_heads(p.config))}
+    modules = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0].rpartition(".")[2] for key in extra)
+    return [
+        f"PEFT took modules_to_save={entry!r} for {module!r} too: name {module!r} in modules_to_save"
+        for module in modules
+        for entry in sorted(entries)
+        if module != entry and module.endswith(entry)
+    ]
+
+
+def task_heads(config: AdapterConfig) -> tuple[str, ...]:
+    return TASK_HEADS.get(config.task_type, ())
+
+
+def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -> list[str]:
+    spec, faults = placement.tensors[name], []
+    if tuple(tensor.shape) != tuple(spec.shape):
+        faults.append(f"{key}: expected shape {tuple(spec.shape)}, got {tuple(tensor.shape)}")
+    if spec.trainable and not tensor.is_floating_point():
+        faults.append(f"{key}: expected floating-point numbers, got {tensor.dtype}")
+    return faults
+
+
+def ignored(key: str, tensor: torch.Tensor, plan: Plan) -> bool:
+    """True for what PEFT writes but nothing needs."""
+    path = key.removeprefix(PREFIX)
+    for p in plan.placements:
+        target = p.target
+        if path == f"{target.file_path}.base_layer.{target.parameter}":
+            return tuple(tensor.shape) == stored_shape(target)
+        # bias="all" lists the biases of PEFT's wrapper around a saved module, besides the saved ones
+        if p.method == "SAVED" and p.config.bias == "all" and path.endswith(".bias"):
+            if any(part in path for part in (".original_module.", ".modules_to_save.")):
+                return True
+    return False
+
+
+def untied(wanted: dict, tensors: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+    """Shared tensors that come twice must agree."""
+    faults = []
+    for key, (placement, name) in wanted.items():
+        if name in placement.shared and key in tensors:
+            shared = placement.shared[name]
+            owner = found[shared.name].mT if shared.transposed else found[shared.name]
+            if not torch.equal(owner, tensors[key]):
+                faults.append(f"{key}: is tied to {shared.name}, but the file holds other numbers for it")
+    return faults

@@ -1,0 +1,85 @@
+"""Writes adapter folders as PEFT does: two files, read by PEFT without a warning."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ..config import AdapterConfig
+from ..errors import AdapterFileError
+from ..plan import Plan
+from .read import CONFIG, TENSORS
+
+PEFT_VERSION = "0.21.2"  # the release of PEFT whose files these are
+
+
+def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> Path:
+    """Writes config and tensors (file key -> tensor) into `folder`, made if need be; other files in it stay.
+
+    Both files are complete before the first one is moved into place, and a failure brings the old ones back.
+    Returns the folder. Raises AdapterFileError.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(f"{folder}: is a file, expected a folder to write the adapter to")
+    new, text = not folder.exists(), config_json(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            save_file(plain(tensors), Path(temporary) / TENSORS, metadata={"format": "pt"})
+            (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
+            move_into_place(Path(temporary), folder, (TENSORS, CONFIG))
+    except OSError as error:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise AdapterFileError(f"{folder}: cannot be written: {error}") from error
+    return folder
+
+
+def config_json(config: AdapterConfig) -> str:
+    """PEFT's JSON: sorted keys, indent 2, ready for inference."""
+    saved = {**config.to_dict(), "inference_mode": True, "peft_version": PEFT_VERSION}
+    return json.dumps(saved, indent=2, sort_keys=True)
+
+
+def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
+    """The config as PEFT would have corrected it: `fan_in_fan_out` says how the adapted linear weights are stored."""
+    if "fan_in_fan_out" not in {f.name for f in fields(config)}:
+        return config
+    stored = {p.target.transposed for p in plan.placements if p.method == config.peft_type and p.target.kind == "linear"}
+    return replace(config, fan_in_fan_out=True in stored)
+
+
+def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors on the CPU, no two of which share memory."""
+    seen, result = set(), {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        result[key] = tensor if whole and storage not in seen else tensor.clone()
+        seen.add(storage)
+    return result
+
+
+def move_into_place(source: Path, folder: Path, names: tuple[str, ...]) -> None:
+    """Replaces the files one after the other; if one cannot be, those before it are put back."""
+    done = []
+    try:
+        for name in names:
+            old = source / f"old-{name}"
+            if (folder / name).exists():
+                shutil.copy2(folder / name, old)
+            os.replace(source / name, folder / name)
+            done.append((folder / name, old))
+    except OSError:
+        for path, old in done:
+            os.replace(old, path) if old.exists() else path.unlink()
+        raise

@@ -1,0 +1,203 @@
+"""`merge` and `unmerge`: constant folding of the tagged cones, one target at a time.
+
+    W_merged = round(f_k(... f_1(float32(W)) ...))        one rounding, into the weight's own name
+
+The functions are called, not the graph: a graph traced in bf16 has its casts as literals and cannot fold in fp32. Unmerge
+puts the replaced tensors back, so it changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+
+from .derive import derived, injection, names_of, placements
+from .errors import MergeError
+from .methods import get_method
+from .passes.base import run
+from .passes.fold import PointAtFolded
+from .passes.lowering import apply_weight
+from .plan import Placement
+from .store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
+
+KEEP = ("device", "cpu", None)
+
+
+def merge(
+    tuned: fx.GraphModule,
+    adapter_names: str | list[str] | None = None,
+    *,
+    check_finite: bool = True,
+    keep_base: str | None = "device",
+    untie: bool = False,
+) -> fx.GraphModule:
+    """Folds adapters into the weights; the result has the model's own operators and state-dict names.
+
+    adapter_names: which, in order; None: the active ones. Active adapters that are not named stay in the graph.
+    check_finite: refuse results with inf or nan. keep_base: where the replaced weights wait for `unmerge`: "device",
+    "cpu", or None to drop them. untie: give a tied weight a tensor of its own where only one of its names is adapted.
+
+    Computed in fp32 or wider and rounded once; peak memory is one weight over the result. `explain(merged)` has the
+    rounding error per target. Raises MergeError naming the target; nothing has changed then.
+    """
+    state = state_of(tuned, "merge")
+    if state.merged:
+        raise MergeError(f"adapters {', '.join(state.merged)} are merged already; unmerge first")
+    if keep_base not in KEEP:
+        raise MergeError(f"keep_base={keep_base!r}: expected one of {KEEP}")
+    names = state.active if adapter_names is None else names_of(state, adapter_names)
+    if not names:
+        raise MergeError("nothing to merge: no adapter is active; name one, or call set_adapter")
+    chosen = [p for name in names for p in placements(state, name)]
+    new = derive(tuned, copy_graph(state.base.graph), state)
+    report = []
+    for target_name, group in by_target(chosen).items():
+        report.append(fold(tuned, new, target_name, group, check_finite, keep_base))
+    refuse_or_keep_ties(tuned, new, state, [p.target.name for p in chosen], untie)
+    left = tuple(n for n in state.active if n not in names)
+    state = state.update(active=left, merged=names, before_merge=state.active, merge_report=tuple(report))
+    new.meta["peft_fx"] = state
+    reports = run((PointAtFolded(tuple(chosen)), *injection(state)), new)
+    new.meta["peft_fx"] = state.update(reports=reports)
+    shelve(new, names)
+    return new
+
+
+def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:
+    """Parameter name -> its placements, in order; an adapter's own bias goes with the weight that may change it again."""
+    groups: dict[str, list[Placement]] = {}
+    for p in chosen:
+        groups.setdefault(p.target.name, []).append(p)
+    return groups
+
+
+def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep_base: str | None) -> dict:
+    """Merges one target into `new`; returns its line of the report."""
+    W = get_tensor(new, name)
+    target = group[0].target
+    b = get_tensor(new, target.bias_name) if target.has_bias else None
+    wide = torch.promote_types(W.dtype, torch.float32) if W.is_floating_point() else W.dtype
+    with torch.no_grad():
+        exact_W, exact_b = W.detach(), None if b is None else b.detach()
+        old_b = exact_b
+        for p in group:
+            method = get_method(p.method)
+            exact_W, exact_b = apply_weight(
+                method, exact_W, exact_b, theta_of(tuned, p), p.target, p.config, wide, method.dense_groups(p.target)
+            )
+        merged = exact_W.to(W.dtype).contiguous()
+        if check_finite and not torch.isfinite(merged).all():
+            adapters = ", ".join(p.adapter for p in group)
+            raise MergeError(f"{name}: merging {adapters} gives inf or nan in {W.dtype}; nothing was merged")
+        error = float((merged.to(wide) - exact_W).abs().max()) if merged.numel() and wide.is_floating_point else 0.0
+    replace_tensor(new, name, merged, keep_base)
+    if exact_b is not old_b:
+        dtype = W.dtype if b is None else b.dtype
+        replace_tensor(new, target.bias_name, exact_b.to(dtype), keep_base)
+    return {"target": name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype), "rounding_error": error}
+
+
+def theta_of(gm: fx.GraphModule, p: Placement) -> dict[str, torch.Tensor]:
+    """A placement's tensors by name."""
+    theta = {}
+    for name in p.tensors:
+        shared = p.resolve(name)
+        tensor = get_tensor(gm, f"{ADAPTERS}.{shared.name}").detach()
+        theta[name] = tensor.t() if shared.transposed else tensor
+    return theta
+
+
+def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor, keep_base: str | None) -> None:
+    """Puts `value` under the model's own name and shelves what was there, unless it is shelved already."""
+    old = get_tensor(gm, name)
+    shelf = f"{REPLACED}.{name}"
+    if keep_base and get_tensor(gm, shelf) is None:
+        kept = old if old is not None else torch.empty(0, device=value.device)  # an empty one: there was none
+        set_tensor(gm, shelf, kept.to("cpu") if keep_base == "cpu" else kept, persistent=False)
+    is_parameter = old is None or isinstance(old, nn.Parameter)
+    set_tensor(gm, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def refuse_or_keep_ties(tuned, new, state: State, merged: list[str], untie: bool) -> None:
+    """A tie survives if its names got equal weights; one that would break is refused unless asked for."""
+    for group in state.table.tied:
+        names = [n for n in group if get_tensor(tuned, n) is not None]
+        if not set(names) & set(merged):
+            continue
+        first, *rest = names
+        tensors = {n: get_tensor(new, n) for n in names}
+        if all(tensors[n].shape == tensors[first].shape and torch.equal(tensors[n], tensors[first]) for n in rest):
+            for n in rest:
+                set_tensor(new, n, tensors[first])
+        elif not untie:
+            changed = sorted(set(names) & set(merged))
+            raise MergeError(
+                f"{changed[0]}: refused: the weight is tied to {', '.join(n for n in names if n != changed[0])}, which would "
+                "change with it; pass untie=True to give it a weight of its own"
+            )
+
+
+def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
+    """Takes merged adapters out of parameters() and state_dict(), where the model's own names alone remain."""
+    for name in names:
+        tree = merged.peft_fx.adapters._modules.get(name)
+        for module in tree.modules() if tree is not None else ():
+            for kind in (module._parameters, module._buffers):
+                for leaf, tensor in list(kind.items()):
+                    set_tensor(module, leaf, tensor, persistent=False)
+
+
+def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
+    """Puts a merged adapter's tensors back as the Parameters and buffers they were."""
+    for p in placed:
+        for name, spec in p.tensors.items():
+            if name in p.shared:
+                continue
+            full = f"{ADAPTERS}.{p.state_name(name)}"
+            tensor = get_tensor(gm, full)
+            if spec.trainable and not isinstance(tensor, nn.Parameter):  # .to() on a merged graph made a plain tensor of it
+                tensor = nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+            set_tensor(gm, full, tensor)
+
+
+def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
+    """The graph as before the merge, bit for bit: replaced weights under their names, merged adapters active again.
+
+    Raises MergeError if the merge dropped them (keep_base=None).
+    """
+    state = state_of(merged, "unmerge")
+    if not state.merged:
+        raise MergeError("nothing to unmerge: no adapter is merged")
+    shelf = dict(merged.peft_fx.replaced.named_buffers())
+    missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
+    if missing:
+        raise MergeError(
+            f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
+            "derive from the unmerged graph, or merge with keep_base='device' or 'cpu'"
+        )
+    new = derive(merged, copy_graph(state.base.graph), state)
+    restored: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
+    for name, kept in shelf.items():
+        group = next((g for g in state.table.tied if name in g), (name,))
+        untouched = next((n for n in group if n not in shelf and get_tensor(new, n) is not None), None)
+        if kept.numel() == 0:  # the merge added this one
+            owner, leaf = owner_of(new, name)
+            del owner._parameters[leaf]
+            continue
+        if group[0] not in restored:
+            restored[group[0]] = as_it_was(kept, get_tensor(new, name)) if untouched is None else get_tensor(new, untouched)
+        set_tensor(new, name, restored[group[0]])
+    new.peft_fx.replaced = nn.Module()
+    for name in state.merged:
+        unshelve(new, placements(state, name))
+    return derived(new, state.update(active=state.before_merge, merged=(), before_merge=(), merge_report=()))
+
+
+def as_it_was(kept: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """A shelved tensor back on the device of the one in its place, as the kind of tensor that it was."""
+    kept = kept.to(now.device)
+    if isinstance(now, nn.Parameter) and not isinstance(kept, nn.Parameter):
+        return nn.Parameter(kept, requires_grad=False)
+    return kept

@@ -1,0 +1,142 @@
+"""What a method is: pure functions over tensors in canonical layout, and a description of the tensors they need.
+
+Canonical layout of a weight: (experts?, out, in, *kernel). A method never sees an operator, a graph or a storage format;
+passes bring the weight to this layout, call the method, and bring the result back.
+
+    weight(W, b, theta)  -> W', b'      the definition; serves every operator kind, merge and export
+    factors(theta)       -> Factors     additive methods: y + scale * (B (A x) + bias), never the dense delta
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..config import AdapterConfig
+from ..target import Target
+
+Theta = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that a method keeps for one target.
+
+    init: writes the initial value in place, (empty tensor, base weight in canonical layout or None) -> None.
+    key: suffix of its key in PEFT's adapter file; None if it is not saved.
+    trainable: a Parameter that requires grad; otherwise a buffer.
+    dtype: None means fp32 for half-precision bases and the base's dtype otherwise.
+    pad: (axis, blocks) for axes that grow with the method's rank: a smaller adapter fits into a larger one with zeros at
+        the end of each of `blocks` equal parts of the axis.
+    """
+
+    shape: tuple[int, ...]
+    init: Callable[[torch.Tensor, torch.Tensor | None], object]
+    key: str | None = None
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+    pad: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of an additive update in canonical layout.
+
+    A: (experts?, r, in, *kernel), all input channels. B: (experts?, out, r / groups). scale: 0-d. bias: (out,) or None.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class Method:
+    """Base of the shapes a method can have. Stateless: one instance serves all targets."""
+
+    name: str
+    Config: type[AdapterConfig]
+
+    def check(self, target: Target, config: AdapterConfig) -> str | None:
+        """The reason why this target cannot be adapted, or None."""
+        raise NotImplementedError
+
+    def tensors(self, target: Target, config: AdapterConfig) -> dict[str, Tensor]:
+        """Name -> description of every tensor the method keeps for `target`."""
+        raise NotImplementedError
+
+    def weight(
+        self, W: torch.Tensor, b: torch.Tensor | None, theta: Theta, target: Target, config: AdapterConfig
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The adapted weight and bias, both in canonical layout and in W's dtype."""
+        raise NotImplementedError
+
+    def input_dropout(self, target: Target, config: AdapterConfig) -> float:
+        """Dropout on the branch's input while training; needs an activation form when positive."""
+        return 0.0
+
+    def neutral(self, target: Target, config: AdapterConfig) -> dict[str, float] | None:
+        """Tensor name -> value that makes the method act as if it were absent; None if nothing does."""
+        return None
+
+    def dense_groups(self, target: Target) -> bool:
+        """True if the update crosses the groups of a grouped convolution: `weight` then sees and returns all channels."""
+        return False
+
+
+    def tied(self, target: Target, source: Target, config: AdapterConfig) -> dict[str, tuple[str, bool]] | None:
+        """How `target` can use the tensors of `source`, whose weight is the same tensor, so that both stay tied.
+
+        Name of a tensor here -> (name of a tensor there, whether it is its transpose). None: no such form.
+        """
+        return None
+
+
+class Additive(Method):
+    """W' = W + scale * B A, b' = b + scale * bias; `factors` is the only function to write."""
+
+    def factors(self, theta: Theta, target: Target, config: AdapterConfig) -> Factors:
+        raise NotImplementedError
+
+    def weight(self, W, b, theta, target, config):
+        f = self.factors(theta, target, config)
+        groups = f.A.shape[-2 - len(target.kernel)] // f.B.shape[-1]
+        B = block_diagonal(f.B, groups) if groups > 1 else f.B
+        A = f.A.flatten(-1 - len(target.kernel)) if target.kernel else f.A
+        W = W + f.scale * (B @ A).reshape(W.shape)
+        if f.bias is not None:
+            b = f.scale * f.bias if b is None else b + f.scale * f.bias
+        return W, b
+
+
+class Substitute(Method):
+    """W' is the adapter's own tensor: modules to save, trained biases, trainable tokens."""
+
+
+def block_diagonal(W: torch.Tensor, groups: int) -> torch.Tensor:
+    """(out, n / g, *rest) -> (out, n, *rest): row block i keeps its columns at column block i, zeros elsewhere.
+
+    Of a grouped convolution's weight this is the weight of the equal ungrouped one.
+    """
+    blocks = W.unflatten(0, (groups, -1))  # (g, out / g, n / g, *rest)
+    eye = torch.diag_embed(W.new_ones(groups))
+    return torch.einsum("gon...,gh->gohn...", blocks, eye).reshape(W.shape[0], groups * W.shape[1], *W.shape[2:])
+
+
+def pad_to(tensor: torch.Tensor, shape: tuple[int, ...], pad: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """`tensor` with zeros appended up to `shape`, block by block along the padded axes."""
+    for axis, blocks in pad:
+        parts = tensor.unflatten(axis, (blocks, -1))
+        missing = shape[axis] // blocks - parts.shape[axis + 1]
+        zeros = parts.new_zeros(*parts.shape[: axis + 1], missing, *parts.shape[axis + 2 :])
+        tensor = torch.cat([parts, zeros], dim=axis + 1).flatten(axis, axis + 1)
+    return tensor
+
+
+def crop_to(tensor: torch.Tensor, shape: tuple[int, ...], pad: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The inverse of `pad_to`: drops what was appended."""
+    for axis, blocks in pad:
+        tensor = tensor.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, shape[axis] // blocks).flatten(axis, axis + 1)
+    return tensor

@@ -1,0 +1,208 @@
+"""What one adapter puts where: the decision, as plain data, before anything is changed.
+
+A plan holds one placement per (adapter, target), substitutions first: where an adapter brings its own bias, its method
+sees that bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from .config import AdapterConfig
+from .errors import RecipeError
+from .kinds import Refusal, whole_parameter
+from .methods import METHODS, get_method
+from .methods.base import Tensor
+from .selection import SavedModule, Selection, TokenRows, Unmatched, select
+from .target import ModuleRecord, ModuleTable, Target
+from .wrappers import base_path, inside_path, wrap_counts
+
+__all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "make_plan"]
+
+PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every key in its files
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A tensor of another placement that this one uses: its state name, and whether its transpose is meant."""
+
+    name: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method on one target. shared: names among `tensors` that are another placement's tensor, not one of their own."""
+
+    adapter: str
+    method: str
+    target: Target
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    shared: dict[str, Shared] = field(default_factory=dict)
+
+    def state_name(self, tensor: str) -> str:
+        """Dotted name of a tensor below the graph module's `peft_fx.adapters`."""
+        return f"{self.adapter}.{self.target.name}.{tensor}"
+
+    def file_key(self, tensor: str) -> str:
+        """The tensor's key in PEFT's `adapter_model.safetensors`."""
+        return f"{PREFIX}{self.target.file_path}.{self.tensors[tensor].key}"
+
+    def saved(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(tensor name, file key, description) of what is written to a file."""
+        return ((name, self.file_key(name), t) for name, t in self.tensors.items() if t.key is not None)
+
+    def resolve(self, tensor: str) -> Shared:
+        """Where the numbers live: the tensor's own state name, or the one it shares."""
+        return self.shared.get(tensor, Shared(self.state_name(tensor)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All placements of one adapter, what was refused, and the config entries that matched nothing."""
+
+    placements: tuple[Placement, ...]
+    refusals: tuple[Refusal, ...] = ()
+    unmatched: tuple[Unmatched, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return tuple(p.target for p in self.placements)
+
+
+def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: bool = True) -> Plan:
+    """Plans `config` under the name `adapter`.
+
+    Raises RecipeError if the config chooses nothing, or if a target is refused: all refusals in one message. With
+    strict=False refused targets are left out and listed.
+    """
+    check_adapter_name(adapter)
+    selection = select(table, config)
+    adapted, refusals = adapted_placements(selection, adapter, config)
+    substitutions = [
+        *saved_placements(table, selection, adapter, config),
+        *bias_placements(table, selection, adapter, config),
+        *token_placements(selection, adapter, config),
+    ]
+    refusals = (*selection.refusals, *refusals)
+    if refusals and strict:
+        raise RecipeError("\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *map(str, refusals)]))
+    return Plan((*substitutions, *adapted), refusals, selection.unmatched)
+
+
+def check_adapter_name(adapter: str) -> None:
+    """Raises RecipeError unless `adapter` can name a submodule."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise RecipeError(f"adapter name {adapter!r}: expected a non-empty string without a dot")
+    if adapter in METHODS or hasattr(nn.Module(), adapter):
+        raise RecipeError(f"adapter name {adapter!r} is reserved (a method or an attribute of torch.nn.Module); rename it")
+
+
+def adapted_placements(
+    selection: Selection, adapter: str, config: AdapterConfig
+) -> tuple[list[Placement], list[Refusal]]:
+    """The method itself on every target that it can adapt."""
+    method, placements, refusals = get_method(config.peft_type), [], []
+    for target in selection.targets:
+        if reason := method.check(target, config):
+            refusals.append(Refusal(target.name, reason))
+        else:
+            placements.append(Placement(adapter, method.name, target, config, method.tensors(target, config)))
+    by_path = {p.target.path: p for p in placements}
+    for path, source in selection.tied.items():
+        if path == source or path not in by_path or source not in by_path:
+            continue
+        names = method.tied(by_path[path].target, by_path[source].target, config)
+        if names is None:
+            refusals.append(Refusal(path, f"{method.name} cannot stay tied to {source}: drop ensure_weight_tying"))
+            continue
+        shared = {n: Shared(by_path[source].state_name(there), swap) for n, (there, swap) in names.items()}
+        placements[placements.index(by_path[path])] = replace(by_path[path], shared=shared)
+    # owners first, so that whoever builds the tensors in order finds those that are shared
+    return sorted(placements, key=lambda p: bool(p.shared)), refusals
+
+
+def saved_placements(
+    table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
+) -> list[Placement]:
+    """A copy of every parameter and persistent buffer of the modules to save, shared where the module shares it."""
+    placements, sources = [], {}
+    counts = wrap_counts(list(selection.targets))
+    for saved in selection.saved:
+        owners = dict(sources.get(saved.source, {}))
+        for path, record in modules_inside(table, saved):
+            for name, shape in (record.parameters | record.buffers).items():
+                target = replace(whole_parameter(path, name, shape), file_path=inside_path(path, counts))
+                placement = own_copy(adapter, target, config, trainable=name in record.parameters)
+                full_name = f"{record.path}.{name}"
+                tensor = min((full_name, *table.tied_to(full_name)))
+                if tensor in owners:
+                    placement = replace(placement, shared={"weight": Shared(owners[tensor])})
+                else:
+                    owners[tensor] = placement.state_name("weight")
+                placements.append(placement)
+        sources[saved.path] = owners
+    return placements
+
+
+def modules_inside(table: ModuleTable, saved: SavedModule) -> Iterator[tuple[str, ModuleRecord]]:
+    """(path, record) of a saved module and the modules in it, aliases as often as they occur."""
+    for record in table.records:
+        for path in (record.path, *record.aliases):
+            if path == saved.path or path.startswith(f"{saved.path}."):
+                yield path, record
+
+
+def own_copy(adapter: str, target: Target, config: AdapterConfig, trainable: bool = True, key: str = "") -> Placement:
+    method = get_method("SAVED")
+    tensors = {
+        name: replace(tensor, trainable=trainable, key=key or tensor.key)
+        for name, tensor in method.tensors(target, config).items()
+    }
+    return Placement(adapter, method.name, target, config, tensors)
+
+
+def bias_placements(
+    table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
+) -> list[Placement]:
+    """Trained copies of the model's biases: all that are called `bias`, or those of adapted modules."""
+    if config.bias == "none":
+        return []
+    targets = list(selection.targets)
+    adapted, counts = {t.path for t in targets}, wrap_counts(targets)
+    saved = [s.path for s in selection.saved]
+    return [
+        own_copy(
+            adapter, replace(whole_parameter(r.path, "bias", r.parameters["bias"]), file_path=base_path(r.path, counts)), config
+        )
+        for r in table.records
+        if "bias" in r.parameters
+        and r.path
+        and (config.bias == "all" or r.path in adapted)
+        and not any(path == s or path.startswith(f"{s}.") for s in saved for path in (r.path, *r.aliases))
+    ]  # fmt: skip
+
+
+def token_placements(selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:
+    """Trained embedding rows. Tied modules use the embedding's tensors, which are saved once, as PEFT does."""
+    method = get_method("TOKENS")
+    rows = {r.target.path: r.target for r in selection.tokens}
+    return [token_placement(method, r, rows, adapter, config) for r in selection.tokens]
+
+
+def token_placement(method, rows: TokenRows, targets: dict[str, Target], adapter: str, config) -> Placement:
+    # the config of the placement names the module, whichever way the recipe found it
+    config = replace(config, trainable_token_indices={rows.target.path: list(rows.ids)})
+    placement = Placement(adapter, method.name, rows.target, config, method.tensors(rows.target, config))
+    if rows.source is None:
+        return placement
+    owner = replace(placement, target=targets[rows.source])
+    return replace(
+        placement,
+        tensors={name: replace(tensor, key=None) for name, tensor in placement.tensors.items()},
+        shared={name: Shared(owner.state_name(name)) for name in placement.tensors},
+    )

@@ -1,0 +1,414 @@
+"""Which modules and parameters a config chooses, with PEFT's matching rules, from the module table alone.
+
+Deviations from PEFT, on purpose: `modules_to_save` matches at a component border ("head" is not "lm_head"); a shared
+module is matched under any of its paths; ties are read from the tensors, not from module names; `layers_to_transform`
+also filters "all-linear"; entries that match nothing are reported with the nearest names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from . import defaults
+from .config import AdapterConfig, by_pattern
+from .errors import RecipeError
+from .kinds import CONTAINERS, Refusal, module_targets, parameter_target
+from .target import ModuleRecord, ModuleTable, Target
+from .wrappers import with_file_paths
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """An entry of a config field that matched nothing, and the names that come close."""
+
+    field: str
+    entry: str
+    nearest: tuple[str, ...] = ()
+
+    def __str__(self):
+        near = f"; nearest: {', '.join(self.nearest)}" if self.nearest else ""
+        return f"{self.field}: {self.entry!r} matches nothing{near}"
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A module that gets its own trained copy. source: path of the saved module whose weight it keeps sharing."""
+
+    path: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding (or head) that are trained. source: the embedding whose rows it uses, if tied."""
+
+    target: Target
+    ids: tuple[int, ...]
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a config chooses. tied: path of an adapted module -> path of the adapted embedding it must stay tied to."""
+
+    targets: tuple[Target, ...]
+    refusals: tuple[Refusal, ...] = ()
+    saved: tuple[SavedModule, ...] = ()
+    tokens: tuple[TokenRows, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[Unmatched, ...] = ()
+
+
+def select(table: ModuleTable, config: AdapterConfig) -> Selection:
+    """The targets, saved modules and token rows that `config` chooses in `table`.
+
+    Raises RecipeError if it chooses nothing, if everything it chooses is excluded, or if a pattern is no regex.
+    """
+    saved, saved_refusals, missing_saved = choose_saved(table, config)
+    modules, excluded, missing_modules = choose_modules(table, config, saved)
+    tied = {} if any(s.source for s in saved) else tied_targets(table, config, modules)
+    chosen = {*(r.path for r in modules), *tied}
+    modules = [r for r in table.records if r.path in chosen]
+    targets, refusals = targets_of_modules(table, config, modules)
+    targets, parameter_refusals, missing_parameters = add_parameters(table, config, targets, saved)
+    targets = with_file_paths(targets)
+    tokens, token_refusals = choose_tokens(table, config, targets, saved)
+    refusals = [*saved_refusals, *refusals, *parameter_refusals, *token_refusals]
+    unmatched = [*missing_modules, *missing_parameters, *missing_saved, *unmatched_patterns(config, targets)]
+    if not targets and not refusals and config.target_modules != defaults.NO_TARGETS:
+        raise nothing_chosen(table, config, excluded, [*missing_modules, *missing_parameters])
+    return Selection(tuple(targets), tuple(refusals), tuple(saved), tuple(tokens), tied, tuple(unmatched))
+
+
+# Matching
+
+
+def suffixes(path: str) -> Iterator[str]:
+    """The path and each of its tails that starts at a component border."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
+
+
+def matcher(field: str, entries: list[str] | str | None) -> Callable[[str], set[str]]:
+    """path -> the entries that match it: a regex must match the whole path, a name its end at a component border."""
+    if not entries:
+        return lambda path: set()
+    if isinstance(entries, str):
+        pattern = compiled(field, entries)
+        return lambda path: {entries} if pattern.fullmatch(path) else set()
+    names = set(entries)
+    return lambda path: names.intersection(suffixes(path))
+
+
+def compiled(field: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"{field}: {pattern!r} is no regular expression: {error}") from error
+
+
+def paths_of(record: ModuleRecord) -> tuple[str, ...]:
+    return (record.path, *record.aliases)
+
+
+def nearest(entry: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Up to three names, whole or last components, that look like `entry`."""
+    names = [n for n in names if n]
+    known = dict.fromkeys([*(n.rpartition(".")[2] for n in names), *names])
+    return tuple(difflib.get_close_matches(entry, known, n=3, cutoff=0.5))
+
+
+def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str]) -> list[Unmatched]:
+    names = list(names)
+    entries = [entries] if isinstance(entries, str) else entries or []
+    return [Unmatched(field, e, nearest(e, names)) for e in entries if e not in matched]
+
+
+# Modules
+
+
+def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[str] | str:
+    """`target_modules`, with the model type's default where it is None; [] if only parameters are chosen."""
+    if config.target_modules is not None:
+        return config.target_modules
+    default = defaults.DEFAULT_TARGETS.get(config.peft_type, {}).get(table.model_type)
+    if config.target_parameters and (default is None or table.model_type in defaults.PARAMETERS_ALONE):
+        return []
+    if default is None:
+        raise RecipeError(
+            f"name target_modules or target_parameters: {config.peft_type} has no default for model type "
+            f"{table.model_type!r}"
+        )
+    return default
+
+
+def choose_modules(
+    table: ModuleTable, config: AdapterConfig, saved: list[SavedModule]
+) -> tuple[list[ModuleRecord], set[str], list[Unmatched]]:
+    """(chosen records, paths that matched but are excluded, entries that matched no path)."""
+    entries = resolved_target_modules(table, config)
+    all_linear = isinstance(entries, str) and entries.lower() == defaults.ALL_LINEAR
+    matches = matcher("target_modules", [] if all_linear or entries == defaults.NO_TARGETS else entries)
+    excluded_by, in_layer = matcher("exclude_modules", config.exclude_modules), layer_filter(config)
+    heads = heads_left_out(table, config)
+    chosen, excluded, seen, seen_exclusions = [], set(), set(), set()
+    for record in table.records:
+        if not record.path:
+            continue
+        paths = paths_of(record)
+        found = {path: matches(path) for path in paths}
+        seen |= set().union(*found.values())
+        exclusions = set().union(*map(excluded_by, paths))
+        seen_exclusions |= exclusions
+        if all_linear:
+            wanted = record.is_a("Linear", "Conv1D") and record.path not in heads
+            kept = wanted and any(map(in_layer, paths))
+        else:
+            wanted = any(found.values())
+            exact = isinstance(entries, list) and any(path in entries for path in paths)
+            kept = exact or any(in_layer(path) for path in paths if found[path])
+        if wanted and (exclusions or any(inside(path, s.path) for path in paths for s in saved)):
+            excluded.add(record.path)
+        elif kept:
+            chosen.append(record)
+    every_path = [path for record in table.records for path in paths_of(record)]
+    named = [] if all_linear or entries == defaults.NO_TARGETS else entries
+    unmatched = report_unmatched("target_modules", named, seen, every_path)
+    return chosen, excluded, unmatched + report_unmatched(
+        "exclude_modules", config.exclude_modules, seen_exclusions, every_path
+    )
+
+
+def inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def heads_left_out(table: ModuleTable, config: AdapterConfig) -> set[str]:
+    """Modules that "all-linear" does not mean: the output head, or a classifier's head."""
+    if table.output_head is not None:
+        return {table.output_head}
+    if table.model_type is None or config.task_type != "SEQ_CLS":
+        return set()
+    return {next((name for name in defaults.CLASSIFIER_HEADS if name in table), "")}
+
+
+def layer_filter(config: AdapterConfig) -> Callable[[str], bool]:
+    """path -> whether `layers_to_transform` keeps it: the first number after a layer list is its index."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return lambda path: True
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    patterns = [rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\." for name in names or ()] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    compiled_patterns = [compiled("layers_pattern", p) for p in patterns]
+
+    def keeps(path: str) -> bool:
+        found = next((m for p in compiled_patterns if (m := p.match(path))), None)
+        return found is not None and int(found["idx"]) in wanted
+
+    return keeps
+
+
+def targets_of_modules(
+    table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]
+) -> tuple[list[Target], list[Refusal]]:
+    """Each parameter once, even where an attention module and its own projection are both named."""
+    targets, refusals = {}, []
+    mamba = table.model_type in defaults.MAMBA_MODELS and config.peft_type in defaults.MAMBA_REFUSES
+    for record in modules:
+        read = module_targets(record)
+        if mamba and record.path.rpartition(".")[2] in defaults.MAMBA_MODULES:
+            read = Refusal(record.path, f"{table.model_type} reads this weight in a fused kernel, past the module")
+        if isinstance(read, Refusal):
+            refusals.append(read)
+            continue
+        for target in read:
+            targets.setdefault(target.name, target)
+    return list(targets.values()), refusals
+
+
+# Parameters
+
+
+def add_parameters(
+    table: ModuleTable, config: AdapterConfig, targets: list[Target], saved: list[SavedModule]
+) -> tuple[list[Target], list[Refusal], list[Unmatched]]:
+    """`targets` and those of `target_parameters`; a module is chosen either whole or by parameters."""
+    matches = matcher("target_parameters", config.target_parameters)
+    modules, found, refusals, seen = {t.path for t in targets}, [], [], set()
+    for record in table.records:
+        for name in record.parameters:
+            matched = set().union(*(matches(f"{path}.{name}" if path else name) for path in paths_of(record)))
+            seen |= matched
+            if not matched or any(inside(path, s.path) for path in paths_of(record) for s in saved):
+                continue
+            read = parameter_target(record, name)
+            if record.path in modules and isinstance(read, Target):
+                read = Refusal(read.name, "its module is chosen by target_modules too; set target_modules=[] to avoid it")
+            (refusals if isinstance(read, Refusal) else found).append(read)
+    names = [f"{r.path}.{name}" for r in table.records for name in r.parameters]
+    return [*targets, *found], refusals, report_unmatched("target_parameters", config.target_parameters, seen, names)
+
+
+# Modules to save
+
+
+def choose_saved(
+    table: ModuleTable, config: AdapterConfig
+) -> tuple[list[SavedModule], list[Refusal], list[Unmatched]]:
+    """The outermost modules that `modules_to_save` and the task type name."""
+    heads = [h for h in defaults.TASK_HEADS.get(config.task_type, ()) if h not in (config.modules_to_save or ())]
+    matches = matcher("modules_to_save", [*(config.modules_to_save or ()), *heads])
+    saved, refusals, seen = [], [], set()
+    for record in table.records:
+        matched = set().union(*map(matches, paths_of(record))) if record.path else set()
+        seen |= matched
+        if not matched or any(inside(record.path, s.path) for s in saved):
+            continue
+        if record.is_a(*CONTAINERS):
+            refusals.append(Refusal(record.path, f"modules_to_save: a {record.type} has no forward of its own"))
+            continue
+        saved.append(SavedModule(record.path))
+    names = [path for record in table.records for path in paths_of(record)]
+    unmatched = report_unmatched("modules_to_save", config.modules_to_save, seen, names)
+    return tie_saved(table, config, saved), refusals, unmatched
+
+
+def tied_group(table: ModuleTable) -> tuple[str, ...]:
+    """Paths of the modules whose weight is the input embedding's, that one excluded."""
+    if table.input_embedding is None:
+        return ()
+    return tuple(name.rpartition(".")[0] for name in table.tied_to(f"{table.input_embedding}.weight"))
+
+
+def tie_saved(table: ModuleTable, config: AdapterConfig, saved: list[SavedModule]) -> list[SavedModule]:
+    """With `ensure_weight_tying`, saving one of the tied modules saves all of them, sharing one weight."""
+    group = tied_group(table) if config.ensure_weight_tying else ()
+    everyone = (table.input_embedding, *group)
+    if not group or not any(s.path in everyone for s in saved):
+        return saved
+    rest = [s for s in saved if s.path not in everyone]
+    return [SavedModule(table.input_embedding), *(SavedModule(p, table.input_embedding) for p in group), *rest]
+
+
+def tied_targets(table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]) -> dict[str, str]:
+    """With `ensure_weight_tying`, adapting one of the tied modules adapts all: each path -> the embedding's, itself too."""
+    group = tied_group(table) if config.ensure_weight_tying else ()
+    everyone = (table.input_embedding, *group)
+    if not group or not any(r.path in everyone for r in modules):
+        return {}
+    return dict.fromkeys(everyone, table.input_embedding)
+
+
+# Trained tokens
+
+
+def choose_tokens(
+    table: ModuleTable, config: AdapterConfig, targets: list[Target], saved: list[SavedModule]
+) -> tuple[list[TokenRows], list[Refusal]]:
+    """The embedding rows to train. Raises RecipeError for unknown modules, ids outside the vocabulary, conflicts."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return [], []
+    if not isinstance(wanted, dict):
+        wanted = {table.input_embedding or "embed_tokens": wanted}
+    adapted, rows, refusals = {t.path for t in targets}, {}, []
+    for entry, ids in wanted.items():
+        matches = matcher("trainable_token_indices", [entry])
+        found = [r for r in table.records if r.path and any(map(matches, paths_of(r)))]
+        if not found:
+            near = nearest(entry, (r.path for r in table.records))
+            raise RecipeError(f"{Unmatched('trainable_token_indices', entry, near)}")
+        for record in found:
+            if any(inside(record.path, s.path) for s in saved):
+                raise RecipeError(f"{record.path} is in modules_to_save and in trainable_token_indices: choose one")
+            read = token_target(record)
+            if record.path in adapted and isinstance(read, Target):
+                read = Refusal(record.path, "is in target_modules and in trainable_token_indices: choose one")
+            if isinstance(read, Refusal):
+                refusals.append(read)
+            else:
+                rows[record.path] = TokenRows(read, checked_ids(ids, read))
+    return tie_tokens(table, config, rows), refusals
+
+
+def token_target(record: ModuleRecord) -> Target | Refusal:
+    """The weight (vocabulary, features) of an embedding or a linear head."""
+    read = module_targets(record)
+    if isinstance(read, Refusal):
+        return read
+    if len(read) == 1 and (read[0].kind, read[0].transposed) in (("embedding", True), ("linear", False)):
+        return read[0]
+    return Refusal(record.path, f"trainable_token_indices needs an embedding or a Linear head, not {record.type}")
+
+
+def vocabulary(target: Target) -> int:
+    return target.in_features if target.transposed else target.out_features
+
+
+def checked_ids(ids, target: Target) -> tuple[int, ...]:
+    if not isinstance(ids, list) or not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise RecipeError(f"trainable_token_indices for {target.path}: expected a list of token ids, got {ids!r}")
+    outside = [i for i in ids if not 0 <= i < vocabulary(target)]
+    if outside:
+        raise RecipeError(
+            f"trainable_token_indices for {target.path}: {outside[:5]} lie outside its {vocabulary(target)} tokens; "
+            "resize the embedding first"
+        )
+    if len(set(ids)) != len(ids):
+        raise RecipeError(f"trainable_token_indices for {target.path}: the same token is named twice")
+    return tuple(ids)
+
+
+def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenRows]) -> list[TokenRows]:
+    """Modules tied to the embedding use its rows, unless they are given ids of their own."""
+    group, source = tied_group(table), rows.get(table.input_embedding)
+    own = {path: rows[path].ids for path in group if path in rows}
+    if source is None or not group:
+        return list(rows.values())
+    if any(ids != source.ids for ids in own.values()):
+        if config.ensure_weight_tying:
+            raise RecipeError(
+                "ensure_weight_tying needs the same trainable_token_indices for all tied modules, got "
+                f"{source.target.path}: {list(source.ids)}, " + ", ".join(f"{p}: {list(i)}" for p, i in own.items())
+            )
+        return list(rows.values())
+    tied = [token_target(table[path]) for path in group]
+    rest = [r for path, r in rows.items() if path not in group]
+    return [*rest, *(TokenRows(t, source.ids, source.target.path) for t in tied if isinstance(t, Target))]
+
+
+# Reports
+
+
+def unmatched_patterns(config: AdapterConfig, targets: list[Target]) -> list[Unmatched]:
+    """Keys of rank_pattern and the like that match no target."""
+    found = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or {}:
+            compiled(field, key)
+            if not any(by_pattern({key: True}, t.pattern_path, False) for t in targets):
+                found.append(Unmatched(field, key, nearest(key, (t.pattern_path for t in targets))))
+    return found
+
+
+def nothing_chosen(
+    table: ModuleTable, config: AdapterConfig, excluded: set[str], unmatched: list[Unmatched]
+) -> RecipeError:
+    """The error for a config without any target, by cause."""
+    if excluded:
+        names = ", ".join(sorted(excluded)[:5]) + (", ..." if len(excluded) > 5 else "")
+        return RecipeError(
+            f"everything that target_modules matches is excluded, by exclude_modules or modules_to_save: {names}"
+        )
+    wanted = resolved_target_modules(table, config)
+    text = f"nothing to adapt: target_modules={wanted!r}, target_parameters={config.target_parameters!r}"
+    details = [str(u) for u in unmatched if u.field != "exclude_modules"]
+    if config.layers_to_transform is not None:
+        details.append(f"layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}")
+    return RecipeError("\n  ".join([text, *details]))

@@ -1,0 +1,217 @@
+"""What a captured graph module carries besides the model: one submodule, `gm.peft_fx`, and plain data in `gm.meta`.
+
+    gm.peft_fx.adapters.<adapter>.<target>.<tensor>    parameters and buffers of the resident adapters
+    gm.peft_fx.replaced.<target>                       weights that a merge replaced, for unmerge (not in state_dict)
+    gm.peft_fx.mode(train_value, eval_value)           literals that differ between train() and eval()
+    gm.peft_fx.device()                                the device the captured literals mean
+    gm.meta["peft_fx"]: State                          module table, recipe, active adapters, base fx.Graph; no tensors
+
+A GraphModule subclass would be lost by the next pass; a submodule and `meta` are not.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx, nn
+
+from .config import AdapterConfig
+from .errors import GraphError
+from .target import ModuleTable
+
+ROOT = "peft_fx"
+ADAPTERS = f"{ROOT}.adapters"
+REPLACED = f"{ROOT}.replaced"
+MODE = f"{ROOT}.mode"
+DEVICE = f"{ROOT}.device"
+PRESERVED = "_user_preserved_attributes"  # torch.fx: attributes named here survive deepcopy though no node reads them
+
+
+class ByMode(nn.Module):
+    """Chooses between a training and an evaluation literal, so that `train()` / `eval()` work on a captured graph.
+
+    locked: why the graph has only one mode; leaving that mode then raises GraphError.
+    """
+
+    def __init__(self, training: bool, locked: str = ""):
+        super().__init__()
+        self.training, self.locked = training, locked
+
+    def forward(self, train_value, eval_value):
+        return train_value if self.training else eval_value
+
+    def train(self, mode: bool = True):
+        if self.locked and mode != self.training:
+            wanted, has = ("train", "eval") if mode else ("eval", "train")
+            raise GraphError(f"this graph has no {wanted} mode, it was captured in {has} mode only: {self.locked}")
+        return super().train(mode)
+
+
+class ByDevice(nn.Module):
+    """The device on which the graph creates tensors: that of `anchor`, which `.to(device)` moves with the weights."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.register_buffer("anchor", torch.empty(0, device=device), persistent=False)
+
+    def forward(self):
+        return self.anchor.device
+
+
+class Store(nn.Module):
+    """Root of everything above. First child of its graph module, so that it can refuse before anything is converted."""
+
+    def __init__(self, mode: ByMode, device: ByDevice):
+        super().__init__()
+        self.training = mode.training
+        self.mode, self.device = mode, device
+        self.adapters, self.replaced = nn.Module(), nn.Module()
+
+    def _apply(self, fn, recurse=True):
+        if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
+            raise GraphError(
+                "the dtype of a captured graph cannot be changed: casts such as x.float() are literals in it. "
+                "Cast the model, e.g. model.to(torch.bfloat16), and capture it again"
+            )
+        return super()._apply(fn, recurse)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with its own nodes; `meta` is copied one level deep, the call structure (codegen) is shared."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    result, output = new.graph_copy(graph, {}, return_output_node=True)
+    new.output(result).meta = copy.copy(output.meta)
+    new._codegen = graph._codegen
+    return new
+
+
+class BaseGraph:
+    """Holds the base `fx.Graph` inside `gm.meta`; refuses pickling, which would lose tensors, with the remedy."""
+
+    def __init__(self, graph: fx.Graph):
+        self.graph = graph
+
+    def __deepcopy__(self, memo):
+        return BaseGraph(copy_graph(self.graph))
+
+    def __reduce__(self):
+        raise GraphError("a captured graph cannot be pickled; write it with peft_fx.export(graph, 'model.pt2')")
+
+
+@dataclass
+class Resident:
+    """A resident adapter's config, shared by all graphs derived from one another, since they share its tensors."""
+
+    config: AdapterConfig
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a graph module knows about itself, without a tensor.
+
+    recipe: resident adapters in the order they were added. active: those in the graph, in order. merged: those folded
+    into the weights, in order; before_merge: what was active then. merge_report: one dict per merged target. reports: what
+    the passes did that made this graph.
+    """
+
+    table: ModuleTable
+    base: BaseGraph
+    range_constraints: dict = field(default_factory=dict)
+    recipe: dict[str, Resident] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    before_merge: tuple[str, ...] = ()
+    merge_report: tuple[dict, ...] = ()
+    reports: tuple = ()
+
+    def update(self, **changes) -> State:
+        return replace(self, **changes)
+
+
+def state_of(gm: nn.Module, verb: str = "this") -> State:
+    """The state of a captured graph. Raises GraphError for anything that `capture` did not make."""
+    state = getattr(gm, "meta", {}).get(ROOT) if isinstance(gm, fx.GraphModule) else None
+    if state is None:
+        raise GraphError(
+            f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {type(gm).__name__}"
+            + ("; a pass that rebuilt it dropped gm.meta: copy the meta over" if isinstance(gm, fx.GraphModule) else "")
+        )
+    return state
+
+
+def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State) -> fx.GraphModule:
+    """A GraphModule that owns the given root entries (objects, not copies) and runs `graph`."""
+    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
+    for name, module in modules.items():
+        gm.add_module(name, module)
+    for name, parameter in parameters.items():
+        gm.register_parameter(name, parameter)
+    for name, (buffer, persistent) in buffers.items():
+        gm.register_buffer(name, buffer, persistent=persistent)
+    gm.graph = graph
+    gm.meta[ROOT] = state
+    gm.meta[PRESERVED] = {ROOT: gm.peft_fx}
+    gm.training = gm.peft_fx.mode.training
+    return gm
+
+
+def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
+    """A new GraphModule over the same tensors with its own module objects, graph, mode and state."""
+    modules = {name: shell(module) for name, module in gm._modules.items()}
+    modules = {ROOT: modules.pop(ROOT), **modules}
+    buffers = {n: (b, n not in gm._non_persistent_buffers_set) for n, b in gm._buffers.items()}
+    return build(modules, dict(gm._parameters), buffers, graph, state)
+
+
+def shell(module: nn.Module) -> nn.Module:
+    """A module tree of new objects that hold the same tensors; sub-graphs of regions are copied too."""
+    if isinstance(module, fx.GraphModule):
+        new = fx.GraphModule(module, copy_graph(module.graph))
+        new.training = module.training
+        return new
+    new = module.__new__(type(module))
+    new.__dict__ = dict(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        new.__dict__[kind] = dict(module.__dict__[kind])
+    new.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    new.__dict__["_modules"] = {name: shell(child) for name, child in module._modules.items() if child is not None}
+    return new
+
+
+def owner_of(root: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
+    """The module that holds the dotted `name`, and the last component; `create` adds missing containers."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        if part not in module._modules:
+            if not create:
+                raise GraphError(f"the graph module has no {name!r}")
+            child = nn.Module()
+            child.training = root.training
+            module.add_module(part, child)
+        module = module._modules[part]
+    return module, leaf
+
+
+def get_tensor(root: nn.Module, name: str) -> torch.Tensor | None:
+    """The parameter or buffer called `name`, or None."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        module = module._modules.get(part)
+        if module is None:
+            return None
+    return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+
+
+def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
+    """Registers `tensor` under `name`: a Parameter as parameter, anything else (and non-persistent) as buffer."""
+    owner, leaf = owner_of(root, name, create=True)
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    if isinstance(tensor, nn.Parameter) and persistent:
+        owner.register_parameter(leaf, tensor)
+    else:
+        owner.register_buffer(leaf, tensor, persistent=persistent)
