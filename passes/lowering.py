@@ -44,7 +44,7 @@ def weight_function(method: Method, target: Target, config: AdapterConfig, names
         for t in tensors:
             wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
         new_W, new_b = apply_weight(method, W, b, theta, target, config, wide, dense)
-        return new_W.to(W.dtype), (b if new_b is b else new_b.to(W.dtype))
+        return cast(new_W, W.dtype), (b if new_b is b else cast(new_b, W.dtype))
 
     return function
 
@@ -53,11 +53,16 @@ def apply_weight(
     method: Method, W, b, theta: Theta, target: Target, config: AdapterConfig, dtype: torch.dtype, dense: bool
 ):
     """`method.weight` on a stored weight, all floating tensors in `dtype`; returns (stored W', b')."""
-    theta = {k: t.to(dtype) if t.is_floating_point() else t for k, t in theta.items()}
-    canonical = to_canonical(W, target, dense).to(dtype)
-    wide_b = None if b is None else b.to(dtype)
+    theta = {k: cast(t, dtype) if t.is_floating_point() else t for k, t in theta.items()}
+    canonical = cast(to_canonical(W, target, dense), dtype)
+    wide_b = None if b is None else cast(b, dtype)
     new_W, new_b = method.weight(canonical, wide_b, theta, target, config)
     return from_canonical(new_W, target), (b if new_b is wide_b else new_b)
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)` without the node that a cast to the same dtype would leave in the graph."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def activation_inputs(site: Site) -> list[fx.Node]:
@@ -110,8 +115,8 @@ def additive_function(site: Site, method: Method, target: Target, config: Adapte
             return site.node.target(*args, **site.node.kwargs)
 
         f = method.factors(theta, target, config)
-        A, B = from_canonical(f.A, target).to(y.dtype), f.B.to(y.dtype)
-        bias = None if f.bias is None else (f.bias * f.scale).to(y.dtype)
+        A, B = cast(from_canonical(f.A, target), y.dtype), cast(f.B, y.dtype)
+        bias = None if f.bias is None else cast(f.bias * f.scale, y.dtype)
         if dropout:
             x = F.dropout(x, dropout, True)
         h = replay(x, A) * f.scale

@@ -59,7 +59,7 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
     if name in state.recipe:
         raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
     only_one_with_biases(state, name, config)
-    gm = derive(gm, copy_graph(state.base.graph), state) if state.recipe else frozen(gm)
+    gm = derive(gm, fx.Graph(), state) if state.recipe else frozen(gm)
     if config.layer_replication:
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)

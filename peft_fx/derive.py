@@ -34,12 +34,11 @@ def placements(state: State, adapter: str) -> tuple[Placement, ...]:
 
 
 def frozen(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph over frozen aliases of its parameters: new Parameters on the same memory, ties kept.
+    """The module, not yet its graph, over frozen aliases of its parameters: new Parameters on the same memory, ties kept.
 
     The user's model keeps its own Parameters and their requires_grad.
     """
-    state = state_of(gm)
-    new = derive(gm, copy_graph(state.base.graph), state)
+    new = derive(gm, fx.Graph(), state_of(gm))
     aliases: dict[nn.Parameter, nn.Parameter] = {}
     for module in new.modules():
         for name, parameter in module._parameters.items():

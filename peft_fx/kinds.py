@@ -31,7 +31,7 @@ READINGS = {
 # Normalisations share no base class; their class names end in one of these.
 NORMS = ("Norm", "Norm1d", "Norm2d", "Norm3d")
 CONTAINERS = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")
-SUPPORTED = f"supported: {', '.join(READINGS)}, MultiheadAttention, normalisations, and any parameter by target_parameters"
+SUPPORTED = f"supported: {', '.join(READINGS)}, MultiheadAttention, norms, and any parameter by target_parameters"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .errors import RecipeError
 from .kinds import Refusal, whole_parameter
 from .methods import METHODS, get_method
 from .methods.base import Tensor
-from .selection import SavedModule, Selection, TokenRows, Unmatched, select
+from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
 from .target import ModuleRecord, ModuleTable, Target
 from .wrappers import base_path, inside_path, wrap_counts
 
@@ -35,7 +35,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Placement:
-    """One method on one target. shared: names among `tensors` that are another placement's tensor, not one of their own."""
+    """One method on one target. shared: names among `tensors` that are another placement's tensor, not its own."""
 
     adapter: str
     method: str
@@ -99,7 +99,7 @@ def check_adapter_name(adapter: str) -> None:
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         raise RecipeError(f"adapter name {adapter!r}: expected a non-empty string without a dot")
     if adapter in METHODS or hasattr(nn.Module(), adapter):
-        raise RecipeError(f"adapter name {adapter!r} is reserved (a method or an attribute of torch.nn.Module); rename it")
+        raise RecipeError(f"adapter name {adapter!r} is reserved: a method, or an attribute of torch.nn.Module")
 
 
 def adapted_placements(
@@ -153,16 +153,13 @@ def modules_inside(table: ModuleTable, saved: SavedModule) -> Iterator[tuple[str
     """(path, record) of a saved module and the modules in it, aliases as often as they occur."""
     for record in table.records:
         for path in (record.path, *record.aliases):
-            if path == saved.path or path.startswith(f"{saved.path}."):
+            if inside(path, saved.path):
                 yield path, record
 
 
-def own_copy(adapter: str, target: Target, config: AdapterConfig, trainable: bool = True, key: str = "") -> Placement:
+def own_copy(adapter: str, target: Target, config: AdapterConfig, trainable: bool = True) -> Placement:
     method = get_method("SAVED")
-    tensors = {
-        name: replace(tensor, trainable=trainable, key=key or tensor.key)
-        for name, tensor in method.tensors(target, config).items()
-    }
+    tensors = {name: replace(tensor, trainable=trainable) for name, tensor in method.tensors(target, config).items()}
     return Placement(adapter, method.name, target, config, tensors)
 
 
@@ -175,16 +172,15 @@ def bias_placements(
     targets = list(selection.targets)
     adapted, counts = {t.path for t in targets}, wrap_counts(targets)
     saved = [s.path for s in selection.saved]
-    return [
-        own_copy(
-            adapter, replace(whole_parameter(r.path, "bias", r.parameters["bias"]), file_path=base_path(r.path, counts)), config
-        )
+    chosen = [
+        whole_parameter(r.path, "bias", r.parameters["bias"])
         for r in table.records
         if "bias" in r.parameters
         and r.path
         and (config.bias == "all" or r.path in adapted)
-        and not any(path == s or path.startswith(f"{s}.") for s in saved for path in (r.path, *r.aliases))
-    ]  # fmt: skip
+        and not any(inside(path, s) for s in saved for path in (r.path, *r.aliases))
+    ]
+    return [own_copy(adapter, replace(t, file_path=base_path(t.path, counts)), config) for t in chosen]
 
 
 def token_placements(selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:

@@ -249,7 +249,7 @@ def add_parameters(
                 continue
             read = parameter_target(record, name)
             if record.path in modules and isinstance(read, Target):
-                read = Refusal(read.name, "its module is chosen by target_modules too; set target_modules=[] to avoid it")
+                read = Refusal(read.name, "target_modules chooses its module too; set target_modules=[] to avoid it")
             (refusals if isinstance(read, Refusal) else found).append(read)
     names = [f"{r.path}.{name}" for r in table.records for name in r.parameters]
     return [*targets, *found], refusals, report_unmatched("target_parameters", config.target_parameters, seen, names)
@@ -297,7 +297,7 @@ def tie_saved(table: ModuleTable, config: AdapterConfig, saved: list[SavedModule
 
 
 def tied_targets(table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]) -> dict[str, str]:
-    """With `ensure_weight_tying`, adapting one of the tied modules adapts all: each path -> the embedding's, itself too."""
+    """With `ensure_weight_tying`, adapting one tied module adapts all: each path -> the embedding's, its own too."""
     group = tied_group(table) if config.ensure_weight_tying else ()
     everyone = (table.input_embedding, *group)
     if not group or not any(r.path in everyone for r in modules):

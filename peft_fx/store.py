@@ -141,8 +141,14 @@ def state_of(gm: nn.Module, verb: str = "this") -> State:
     return state
 
 
+def set_graph(gm: fx.GraphModule, graph: fx.Graph) -> None:
+    """Gives `gm` a graph without generating its code: whoever runs passes on it does that once, at the end."""
+    gm._graph = graph
+    graph.owning_module = gm
+
+
 def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State) -> fx.GraphModule:
-    """A GraphModule that owns the given root entries (objects, not copies) and runs `graph`."""
+    """A GraphModule that owns the given root entries (objects, not copies); it runs `graph` once passes have run on it."""
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
     for name, module in modules.items():
         gm.add_module(name, module)
@@ -150,7 +156,7 @@ def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph:
         gm.register_parameter(name, parameter)
     for name, (buffer, persistent) in buffers.items():
         gm.register_buffer(name, buffer, persistent=persistent)
-    gm.graph = graph
+    set_graph(gm, graph)
     gm.meta[ROOT] = state
     gm.meta[PRESERVED] = {ROOT: gm.peft_fx}
     gm.training = gm.peft_fx.mode.training

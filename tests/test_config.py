@@ -24,7 +24,7 @@ def test_fields_and_defaults_are_those_of_peft():
 
 
 def test_a_config_round_trips_through_json():
-    config = LoraConfig(r=4, lora_alpha=2.5, target_modules={"v", "q"}, layers_to_transform=(1, 2), rank_pattern={"q": 2})
+    config = LoraConfig(lora_alpha=2.5, target_modules={"v", "q"}, layers_to_transform=(1, 2), rank_pattern={"q": 2})
     assert config.target_modules == ["q", "v"] and config.layers_to_transform == [1, 2]
     assert LoraConfig.from_dict(json.loads(config.to_json())) == config
 
@@ -44,14 +44,16 @@ def test_unknown_fields_pass_when_empty_and_are_refused_when_set():
 
 
 REFUSED = [
-    ({"r": 0}, "from 1 to"), ({"r": True}, "expected int"), ({"r": 2.0}, "expected int"), ({"rank_pattern": {"q": -1}}, "rank_pattern"),
+    ({"r": 0}, "from 1 to"), ({"r": True}, "expected int"), ({"r": 2.0}, "expected int"),
+    ({"rank_pattern": {"q": -1}}, "rank_pattern"),
     ({"lora_dropout": 1.0}, "lora_dropout"), ({"lora_dropout": -0.1}, "lora_dropout"),
     ({"use_dora": True}, "not part of this version"), ({"loftq_config": {"loftq_bits": 4}}, "not part of this version"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"target_parameters": "experts.w"}, "target_parameters"),
     ({"modules_to_save": "head"}, "modules_to_save"), ({"target_modules": {"a": 1}}, "target_modules"),
     ({"exclude_modules": [1]}, "exclude_modules"), ({"bias": "some"}, "bias"), ({"bias": None}, "bias"),
     ({"layers_pattern": "layers"}, "without layers_to_transform"), ({"layers_to_transform": ["1"]}, "layer indices"),
-    ({"target_modules": ".*q", "layers_to_transform": 1}, "cannot be combined"), ({"rank_pattern": ["q"]}, "expected a dict"),
+    ({"target_modules": ".*q", "layers_to_transform": 1}, "cannot be combined"),
+    ({"rank_pattern": ["q"]}, "expected a dict"),
 ]  # fmt: skip
 
 

@@ -333,7 +333,10 @@ def test_links_of_a_hub_snapshot_are_followed_into_its_blobs_only(tmp_path):
         read_tensors(snapshot)
 
 
-@pytest.mark.parametrize("source, says", [("no such folder", "no hub id"), ("a/b/c", "no hub id"), ("..", "has no adapter")])
+NOWHERE = [("no such folder", "no hub id"), ("a/b/c", "no hub id"), ("..", "has no adapter")]
+
+
+@pytest.mark.parametrize("source, says", NOWHERE)
 def test_a_folder_that_is_not_there_is_an_adapter_file_error(tmp_path, monkeypatch, source, says):
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")

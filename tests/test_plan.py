@@ -69,7 +69,6 @@ CASES = [
     ("gpt2", {}),
     ("gpt2", {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
     ("t5", {"target_modules": ["q"], "modules_to_save": ["shared"]}),
-    ("t5", {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
     ("t5", {"trainable_token_indices": [3, 1]}),
     ("gpt2", {"target_modules": ["c_attn", "wte", "lm_head"], "bias": "lora_only"}),
     ("gpt2", {"target_modules": ["c_proj"], "bias": "all"}),
@@ -102,7 +101,8 @@ def test_keys_and_shapes_are_those_of_a_file_that_peft_saves(model, options):
 
 @pytest.mark.parametrize("model, options", CASES, ids=lambda v: str(v)[:80])
 def test_as_many_numbers_are_trained_as_by_peft(model, options):
-    theirs = {p.untyped_storage().data_ptr(): p.numel() for p in peft_model(model, **options).parameters() if p.requires_grad}
+    parameters = peft_model(model, **options).parameters()
+    theirs = {p.untyped_storage().data_ptr(): p.numel() for p in parameters if p.requires_grad}
     ours = {
         p.resolve(name).name: torch.Size(tensor.shape).numel()
         for p in plan_of(model, **options).placements
@@ -141,6 +141,14 @@ def test_tied_targets_use_transposed_factors_of_the_embedding():
     }
 
 
+def test_all_tied_modules_share_one_pair_of_factors():
+    """PEFT ties the (embedding, head) pair only: T5's other two embeddings get factors of their own there."""
+    plan = plan_of("t5", target_modules=["lm_head"], ensure_weight_tying=True)
+    assert len(plan.placements) == 4
+    trained = {p.resolve(n).name for p in plan.placements for n, t in p.tensors.items() if t.trainable}
+    assert trained == {f"default.shared.weight.lora_embedding_{factor}" for factor in "AB"}
+
+
 def test_tied_factors_are_the_same_update():
     plan = plan_of("tied_llama", target_modules=["lm_head"], ensure_weight_tying=True)
     embedding, head = plan.placements
@@ -148,7 +156,8 @@ def test_tied_factors_are_the_same_update():
     theta[head.state_name("scaling")] = theta[embedding.state_name("scaling")]
 
     def adapted(p, W):
-        found = {n: theta[p.resolve(n).name].mT if p.resolve(n).transposed else theta[p.resolve(n).name] for n in p.tensors}
+        shared = {n: p.resolve(n) for n in p.tensors}
+        found = {n: theta[s.name].mT if s.transposed else theta[s.name] for n, s in shared.items()}
         return get_method(p.method).weight(W, None, found, p.target, p.config)[0]
 
     W = torch.randn(head.target.shape)

@@ -38,7 +38,8 @@ def test_every_form_gives_the_same_recipe(form):
 
 
 def test_a_config_of_peft_is_taken_without_its_classes():
-    theirs = peft.LoraConfig(r=4, lora_alpha=16, target_modules={"q", "k"}, rank_pattern={"q": 2}, task_type="CAUSAL_LM")
+    options = {"r": 4, "lora_alpha": 16, "rank_pattern": {"q": 2}, "task_type": "CAUSAL_LM"}
+    theirs = peft.LoraConfig(target_modules={"q", "k"}, **options)
     recipe = as_recipe(theirs, "mine")
     assert recipe["mine"] == dataclasses.replace(CONFIG, peft_version=theirs.peft_version)
     assert type(recipe["mine"].task_type) is str
@@ -83,10 +84,11 @@ def test_yaml_cannot_make_objects(tmp_path):
 
 
 NO_RECIPES = [
-    (5, "expected a config"), (None, "expected a config"), ({}, "names its peft_type"), ({"r": 4}, "names its peft_type"),
-    ({"peft_type": "NOPE"}, "'NOPE' is unknown"), ({"adapters": {}}, "at least one adapter"), ({"adapters": []}, "at least one"),
+    (5, "expected a config"), (None, "expected a config"), ({}, "names its peft_type"),
+    ({"r": 4}, "names its peft_type"), ({"peft_type": "NOPE"}, "'NOPE' is unknown"),
+    ({"adapters": {}}, "at least one adapter"), ({"adapters": []}, "at least one adapter"),
     ({"adapters": {"a": CONFIG}, "extra": 1}, "unknown keys ['extra']"), ({"adapters": {"a": 5}}, "expected a config"),
-    ("missing.json", "cannot be read"), ("adapter.txt", "expected one of .json"), ({"peft_type": "TOKENS"}, "is unknown"),
+    ({"peft_type": "TOKENS"}, "is unknown"), ("missing.json", "cannot be read"), ("a.txt", "expected one of .json"),
 ]  # fmt: skip
 
 

@@ -94,9 +94,9 @@ def test_the_adapted_modules_are_those_of_peft(model, options):
 
 PATHS = ["model", "model.layers", "model.layers.0.q", "model.layers.1.q", "model.layers.1.mlp.v", "h.2.experts.1.q",
          "q", "v", "layers.0.q", "model.layers.10.up_q", "encoder.block.1.layer.0.v"]  # fmt: skip
-PIECES = st.sampled_from(["q", "v", "model", "layers", "0", "1", "10", "mlp", ".*", r"\.", "(q|v)", "h", "[0-9]+", "up_q"])
+PIECES = st.sampled_from(["q", "v", "model", "layers", "0", "1", "10", "mlp", ".*", r"\.", "(q|v)", "h", "[0-9]+"])
 REGEX = st.lists(PIECES, min_size=1, max_size=5).map("".join)
-NAMES = st.lists(st.sampled_from([*PATHS, "layers.1.q", "1.q", "up_q", "proj", "mlp.v", "layer.0.v"]), min_size=1, max_size=4)
+NAMES = st.lists(st.sampled_from([*PATHS, "layers.1.q", "1.q", "up_q", "mlp.v", "layer.0.v"]), min_size=1, max_size=4)
 
 
 def fake_table(paths):
@@ -123,8 +123,10 @@ def test_matching_is_that_of_peft(wanted, exclude, layers, pattern):
 
 
 def test_default_targets_are_those_of_peft():
-    ours = {model: names if isinstance(names, str) else set(names) for model, names in defaults.DEFAULT_TARGETS["LORA"].items()}
-    assert ours == {model: names if isinstance(names, str) else set(names) for model, names in PEFT_DEFAULTS.items()}
+    def comparable(table):
+        return {model: names if isinstance(names, str) else set(names) for model, names in table.items()}
+
+    assert comparable(defaults.DEFAULT_TARGETS["LORA"]) == comparable(PEFT_DEFAULTS)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +143,10 @@ def test_default_targets_are_those_of_peft():
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 1]}, "twice"),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}, "embed_tokens"),
         ("nested", {"target_modules": ["proj"], "trainable_token_indices": [1]}, "embed_tokens"),
-        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "choose one"),
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1],
+                   "modules_to_save": ["embed_tokens"]}, "choose one"),
         ("tied_llama", {"target_modules": ["q_proj"], "ensure_weight_tying": True,
-                        "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "same trainable_token_indices"),
+                        "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "the same trainable_"),
     ],  # fmt: skip
     ids=lambda v: str(v)[:60],
 )
@@ -160,7 +163,7 @@ def test_what_chooses_nothing_is_an_error_that_names_the_cause(model, options, s
         ("attention", {"target_modules": ["other_widths"]}, "kdim or vdim"),
         ("nested", {"target_modules": ["experts"]}, "target_parameters"),
         ("nested", {"target_modules": ["proj"], "target_parameters": ["experts.bias"]}, "2-D and 3-D"),
-        ("nested", {"target_modules": ["proj"], "target_parameters": ["0.proj.weight"]}, "target_modules too"),
+        ("nested", {"target_modules": ["proj"], "target_parameters": ["0.proj.weight"]}, "chooses its module too"),
         ("nested", {"target_modules": ["proj"], "modules_to_save": ["layers"]}, "ModuleList"),
         ("llama", {"target_modules": ["embed_tokens"], "trainable_token_indices": [1]}, "choose one"),
     ],

@@ -81,7 +81,9 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"proj": nn.Linear(4, 4), "up_proj": nn.Linear(4, 4)}) for _ in range(3))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"proj": nn.Linear(4, 4), "up_proj": nn.Linear(4, 4)}) for _ in range(3)
+        )
         self.experts = Experts()
         self.head, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 4)
         self.shared = self.head

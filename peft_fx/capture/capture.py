@@ -21,7 +21,7 @@ from ..passes.linearise import Linearise
 from ..passes.literals import MarkDevice, MarkModes, lock
 from ..passes.match import observed_kinds
 from ..passes.names import NameParameters
-from ..store import BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_tensor
+from ..store import BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_graph, set_tensor
 from ..target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .program import program_table, retie
@@ -139,7 +139,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
             gm.add_module(node.target, value)
         elif get_tensor(gm, node.target) is None:
             set_tensor(gm, node.target, value, persistent=isinstance(value, nn.Parameter))
-    gm.graph = copy_graph(exported.graph)  # a graph has one owner
+    set_graph(gm, copy_graph(exported.graph))  # a graph has one owner
     return gm
 
 

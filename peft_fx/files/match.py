@@ -14,6 +14,7 @@ from ..kinds import stored_shape
 from ..plan import PREFIX, Placement, Plan
 
 SHOWN = 5
+CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
 
 
 def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -> dict[str, torch.Tensor]:
@@ -21,11 +22,12 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
 
     where: what to call the file in messages. Ignored: the base weights (`<path>.base_layer.weight`) that PEFT writes
     along with adapted embeddings and heads, if they have the base's shape; the second copies of biases that it writes
-    inside modules to save. Raises AdapterFileError that lists what is missing, left over or of the wrong shape or dtype.
+    inside modules to save. Raises AdapterFileError with what is missing, left over, or of the wrong shape or dtype.
     """
     wanted = {key: (p, name) for p in plan.placements for name, key, _ in p.saved()}
     missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
-    extra = [k for k in tensors if k not in wanted and not ignored(k, tensors[k], plan)]
+    known = wanted.keys() | needless(tensors, plan)
+    extra = [k for k in tensors if k not in known]
     faults = [
         *listed("missing", missing, extra),
         *listed("not expected", extra, missing or wanted),
@@ -37,15 +39,16 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
         faults = untied(wanted, tensors, found)
     if faults:
         more = [f"... and {len(faults) - 2 * SHOWN} more"] if len(faults) > 2 * SHOWN else []
-        raise AdapterFileError("\n  ".join([f"{where} does not fit this model and config:", *faults[: 2 * SHOWN], *more]))
+        lines = [f"{where} does not fit this model and config:", *faults[: 2 * SHOWN], *more]
+        raise AdapterFileError("\n  ".join(lines))
     return found
 
 
 def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
     """A line per key, the first few, with the nearest candidate."""
-    lines = []
+    lines, candidates = [], list(candidates)[:CANDIDATES]
     for key in keys[:SHOWN]:
-        near = difflib.get_close_matches(key, list(candidates), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
         lines.append(f"{what}: {key}" + (f" (nearest: {near[0]})" if near else ""))
     return lines + ([f"{what}: {len(keys) - SHOWN} more keys"] if len(keys) > SHOWN else [])
 
@@ -75,18 +78,16 @@ def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -
     return faults
 
 
-def ignored(key: str, tensor: torch.Tensor, plan: Plan) -> bool:
-    """True for what PEFT writes but nothing needs."""
-    path = key.removeprefix(PREFIX)
-    for p in plan.placements:
-        target = p.target
-        if path == f"{target.file_path}.base_layer.{target.parameter}":
-            return tuple(tensor.shape) == stored_shape(target)
-        # bias="all" lists the biases of PEFT's wrapper around a saved module, besides the saved ones
-        if p.method == "SAVED" and p.config.bias == "all" and path.endswith(".bias"):
-            if any(part in path for part in (".original_module.", ".modules_to_save.")):
-                return True
-    return False
+def needless(tensors: dict[str, torch.Tensor], plan: Plan) -> set[str]:
+    """The keys of what PEFT writes but nothing needs."""
+    targets = [p.target for p in plan.placements]
+    base = {f"{PREFIX}{t.file_path}.base_layer.{t.parameter}": stored_shape(t) for t in targets}
+    found = {key for key, shape in base.items() if key in tensors and tuple(tensors[key].shape) == shape}
+    # bias="all" lists the biases of PEFT's wrapper around a saved module, besides the saved ones
+    if any(p.method == "SAVED" and p.config.bias == "all" for p in plan.placements):
+        inner = (".original_module.", ".modules_to_save.")
+        found |= {key for key in tensors if key.endswith(".bias") and any(part in key for part in inner)}
+    return found
 
 
 def untied(wanted: dict, tensors: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:

@@ -53,8 +53,8 @@ def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
     """The config as PEFT would have corrected it: `fan_in_fan_out` says how the adapted linear weights are stored."""
     if "fan_in_fan_out" not in {f.name for f in fields(config)}:
         return config
-    stored = {p.target.transposed for p in plan.placements if p.method == config.peft_type and p.target.kind == "linear"}
-    return replace(config, fan_in_fan_out=True in stored)
+    adapted = [p.target for p in plan.placements if p.method == config.peft_type]
+    return replace(config, fan_in_fan_out=any(t.kind == "linear" and t.transposed for t in adapted))
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

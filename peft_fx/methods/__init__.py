@@ -34,4 +34,5 @@ def get_config(peft_type: str) -> type[AdapterConfig]:
 
 
 def unknown(peft_type) -> RecipeError:
-    return RecipeError(f"peft_type {peft_type!r} is unknown; this version has: {', '.join(sorted(METHODS.keys() - INTERNAL))}")
+    public = ", ".join(sorted(METHODS.keys() - INTERNAL))
+    return RecipeError(f"peft_type {peft_type!r} is unknown; this version has: {public}")

@@ -139,7 +139,9 @@ class LoRA(Additive):
 
     def factors(self, theta, target, config):
         name_A, name_B, _ = self.names(target)
-        A, B = theta[name_A], theta[name_B].flatten(1)
+        A, B = theta[name_A], theta[name_B]
+        if target.kernel:
+            B = B.flatten(1)
         if E := target.experts:  # A: expert-major rows; B: column j belongs to expert j mod E
             A, B = A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1)
         return Factors(A, B, theta["scaling"], theta.get("lora_B_bias"))

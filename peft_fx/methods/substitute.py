@@ -1,7 +1,7 @@
 """Substitutions: the adapter brings the numbers itself instead of an update to the model's.
 
     Saved     W' = weight                           modules_to_save, trained biases; buffers are copied, not trained
-    Tokens    W'[:, ids] = trainable_tokens_deltaᵀ     rows of an embedding; W: (d, V) for embeddings, (V, d) for heads
+    Tokens    W'[:, ids] = trainable_tokens_deltaᵀ   rows of an embedding; W: (d, V) for embeddings, (V, d) for heads
 
 `trainable_tokens_delta` is PEFT's name: it holds the new rows, not differences. Both start as the model's own numbers.
 """
