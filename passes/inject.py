@@ -19,6 +19,7 @@ from ..methods import get_method
 from ..methods.base import Additive, Method
 from ..plan import Placement, Shared
 from ..store import ADAPTERS, get_tensor
+from ..target import Target
 from .base import Pass, regions
 from .lowering import activation_inputs, activation_signature, additive_function, weight_function
 from .match import Site, parameter_nodes, sites
@@ -42,12 +43,20 @@ class Lowering:
 def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
     """Decides the form of every placement, in order; nothing is changed."""
     nodes = parameter_nodes(graph)
-    found = {p.target.name: sites(nodes[p.target.name]) for p in placements if p.target.name in nodes}
+    found = {p.target.name: readable(nodes[p.target.name], p.target) for p in placements if p.target.name in nodes}
     last_weight = {}
     for i, p in enumerate(placements):
         if not isinstance(get_method(p.method), Additive) or found.get(p.target.name, ([], ""))[1]:
             last_weight[p.target.name] = i
     return [lowering(p, found.get(p.target.name), i <= last_weight.get(p.target.name, -1)) for i, p in enumerate(placements)]
+
+
+def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
+    """The sites of a target, and "" or why the activation form cannot be used at them."""
+    found, reason = sites(node)
+    if not reason and any(s.stored_transposed != target.transposed for s in found):
+        reason = "the operator reads the weight in another orientation than PEFT files it"
+    return found, reason
 
 
 def lowering(p: Placement, found: tuple[list[Site], str] | None, needs_weight: bool) -> Lowering:

@@ -93,7 +93,8 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
             else:
                 spec.init(tensor, to_canonical(base.detach(), placement.target))
         full = f"{ADAPTERS}.{state_name}"
-        set_tensor(gm, full, nn.Parameter(tensor, requires_grad=trainable) if spec.trainable else tensor)
+        grad = trainable and tensor.is_floating_point()
+        set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
 
 
 def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule:
