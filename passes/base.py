@@ -6,9 +6,10 @@ Verbs run passes on a graph they have just copied, so a failing pass never damag
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -79,13 +80,12 @@ def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
         if p.name in _disabled.get():
             continue
         before, start = op_counts(gm), time.perf_counter()
-        p.requires(gm)
+        with reported(p, "does not get what it requires"):
+            p.requires(gm)
         changed = p.call(gm)
-        try:
+        with reported(p, "left an invalid graph"):
             gm.graph.lint()
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise GraphError(f"pass {p.name} left an invalid graph: {error}") from error
-        p.ensures(gm)
+            p.ensures(gm)
         seconds = time.perf_counter() - start
         after = op_counts(gm)
         difference = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
@@ -94,6 +94,15 @@ def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
             observer(reports[-1], gm)
     gm.recompile()
     return tuple(reports)
+
+
+@contextlib.contextmanager
+def reported(p: Pass, what: str) -> Iterator[None]:
+    """Whatever a check raises becomes a GraphError that names the pass."""
+    try:
+        yield
+    except (RuntimeError, ValueError, AssertionError) as error:  # GraphError is a RuntimeError
+        raise GraphError(f"pass {p.name} {what}: {error}") from error
 
 
 def op_counts(gm: fx.GraphModule) -> Counter:

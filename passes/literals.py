@@ -51,7 +51,7 @@ def lock(gm: fx.GraphModule, reason: str) -> None:
 
 def difference(train: fx.Graph, evaluation: fx.Graph) -> list[tuple[fx.Node, int | str, object, object]] | str:
     """Literals that differ, as (node, argument, train value, eval value), or why the graphs cannot be aligned."""
-    left, right = [[n for n in g.nodes if schema_name(n) not in IDENTITIES] for g in (train, evaluation)]
+    left, right = [[n for n in g.nodes if not is_identity(n)] for g in (train, evaluation)]
     changes, value_of, i = [], {}, 0
     for a in left:
         b = right[i] if i < len(right) else None
@@ -107,9 +107,16 @@ def literals(a: fx.Node, b: fx.Node, value_of: dict[fx.Node, fx.Node]):
     return changes
 
 
+def is_identity(node: fx.Node) -> bool:
+    """True if the node's values are its input's: the names above, and casts to the dtype that the input has."""
+    if schema_name(node) == "aten::to.dtype":
+        return node.meta["val"].dtype == node.args[0].meta["val"].dtype
+    return schema_name(node) in IDENTITIES
+
+
 def skip(node: fx.Node) -> fx.Node:
     """The value behind identity calls."""
-    while schema_name(node) in IDENTITIES:
+    while is_identity(node):
         node = node.args[0]
     return node
 

@@ -11,14 +11,13 @@ import torch
 from torch import fx, nn
 
 from .config import AdapterConfig
-from .derive import adapter_dtype, derived, frozen, names_of, placements, refuse_merged
-from .errors import RecipeError
+from .derive import adapter_dtype, derived, frozen, names_of, placements, refuse_merged, replicated
+from .errors import GraphError, RecipeError
 from .files.match import match_tensors
 from .files.read import local_folder, read_config, read_tensors
 from .files.write import file_config, write_adapter
 from .methods.base import crop_to
 from .passes.lowering import to_canonical
-from .passes.replicate import replicated
 from .plan import Placement, Plan, make_plan
 from .recipe import as_recipe
 from .store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
@@ -146,6 +145,11 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
             tensor = get_tensor(tuned, f"{ADAPTERS}.{shared.name}").detach()
             tensor = tensor.t() if shared.transposed else tensor
             tensors[key] = crop_to(tensor, spec.shape, spec.pad)
+            if tensors[key].shape != tensor.shape and tensors[key].count_nonzero() != tensor.count_nonzero():
+                raise GraphError(
+                    f"{key}: the slot holds numbers beyond the adapter's rank, where a hotswap wrote zeros: the optimiser "
+                    "still had the momentum of the adapter before; clear optimizer.state after a swap. Nothing was written"
+                )
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
     return write_adapter(Path(path), file_config(config, make_plan(state.table, name, config)), tensors)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from .errors import GraphError
+from .errors import GraphError, RecipeError
 from .passes.base import run
 from .passes.inject import Inject
+from .passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
 from .plan import Placement, make_plan
-from .store import State, copy_graph, derive, state_of
+from .store import BaseGraph, State, copy_graph, derive, shell, state_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -69,3 +70,23 @@ def refuse_merged(state: State, verb: str) -> None:
 def adapter_dtype(base: torch.dtype) -> torch.dtype:
     """fp32 for half-precision and 8-bit bases, as PEFT's autocast_adapter_dtype; else the base's own dtype."""
     return base if base in (torch.float32, torch.float64) else torch.float32
+
+
+def replicated(gm: fx.GraphModule, ranges) -> fx.GraphModule:
+    """The deeper model that `layer_replication` asks for, as a base graph over the same parameters.
+
+    Raises RecipeError if the model has no list of layers, or adapters already.
+    """
+    state = state_of(gm)
+    if state.recipe:
+        raise RecipeError("layer_replication changes the base model and has to come with the first adapter")
+    path = layer_list(state.table)
+    container = gm.get_submodule(path)
+    order = tuple(sources(ranges, len(container._modules)))
+    new = derive(gm, copy_graph(state.base.graph), state)
+    layers = new.get_submodule(path)
+    layers._modules = {str(i): shell(container._modules[str(source)]) for i, source in enumerate(order)}
+    run([ReplicateLayers(path, order)], new)
+    table = replicated_table(state.table, path, order)
+    new.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(new.graph)))
+    return new

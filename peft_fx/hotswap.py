@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from .derive import derived, names_of, placements
-from .errors import HotswapError
+from .derive import derived, names_of, placements, refuse_merged
+from .errors import HotswapError, RecipeError
 from .files.match import match_tensors
 from .files.read import local_folder, read_config, read_tensors
 from .methods import get_method
-from .methods.base import pad_to
-from .plan import Placement, make_plan
-from .store import ADAPTERS, copy_graph, derive, get_tensor, set_tensor, state_of
+from .methods.base import crop_to, pad_to
+from .plan import Placement, Plan, make_plan
+from .store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
     tuned: the graph module from `apply` / `load_adapter`, or torch.compile's result for it. path: a folder with PEFT's
-    files. Raises HotswapError or AdapterFileError, and changes nothing, if the adapter is merged, Inductor freezing is
-    on, or the new adapter needs another method, other targets or a larger rank than the slot has.
+    files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser that keeps
+    running keeps the momentum of the numbers before: clear its `state`, as for any parameter that is overwritten.
+
+    Raises HotswapError or AdapterFileError, and changes nothing, if the adapter is merged, Inductor freezing is on, or
+    the new adapter needs another method, other targets or a larger rank than the slot has.
     """
     start = time.perf_counter()
     gm = getattr(tuned, "_orig_mod", tuned)
@@ -51,16 +54,25 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     refuse(state, adapter_name)
     folder = local_folder(path)
     config = read_config(folder)
-    plan = make_plan(state.table, adapter_name, config)
+    plan = planned(state, adapter_name, config)
     values = match_tensors(plan, read_tensors(folder), where=str(path))
-    writes, zeroed = planned_writes(gm, state, adapter_name, plan.placements, values)
-    written = padded = elements = 0
+    old, new = by_place(placements(state, adapter_name)), by_place(plan.placements)
+    refuse_faults(adapter_name, [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old])
+    left_out = [k for k in old if k not in new]
+    if left_out:
+        fixed = [p for p in (old[k] for k in left_out) if neutral(p) is None]
+        refuse_faults(adapter_name, [f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there" for p in fixed])
+        config = with_targets_of(state.recipe[adapter_name].config, config)
+    after = by_place(planned(state, adapter_name, config).placements)
+    writes = planned_writes(gm, adapter_name, old, after, values, left_out)
     with torch.no_grad():
-        for slot, value, is_padded in writes:
+        for slot, value, _ in writes:
             slot.copy_(value)
-            written, padded, elements = written + 1, padded + is_padded, elements + slot.numel()
-    state.recipe[adapter_name].config = config_with_targets(state.recipe[adapter_name].config, config, zeroed)
-    return SwapReport(adapter_name, str(path), written, elements, padded, tuple(zeroed), time.perf_counter() - start)
+    state.recipe[adapter_name].config = config
+    return SwapReport(
+        adapter_name, str(path), len(writes), sum(slot.numel() for slot, _, _ in writes), sum(p for _, _, p in writes),
+        tuple(old[k].target.name for k in left_out), time.perf_counter() - start,
+    )  # fmt: skip
 
 
 def refuse(state, adapter: str) -> None:
@@ -73,45 +85,68 @@ def refuse(state, adapter: str) -> None:
         )
 
 
-def planned_writes(gm, state, adapter: str, new: tuple[Placement, ...], values: dict):
-    """[(slot, value, padded)] and the targets to be zeroed; raises HotswapError before anything is written."""
-    resident = {p.target.name: p for p in placements(state, adapter)}
-    incoming = {p.target.name: p for p in new}
-    faults = [f"{name}: not a target of the resident adapter" for name in incoming if name not in resident]
-    writes, zeroed = [], []
-    for name, old in resident.items():
-        p = incoming.get(name)
-        if p is None:
-            neutral = get_method(old.method).neutral(old.target, old.config)
-            if neutral is None:
-                faults.append(f"{name}: the new adapter leaves it out, and {old.method} has no neutral value to put there")
-                continue
-            zeroed.append(name)
-            writes += [(slot_of(gm, old, n), torch.full((), v), False) for n, v in neutral.items()]
+def planned(state, adapter: str, config) -> Plan:
+    try:
+        return make_plan(state.table, adapter, config)
+    except RecipeError as error:
+        raise HotswapError(f"adapter {adapter!r} cannot be swapped in place, nothing was changed: {error}") from error
+
+
+def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
+    """(method, parameter) -> placement: one adapter can put several methods on one parameter."""
+    return {(p.method, p.target.name): p for p in chosen}
+
+
+def planned_writes(gm, adapter: str, old: dict, after: dict, values: dict, left_out: list) -> list:
+    """[(slot, value, padded)] that make the slots of `old` hold `after`; raises HotswapError before anything is written."""
+    faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in after]
+    writes = []
+    for place, p in after.items():
+        was = old[place]
+        if (set(p.tensors), p.shared, input_dropout(p)) != (set(was.tensors), was.shared, input_dropout(was)):
+            faults.append(f"{p.target.name}: tensors, ties or dropout differ from the resident adapter's")
             continue
-        if (p.method, set(p.tensors), input_dropout(p)) != (old.method, set(old.tensors), input_dropout(old)):
-            faults.append(f"{name}: method, tensors or dropout differ from the resident adapter's ({old.method})")
-            continue
-        for n, spec in p.tensors.items():
-            if n in p.shared:
+        for name, spec in p.tensors.items():
+            if name in p.shared:
                 continue
-            slot = slot_of(gm, old, n)
-            if spec.key is not None:
-                value = values[p.state_name(n)]
-            else:
+            slot = slot_of(gm, p, name)
+            value = neutral_value(p, name, slot) if place in left_out else values.get(p.state_name(name))
+            if value is None:
                 value = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
                 spec.init(value, None)
             fits = fitted(value, slot, spec.pad)
             if fits is None:
-                faults.append(f"{name}.{n}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}; "
-                              "widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)")  # fmt: skip
+                remedy = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)" if spec.pad else ""
+                faults.append(f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}{remedy}")
                 continue
             writes.append((slot, fits, fits.shape != value.shape))
+    refuse_faults(adapter, faults)
+    return writes
+
+
+def refuse_faults(adapter: str, faults: list[str]) -> None:
     if faults:
-        shown = "\n  ".join(faults[:5])
-        raise HotswapError(f"adapter {adapter!r} cannot be swapped in place, nothing was changed:\n  {shown}" + (
-            f"\n  ... and {len(faults) - 5} more" if len(faults) > 5 else ""))  # fmt: skip
-    return writes, zeroed
+        more = [f"... and {len(faults) - 5} more"] if len(faults) > 5 else []
+        lines = [f"adapter {adapter!r} cannot be swapped in place, nothing was changed:", *faults[:5], *more]
+        raise HotswapError("\n  ".join(lines))
+
+
+def neutral(p: Placement) -> dict[str, float] | None:
+    return get_method(p.method).neutral(p.target, p.config)
+
+
+def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor | None:
+    """What a target that the new adapter leaves out gets: its neutral value, else its own numbers cut to the new rank.
+
+    None for what is computed from the config.
+    """
+    spec, shape = p.tensors[name], p.tensors[name].shape
+    if name in (values := neutral(p)):
+        return slot.new_full(shape, values[name])
+    if spec.key is None:
+        return None
+    larger = any(size > have for size, have in zip(shape, slot.shape, strict=True))
+    return slot.new_empty(shape) if larger else crop_to(slot.detach(), shape, spec.pad).clone()  # the first is refused
 
 
 def input_dropout(p: Placement) -> float:
@@ -134,10 +169,8 @@ def fitted(value: torch.Tensor, slot: torch.Tensor, pad: tuple) -> torch.Tensor 
     return pad_to(value, tuple(slot.shape), pad)
 
 
-def config_with_targets(old, new, zeroed):
-    """The resident config after a swap: the new one; it keeps choosing the old targets if some of them were only zeroed."""
-    if not zeroed:
-        return new
+def with_targets_of(old, new):
+    """The new config on the old targets, for when some of them were only made neutral."""
     selectors = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
     return dataclasses.replace(new, **{name: getattr(old, name) for name in selectors})
 
@@ -145,22 +178,26 @@ def config_with_targets(old, new, zeroed):
 def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
     """Widens every slot to `max_rank` with zeros, before compiling, so that adapters of any rank up to it can be swapped in.
 
-    Returns a new graph with new adapter Parameters: build the optimiser after this. Outputs do not change. Raises
+    Returns a new graph with adapter tensors of its own: build the optimiser after this. Outputs do not change. Raises
     HotswapError if a resident adapter's rank is larger.
     """
     state = state_of(tuned, "prepare_hotswap")
-    new = derive(tuned, copy_graph(state.base.graph), state)
+    refuse_merged(state, "prepare_hotswap")
+    state = state.update(recipe={name: Resident(r.config) for name, r in state.recipe.items()})
+    new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
-        wide = {p.target.name: p for p in make_plan(state.table, adapter, resident.config.with_rank(max_rank)).placements}
-        for p in placements(state, adapter):
+        wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)
+        for place, p in by_place(placements(state, adapter)).items():
             for name, spec in p.tensors.items():
-                if not spec.pad or name in p.shared:
+                if name in p.shared:
                     continue
-                full = f"{ADAPTERS}.{p.state_name(name)}"
-                tensor = get_tensor(new, full)
-                shape = tuple(wide[p.target.name].tensors[name].shape)
+                tensor = slot_of(tuned, p, name)
+                shape = wide[place].tensors[name].shape if spec.pad else tuple(tensor.shape)
                 padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
                 if padded is None:
                     raise HotswapError(f"{p.target.name}.{name}: shape {tuple(tensor.shape)} is larger than max_rank={max_rank}")
-                set_tensor(new, full, nn.Parameter(padded.clone(), requires_grad=tensor.requires_grad))
+                own = padded.clone()
+                if isinstance(tensor, nn.Parameter):
+                    own = nn.Parameter(own, requires_grad=tensor.requires_grad)
+                set_tensor(new, f"{ADAPTERS}.{p.state_name(name)}", own)
     return derived(new, state)

@@ -170,7 +170,7 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
     state = state_of(merged, "unmerge")
     if not state.merged:
         raise MergeError("nothing to unmerge: no adapter is merged")
-    shelf = dict(merged.peft_fx.replaced.named_buffers())
+    shelf = dict(merged.peft_fx.replaced.named_buffers(remove_duplicate=False))
     missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
     if missing:
         raise MergeError(

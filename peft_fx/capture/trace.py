@@ -34,11 +34,15 @@ def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, 
 
 @contextlib.contextmanager
 def quiet_cache(model: nn.Module) -> Iterator[None]:
-    """Turns `use_cache` off in a Hugging Face config while tracing: a graph has no growing cache to return."""
+    """Turns `use_cache` off in every config of a Hugging Face model while tracing: a graph has no growing cache to return.
+
+    Sub-modules may hold copies of their own: T5's stacks do.
+    """
     configs = []
     if is_hugging_face(model):
-        nested = [getattr(model.config, name, None) for name in getattr(model.config, "sub_configs", {})]
-        configs = [c for c in (model.config, *nested) if c is not None and getattr(c, "use_cache", False)]
+        found = [getattr(module, "config", None) for module in model.modules()]
+        found += [getattr(c, name, None) for c in found for name in getattr(c, "sub_configs", {})]
+        configs = [c for c in found if getattr(c, "use_cache", False)]
     for config in configs:
         config.use_cache = False
     try:
