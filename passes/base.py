@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import GraphError
+from .regions import recompile
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class settings:
 def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
     """Runs the passes in order on `gm`, in place, linting after each; recompiles once at the end.
 
-    Raises GraphError naming the pass when its requires / ensures or the lint fails.
+    Raises GraphError naming the pass when its requires / ensures or the lint fails; what the call itself raises passes
+    through with the pass in its notes.
     """
     reports = []
     for p in passes:
@@ -82,7 +84,11 @@ def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
         before, start = op_counts(gm), time.perf_counter()
         with reported(p, "does not get what it requires"):
             p.requires(gm)
-        changed = p.call(gm)
+        try:
+            changed = p.call(gm)
+        except Exception as error:
+            error.add_note(f"in pass {p.name}")
+            raise
         with reported(p, "left an invalid graph"):
             gm.graph.lint()
             p.ensures(gm)
@@ -92,7 +98,7 @@ def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
         reports.append(Report(p.name, changed, seconds, difference))
         if observer := _observer.get():
             observer(reports[-1], gm)
-    gm.recompile()
+    recompile(gm)
     return tuple(reports)
 
 

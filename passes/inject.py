@@ -17,7 +17,7 @@ from torch import fx
 from ..errors import RecipeError
 from ..methods import get_method
 from ..methods.base import Additive, Method
-from ..plan import Placement, Shared
+from ..plan import Placement, Refusal, Shared, clashes
 from ..store import ADAPTERS, get_tensor
 from ..target import Target
 from .base import Pass, regions
@@ -42,7 +42,7 @@ class Lowering:
 
 def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
     """Decides the form of every placement, in order; nothing is changed."""
-    nodes = parameter_nodes(graph)
+    nodes = {name: node for name, node in parameter_nodes(graph).items() if node.users}
     found = {p.target.name: readable(nodes[p.target.name], p.target) for p in placements if p.target.name in nodes}
     last_weight = {}
     for i, p in enumerate(placements):
@@ -77,8 +77,9 @@ class Inject(Pass):
 
     def call(self, gm):
         decided = lower(gm.graph, self.placements)
-        if refused := [x for x in decided if x.form == "refused"]:
-            raise RecipeError("\n".join(f"{x.placement.target.name}: refused: {x.reason}" for x in refused))
+        refused = [Refusal(x.placement.target.name, f"refused: {x.reason}") for x in decided if x.form == "refused"]
+        if refused := [*refused, *clashes(self.placements)]:
+            raise RecipeError("\n".join(map(str, refused)))
         insert = Insert(gm)
         for x in decided:
             if x.form != "none":
@@ -114,7 +115,7 @@ class Insert:
         p, method = x.placement, get_method(x.placement.method)
         theta, names = self.theta(p)
         W = self.nodes[p.target.name]
-        b = self.nodes.get(p.target.bias_name) if p.target.has_bias else None
+        b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
         static = ("weight", p.method, id(p.config), bare(p))
@@ -126,6 +127,7 @@ class Insert:
         if new_b is not None and new_b is not old_b:
             if old_b is None:
                 add_bias(x.sites, new_b)
+                self.nodes[p.target.bias_name] = new_b
             else:
                 self.replace(old_b, new_b, {**label, "target": p.target.bias_name})
                 self.heads[b] = new_b
@@ -161,7 +163,7 @@ class Insert:
             new, delete_user_cb=lambda user: tag_of(user).get("splice") != label["splice"], propagate_meta=False
         )
         new.meta["custom"][TAG] = {**label, "role": "result"}
-        add_tag(old, base_of=label["splice"])
+        add_tag(old, base_of=[label["splice"], label["target"]])
 
 
 def tag(p: Placement, splice: int) -> dict:

@@ -16,6 +16,7 @@ from torch import fx
 
 from ..errors import GraphError
 from .base import Pass, regions
+from .regions import AUTOCAST, region_of
 
 GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 DETACH = torch.ops.aten.detach.default
@@ -29,6 +30,8 @@ class InlineGradRegions(Pass):
             for node in nodes:
                 inline(gm, node)
             changed += len(nodes)
+        for node in [n for n in gm.graph.nodes if n.target is AUTOCAST and is_empty(region_of(gm, n))]:
+            erase_call(gm, node)  # what a nested region leaves behind
         return changed + sum(self.call(region) for region in regions(gm))
 
     def ensures(self, gm):
@@ -55,10 +58,21 @@ def inline(gm: fx.GraphModule, node: fx.Node) -> None:
     for user in list(node.users):  # getitem(region, i)
         user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)
+    erase_call(gm, node)
+
+
+def erase_call(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Removes a region's call, and the region if nothing else runs it."""
+    regions_read = [n for n in node.all_input_nodes if n.op == "get_attr" and n.target in gm._modules]
     gm.graph.erase_node(node)
-    if not body_attr.users:
-        gm.graph.erase_node(body_attr)
-        gm.delete_submodule(body_attr.target)
+    for attribute in regions_read:
+        if not attribute.users:
+            gm.graph.erase_node(attribute)
+            gm.delete_submodule(attribute.target)
+
+
+def is_empty(region: fx.GraphModule) -> bool:
+    return all(n.op in ("placeholder", "output") for n in region.graph.nodes)
 
 
 def adopt(gm: fx.GraphModule, name: str, value) -> str:

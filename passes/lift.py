@@ -24,9 +24,10 @@ from torch.export.graph_signature import (
 )
 
 from ..errors import GraphError
-from ..store import copy_graph, get_tensor
+from ..store import ROOT, copy_graph, get_tensor
 from .base import regions
 from .match import parameter_nodes
+from .names import fake_mode_of
 
 
 def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
@@ -36,7 +37,9 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
     users = [n for n in graph.nodes if n.op == "placeholder"]
     specs, state, constants = [], {}, {}
     persistent = set(gm.state_dict(keep_vars=True))
-    named = [(name, node, get_tensor(gm, name)) for name, node in parameter_nodes(graph).items()]
+    read = parameter_nodes(graph)
+    unread = {name: unread_node(graph, gm, name) for name in persistent - read.keys() if not name.startswith(f"{ROOT}.")}
+    named = [(name, node, get_tensor(gm, name)) for name, node in (read | dict(sorted(unread.items()))).items()]
     lifted = [(name, node, t) for name, node, t in named if t is not None]
     for name, node, tensor in sorted(lifted, key=lambda item: kind_of(item[2], item[0] in persistent)[0]):
         _, kind, stays = kind_of(tensor, name in persistent)
@@ -68,6 +71,14 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
         constants=constants,
         verifiers=[TrainingIRVerifier],
     )
+
+
+def unread_node(graph: fx.Graph, gm: fx.GraphModule, name: str) -> fx.Node:
+    """A node for a tensor that no operator reads: it belongs to the model's state dict all the same."""
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(name)
+    node.meta["val"] = fake_mode_of(gm).from_tensor(get_tensor(gm, name), static_shapes=True)
+    return node
 
 
 PREFIX = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}

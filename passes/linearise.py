@@ -28,7 +28,7 @@ class Linearise(Pass):
     def call(self, gm):
         nodes = [n for n in gm.graph.nodes if schema_name(n) in PRODUCTS and rewrite(gm, n)]
         if nodes:
-            gm.graph.eliminate_dead_code(is_impure_node=lambda n: schema_name(n) not in SWAPS | {"aten::view"})
+            gm.graph.eliminate_dead_code(is_impure_node=lambda n: schema_name(n) not in {*SWAPS, "aten::view"})
         return len(nodes)
 
 

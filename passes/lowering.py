@@ -88,6 +88,14 @@ def activation_signature(site: Site) -> tuple:
     return tuple((str(n.target), text(n)) for n in (*site.chain, site.node))
 
 
+def aligned(A: torch.Tensor, B: torch.Tensor, align: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (E, r, in), (E, out, r) with zeros appended to the rank, so that rows of either are `align` bytes' multiples."""
+    if align == 1:
+        return A, B
+    missing = -A.shape[-2] * A.element_size() % align // A.element_size()
+    return F.pad(A, (0, 0, 0, missing)).contiguous(), F.pad(B, (0, missing)).contiguous()
+
+
 def additive_function(site: Site, method: Method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
     """(y, x, *theta, *inputs) -> (y',) for a method with `factors`.
 
@@ -115,7 +123,8 @@ def additive_function(site: Site, method: Method, target: Target, config: Adapte
             return site.node.target(*args, **site.node.kwargs)
 
         f = method.factors(theta, target, config)
-        A, B = cast(from_canonical(f.A, target), y.dtype), cast(f.B, y.dtype)
+        A, B = aligned(cast(f.A, y.dtype), cast(f.B, y.dtype), operator.align)
+        A = from_canonical(A, target)
         bias = None if f.bias is None else cast(f.bias * f.scale, y.dtype)
         if dropout:
             x = F.dropout(x, dropout, True)

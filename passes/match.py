@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..target import ModuleTable, Target
-from .operators import CHAIN, OPERATORS, SWAPS, Operator, full_args, schema_name
+from .operators import OPERATORS, SWAPS, Operator, full_args, keeps_axes, schema_name
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def sites(parameter: fx.Node) -> tuple[list[Site], str]:
             if position is not None:
                 found.append(Site(node, operator, position, parameter, chain))
                 return
-        if schema_name(node) in CHAIN and node.args[0] is previous and uses(node, previous) == 1:
+        if keeps_axes(node) and node.args[0] is previous and uses(node, previous) == 1:
             for user in node.users:
                 follow(user, node, (*chain, node))
             return

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 class Operator:
     """kind: operator kind. x / weight: argument positions (weight: the possible ones). bias, groups: likewise, or None.
 
+    align: number of bytes of which rows of both operands must be a multiple; the rank is padded to it.
     second: (replay, h, B, bias, groups) -> d, where replay(h, B) is the operator at this site with other operands.
     """
 
@@ -31,6 +32,7 @@ class Operator:
     second: Callable
     bias: int | None = None
     groups: int | None = None
+    align: int = 1
 
 
 def same(replay, h, B, bias, groups):
@@ -54,7 +56,7 @@ OPERATORS = {
     "aten::linear": Operator("linear", 0, (1,), same, bias=2),
     "aten::embedding": Operator("embedding", 1, (0,), linear),
     "aten::bmm": Operator("expert", 0, (0, 1), same),
-    "aten::_grouped_mm": Operator("expert", 0, (1,), same),
+    "aten::_grouped_mm": Operator("expert", 0, (1,), same, align=16),
     "transformers::grouped_mm_fallback": Operator("expert", 0, (1,), same),
     **{
         f"aten::conv{n}d{overload}": Operator(f"conv{n}d", 0, (1,), pointwise(n), bias=2, groups=6)
@@ -63,10 +65,25 @@ OPERATORS = {
     },
 }
 
-# Views and casts between a parameter and its operator that act alike on a factor put in the weight's place: they leave the
-# out and in axes whole. Splits and reshapes do not; their readers get the weight form.
-CHAIN = {"aten::t", "aten::transpose.int", "aten::permute", "aten::mT", "aten::index.Tensor", "aten::to.dtype"}
-SWAPS = {"aten::t", "aten::transpose.int", "aten::permute", "aten::mT"}
+# Views and casts between a parameter and its operator that act alike on a factor put in the weight's place, as they leave the
+# out and in axes whole: name -> (arguments, number of axes) -> whether it does. Splits and reshapes do not; their readers get
+# the weight form.
+SWAPS = {
+    "aten::t": lambda args, dim: True,
+    "aten::mT": lambda args, dim: True,
+    "aten::transpose.int": lambda args, dim: {args[1] % dim, args[2] % dim} == {dim - 2, dim - 1},
+    "aten::permute": lambda args, dim: [i % dim for i in args[1]] == [*range(dim - 2), dim - 1, dim - 2],
+}
+CHAIN = SWAPS | {
+    "aten::index.Tensor": lambda args, dim: dim == 3 and len(args[1]) == 1,  # experts, chosen by id
+    "aten::to.dtype": lambda args, dim: True,
+}
+
+
+def keeps_axes(node: fx.Node) -> bool:
+    """True for a node of `CHAIN` that leaves the out and in axes of a weight whole."""
+    rule = CHAIN.get(schema_name(node))
+    return rule is not None and rule(node.args, node.args[0].meta["val"].dim())
 
 
 def schema_name(node: fx.Node) -> str:

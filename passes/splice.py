@@ -29,7 +29,7 @@ class Splicer:
 
     def __call__(
         self, function: Callable, static: Hashable, arguments: Sequence[fx.Node | None], like: fx.Node, tag: dict, after=True
-    ) -> list[fx.Node]:
+    ) -> list[fx.Node | None]:
         """Inserts `function(*arguments)` next to the node `like` and returns its result nodes (argument nodes unchanged).
 
         like: site whose module stack the new nodes take. tag: plain data, stored in `node.meta["custom"]["peft_fx"]`.
@@ -52,9 +52,10 @@ class Splicer:
         with torch.enable_grad(), self.fake_mode:
             traced = make_fx(call, pre_dispatch=True)(*(values[i] for i in present))
         refuse_lossy(traced.graph, tag)
+        traced.graph.eliminate_dead_code()  # dtype arithmetic such as torch.promote_types is traced too
         return traced.graph
 
-    def copy(self, traced: fx.Graph, arguments, like: fx.Node, tag: dict, after: bool) -> list[fx.Node]:
+    def copy(self, traced: fx.Graph, arguments, like: fx.Node, tag: dict, after: bool) -> list[fx.Node | None]:
         graph = self.gm.graph
         present = [a for a in arguments if a is not None]
         env = dict(zip((n for n in traced.nodes if n.op == "placeholder"), present, strict=True))
@@ -71,7 +72,7 @@ class Splicer:
                     point.__exit__(None, None, None)
                     point = graph.inserting_after(new)
                     point.__enter__()
-        return [env[n] for n in traced.output_node().args[0]]
+        return [None if n is None else env[n] for n in traced.output_node().args[0]]
 
     def follow_mode(self, node: fx.Node) -> None:
         """A literal `train=True` in a method (its dropout) follows the graph's mode."""

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import GraphError
+from ..store import get_tensor
 from .base import Pass
 from .inject import tag_of, tagged
 from .match import parameter_nodes
+from .names import fake_mode_of
 from .splice import TAG
 
 
@@ -20,13 +22,14 @@ from .splice import TAG
 class StripSplices(Pass):
     def call(self, gm):
         graph = gm.graph
-        bases = {tag_of(n)["base_of"]: n for n in graph.nodes if "base_of" in tag_of(n)}
+        # placeholders of a loaded program have lost their tags: what is not in `bases` replaced the parameter itself
+        bases = {tuple(tag_of(n)["base_of"]): n for n in graph.nodes if "base_of" in tag_of(n)}
         parameters = parameter_nodes(graph)
         results = [n for n in graph.nodes if tag_of(n).get("role") == "result"]
         for node in reversed(results):
             tag = tag_of(node)
-            base = bases.get(tag["splice"]) if tag["target"] not in parameters or reads_activation(bases, tag) else None
-            node.replace_all_uses_with(base or parameters[tag["target"]], propagate_meta=False)
+            base = bases.get((tag["splice"], tag["target"])) or parameter(gm, parameters, tag["target"])
+            node.replace_all_uses_with(base, propagate_meta=False)
         for node in graph.nodes:
             restore_arguments(node)
         for node in reversed(graph.nodes):
@@ -42,9 +45,14 @@ class StripSplices(Pass):
             raise GraphError(f"{len(left)} nodes of adapters are left in the base graph, first {left[0].name}")
 
 
-def reads_activation(bases: dict[int, fx.Node], tag: dict) -> bool:
-    """True if the splice's base is known by tag; placeholders of a loaded program have lost theirs."""
-    return tag["splice"] in bases
+def parameter(gm: fx.GraphModule, known: dict[str, fx.Node], name: str) -> fx.Node:
+    """The node of a base parameter; a new one where a substitution had left it without readers."""
+    if name not in known:
+        first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+        with gm.graph.inserting_before(first):
+            known[name] = gm.graph.get_attr(name)
+        known[name].meta["val"] = fake_mode_of(gm).from_tensor(get_tensor(gm, name), static_shapes=True)
+    return known[name]
 
 
 def restore_arguments(node: fx.Node) -> None:

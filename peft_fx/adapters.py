@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .errors import GraphError, RecipeError
 from .files.match import match_tensors
 from .files.read import local_folder, read_config, read_tensors
 from .files.write import file_config, write_adapter
-from .methods.base import crop_to
+from .methods.base import Tensor, crop_to
 from .passes.lowering import to_canonical
 from .plan import Placement, Plan, make_plan
 from .recipe import as_recipe
@@ -63,6 +64,8 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
     plan = make_plan(state.table, name, config)
+    for entry in plan.unmatched:
+        warnings.warn(f"adapter {name!r}: {entry}", stacklevel=4)
     values = None if source is None else match_tensors(plan, source[0], where=source[1])
     for placement in plan.placements:
         allocate(gm, placement, values, trainable)
@@ -83,8 +86,7 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
     for name, spec in placement.tensors.items():
         if name in placement.shared:
             continue
-        dtype = spec.dtype or (adapter_dtype(base.dtype) if base.is_floating_point() else base.dtype)
-        tensor = torch.empty(spec.shape, dtype=dtype, device=base.device)
+        tensor = empty_tensor(spec, base)
         state_name = placement.state_name(name)
         with torch.no_grad():
             if values is not None and spec.key is not None:
@@ -94,6 +96,12 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
         full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
         set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+
+
+def empty_tensor(spec: Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Memory for one tensor of an adapter of the weight `base`."""
+    dtype = spec.dtype or (base.dtype if spec.like_base else adapter_dtype(base.dtype))
+    return torch.empty(spec.shape, dtype=dtype, device=base.device)
 
 
 def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule:

@@ -10,11 +10,13 @@ from rich.table import Table
 from torch import fx
 
 from .derive import placements
+from .kinds import Refusal, module_targets, parameter_target
 from .passes.inject import lower
 from .passes.match import describe, parameter_nodes, sites
 from .plan import make_plan
 from .recipe import as_recipe
 from .store import State, state_of
+from .target import ModuleRecord, Target
 
 
 class ParameterCount(NamedTuple):
@@ -36,7 +38,10 @@ def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
 
 @dataclass(frozen=True)
 class Row:
-    """One target of one adapter. status: active, resident, merged, refused, unmatched."""
+    """One target of one adapter. status: planned, active, resident, merged, refused, unmatched; possible: no adapter yet.
+
+    reason: which operators read the target, why it got its lowering, or why it was refused. rounding_error: of a merge.
+    """
 
     adapter: str
     target: str
@@ -48,6 +53,7 @@ class Row:
     parameters: int
     status: str
     reason: str
+    rounding_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,28 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     return Explanation(tuple(rows))
 
 
+def possible_targets(graph: fx.GraphModule) -> Explanation:
+    """Every parameter that an adapter could take, and the lowering that an additive method would get there."""
+    state = state_of(graph, "explain")
+    nodes, rows = parameter_nodes(state.base.graph), []
+    for target in (t for record in state.table.records for t in readable(record) if t.name in nodes):
+        found, reason = sites(nodes[target.name])
+        if found or target.kind != "norm":
+            lowering = "weight" if reason else "activation"
+            rows.append(Row("", target.name, target.kind, target.shape, "dense", "", lowering, 0, "possible",
+                            describe(target, found, reason)))  # fmt: skip
+    return Explanation(tuple(rows))
+
+
+def readable(record: ModuleRecord) -> list[Target]:
+    """The targets of a module, and those of its parameters that only `target_parameters` can name."""
+    read = module_targets(record)
+    targets = [] if isinstance(read, Refusal) else list(read)
+    others = record.attributes.get("kinds", {}).keys() - {t.parameter for t in targets if t.path == record.path}
+    by_name = (parameter_target(record, name) for name in record.parameters if name in others)
+    return targets + [t for t in by_name if isinstance(t, Target)]
+
+
 def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: str) -> list[Row]:
     plan = make_plan(state.table, adapter, config, strict=False)
     base = state.base.graph
@@ -94,11 +122,12 @@ def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: s
         p = x.placement
         read = describe(p.target, *sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
         note = x.reason or read
-        if status == "merged" and p.target.name in errors:
-            note = f"rounding error {errors[p.target.name]:.1e}"
+        error = errors.get(p.target.name) if status == "merged" else None
+        if error is not None:
+            note = f"rounding error {error:.1e}"
         added = sum(numel(t.shape) for n, t in p.tensors.items() if t.trainable and n not in p.shared)
         rows.append(Row(adapter, p.target.name, p.target.kind, p.target.shape, "dense", p.method, x.form, added,
-                        "refused" if x.form == "refused" else status, note))  # fmt: skip
+                        "refused" if x.form == "refused" else status, note, error))  # fmt: skip
     rows += [Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals]
     rows += [Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched]
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from torch.export import ExportedProgram
 
 from .capture.capture import finish, module_of, skeleton
 from .capture.program import retie
+from .derive import names_of
 from .errors import AdapterFileError, GraphError
-from .methods import get_config
 from .passes.base import run
 from .passes.inline import InlineGradRegions
 from .passes.lift import lift
 from .passes.literals import BakeLiterals
 from .passes.strip import StripSplices
+from .recipe import config_from_dict
+from .registrations import register_for
 from .store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
 from .target import ModuleTable
 
@@ -57,16 +60,17 @@ def traced_device(program: ExportedProgram) -> torch.device | None:
 
 
 def save(program: ExportedProgram, path: Path, state: State, training: bool) -> None:
-    """Writes a temporary file beside the target, then renames it."""
+    """Writes the file beside its place, then moves it there: a failure leaves the old one."""
     if path.is_dir() or not path.parent.is_dir():
         raise AdapterFileError(f"{path}: expected a file path in an existing folder")
-    handle, temporary = tempfile.mkstemp(suffix=".pt2", dir=path.parent)
-    os.close(handle)
+    extra = {EXTRA: json.dumps(to_json(state, training))}
     try:
-        torch.export.save(program, temporary, extra_files={EXTRA: json.dumps(to_json(state, training))})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            complete = Path(temporary) / f"{path.stem}.pt2"
+            torch.export.save(program, complete, extra_files=extra)
+            os.replace(complete, path)
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be written: {error}") from error
 
 
 def to_json(state: State, training: bool) -> dict:
@@ -87,21 +91,40 @@ def load(path) -> fx.GraphModule:
     """Reads a `.pt2` written by `export`: a graph that can be run, inspected, hot-swapped, merged and exported again.
 
     Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises
-    AdapterFileError for files that are no program.
+    AdapterFileError for files that are no program. A program is code: load files of people you trust only.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AdapterFileError(f"{path}: no such file")
-    extra = {EXTRA: ""}
-    try:
-        program = torch.export.load(str(path), extra_files=extra)
-    except (RuntimeError, ValueError, KeyError, OSError, AssertionError) as error:
-        raise AdapterFileError(f"{path}: is no torch.export program: {str(error).splitlines()[0]}") from error
-    if not extra[EXTRA]:
+    program, extra = read_program(path)
+    if not extra:
         from .capture import capture
 
         return capture(program)
-    return restored(program, json.loads(extra[EXTRA]), str(path))
+    try:
+        return restored(program, json.loads(extra), str(path))
+    except (ValueError, KeyError, TypeError, AttributeError, GraphError) as error:  # AdapterFileError is a ValueError
+        if isinstance(error, AdapterFileError):
+            raise
+        raise AdapterFileError(f"{path}: {EXTRA} in it is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_program(path: Path) -> tuple[ExportedProgram, str]:
+    """The program in a `.pt2` and our JSON, "" if it has none. Compiled code in the file is refused, not loaded."""
+    if not path.is_file():
+        raise AdapterFileError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise AdapterFileError(f"{path}: is no .pt2 file, or cut off")
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+        if "archive_format" not in names:
+            raise AdapterFileError(f"{path}: is a zip file, but holds no torch.export program")
+        if any(name.startswith("data/aotinductor/") for name in names):
+            raise AdapterFileError(f"{path}: holds compiled code (AOTInductor); load takes exported programs only")
+        register_for(archive)
+    extra = {EXTRA: ""}
+    try:
+        return torch.export.load(str(path), extra_files=extra), extra[EXTRA]
+    except Exception as error:  # noqa: BLE001 — whatever torch's reader raises on a damaged file becomes one clear error
+        raise AdapterFileError(f"{path}: is no torch.export program: {type(error).__name__}: {error}") from error
 
 
 def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule:
@@ -109,6 +132,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     if data.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
+    recipe = {name: Resident(config_from_dict(config)) for name, config in data["recipe"].items()}
+    names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
     store = tree._modules.pop("peft_fx", None)
@@ -121,7 +146,6 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     gm = finish(gm, table, device)
     adapted = copy_graph(gm.graph)
     run([StripSplices()], gm)
-    recipe = {name: Resident(get_config(c["peft_type"]).from_dict(c)) for name, c in data["recipe"].items()}
     state = gm.meta["peft_fx"].update(
         table=table,
         base=BaseGraph(copy_graph(gm.graph)),
@@ -133,7 +157,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     )
     gm.meta["peft_fx"] = state
     gm.graph = adapted
-    freeze_base(gm)
+    if recipe:
+        freeze_base(gm)
     return gm
 
 

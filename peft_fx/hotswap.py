@@ -24,6 +24,9 @@ from .plan import Placement, Plan, make_plan
 from .store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
 
 
+WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
+
+
 @dataclass(frozen=True)
 class SwapReport:
     """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out."""
@@ -57,14 +60,16 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     plan = planned(state, adapter_name, config)
     values = match_tensors(plan, read_tensors(folder), where=str(path))
     old, new = by_place(placements(state, adapter_name)), by_place(plan.placements)
-    refuse_faults(adapter_name, [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old])
+    faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
+    for p in (old[k] for k in left_out):
+        if neutral(p) is None:
+            faults.append(f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there")
+    refuse_faults(adapter_name, faults)
     if left_out:
-        fixed = [p for p in (old[k] for k in left_out) if neutral(p) is None]
-        refuse_faults(adapter_name, [f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there" for p in fixed])
         config = with_targets_of(state.recipe[adapter_name].config, config)
-    after = by_place(planned(state, adapter_name, config).placements)
-    writes = planned_writes(gm, adapter_name, old, after, values, left_out)
+        new = by_place(planned(state, adapter_name, config).placements)
+    writes = planned_writes(gm, adapter_name, old, new, values, left_out)
     with torch.no_grad():
         for slot, value, _ in writes:
             slot.copy_(value)
@@ -97,11 +102,11 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
     return {(p.method, p.target.name): p for p in chosen}
 
 
-def planned_writes(gm, adapter: str, old: dict, after: dict, values: dict, left_out: list) -> list:
-    """[(slot, value, padded)] that make the slots of `old` hold `after`; raises HotswapError before anything is written."""
-    faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in after]
+def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_out: list) -> list:
+    """[(slot, value, padded)] that make the slots of `old` hold `new`; raises HotswapError before anything is written."""
+    faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in new]
     writes = []
-    for place, p in after.items():
+    for place, p in new.items():
         was = old[place]
         if (set(p.tensors), p.shared, input_dropout(p)) != (set(was.tensors), was.shared, input_dropout(was)):
             faults.append(f"{p.target.name}: tensors, ties or dropout differ from the resident adapter's")
@@ -116,8 +121,8 @@ def planned_writes(gm, adapter: str, old: dict, after: dict, values: dict, left_
                 spec.init(value, None)
             fits = fitted(value, slot, spec.pad)
             if fits is None:
-                remedy = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)" if spec.pad else ""
-                faults.append(f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}{remedy}")
+                fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"
+                faults.append(fault + (WIDEN if spec.pad else ""))
                 continue
             writes.append((slot, fits, fits.shape != value.shape))
     refuse_faults(adapter, faults)

@@ -19,7 +19,7 @@ from .methods import get_method
 from .passes.base import run
 from .passes.fold import PointAtFolded
 from .passes.lowering import apply_weight
-from .plan import Placement
+from .plan import Placement, clashes
 from .store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
 
 KEEP = ("device", "cpu", None)
@@ -51,6 +51,8 @@ def merge(
     if not names:
         raise MergeError("nothing to merge: no adapter is active; name one, or call set_adapter")
     chosen = [p for name in names for p in placements(state, name)]
+    if refused := clashes(chosen):
+        raise MergeError("\n".join(map(str, refused)))
     new = derive(tuned, copy_graph(state.base.graph), state)
     report = []
     for target_name, group in by_target(chosen).items():
@@ -87,16 +89,23 @@ def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep
             exact_W, exact_b = apply_weight(
                 method, exact_W, exact_b, theta_of(tuned, p), p.target, p.config, wide, method.dense_groups(p.target)
             )
-        merged = exact_W.to(W.dtype).contiguous()
-        if check_finite and not torch.isfinite(merged).all():
-            adapters = ", ".join(p.adapter for p in group)
-            raise MergeError(f"{name}: merging {adapters} gives inf or nan in {W.dtype}; nothing was merged")
+        results = {name: rounded(exact_W, W.dtype)}
+        if exact_b is not old_b:
+            results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype)
+        for result_name, result in results.items():
+            if check_finite and not torch.isfinite(result).all():
+                adapters = ", ".join(p.adapter for p in group)
+                raise MergeError(f"{result_name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged")
+        merged = results[name]
         error = float((merged.to(wide) - exact_W).abs().max()) if merged.numel() and wide.is_floating_point else 0.0
-    replace_tensor(new, name, merged, keep_base)
-    if exact_b is not old_b:
-        dtype = W.dtype if b is None else b.dtype
-        replace_tensor(new, target.bias_name, exact_b.to(dtype), keep_base)
+    for result_name, result in results.items():
+        replace_tensor(new, result_name, result, keep_base)
     return {"target": name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype), "rounding_error": error}
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous copy in `dtype`, even where nothing changes: a result must not share memory with an adapter."""
+    return torch.empty(exact.shape, dtype=dtype, device=exact.device).copy_(exact)
 
 
 def theta_of(gm: fx.GraphModule, p: Placement) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ sees that bias.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -20,7 +20,7 @@ from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, sel
 from .target import ModuleRecord, ModuleTable, Target
 from .wrappers import base_path, inside_path, wrap_counts
 
-__all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "make_plan"]
+__all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every key in its files
 
@@ -92,6 +92,20 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
     if refusals and strict:
         raise RecipeError("\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *map(str, refusals)]))
     return Plan((*substitutions, *adapted), refusals, selection.unmatched)
+
+
+def clashes(placements: Iterable[Placement]) -> list[Refusal]:
+    """Targets for which two adapters bring numbers of their own: one would undo the other."""
+    owners: dict[str, list[tuple[str, Sequence[int]]]] = {}
+    found = []
+    for p in placements:
+        rows = get_method(p.method).own_rows(p.target, p.config)
+        for adapter, taken in owners.get(p.target.name, ()):
+            if adapter != p.adapter and not set(taken).isdisjoint(rows):
+                reason = f"refused: adapters {adapter!r} and {p.adapter!r} each replace its numbers; only one of them can be active"
+                found.append(Refusal(p.target.name, reason))
+        owners.setdefault(p.target.name, []).append((p.adapter, rows))
+    return found
 
 
 def check_adapter_name(adapter: str) -> None:

@@ -4,6 +4,7 @@
     gm.peft_fx.replaced.<target>                       weights that a merge replaced, for unmerge (not in state_dict)
     gm.peft_fx.mode(train_value, eval_value)           literals that differ between train() and eval()
     gm.peft_fx.device()                                the device the captured literals mean
+    gm.peft_fx.inputs(x, ...)                          checks what capture fixed of a call: constants, sizes
     gm.meta["peft_fx"]: State                          module table, recipe, active adapters, base fx.Graph; no tensors
 
 A GraphModule subclass would be lost by the next pass; a submodule and `meta` are not.
@@ -26,6 +27,7 @@ ADAPTERS = f"{ROOT}.adapters"
 REPLACED = f"{ROOT}.replaced"
 MODE = f"{ROOT}.mode"
 DEVICE = f"{ROOT}.device"
+INPUTS = f"{ROOT}.inputs"
 PRESERVED = "_user_preserved_attributes"  # torch.fx: attributes named here survive deepcopy though no node reads them
 
 
@@ -60,14 +62,43 @@ class ByDevice(nn.Module):
         return self.anchor.device
 
 
+class FixedInputs(nn.Module):
+    """Raises GraphError for a call that differs from the captured one in what capture fixed.
+
+    expected: per argument its name and a tensor's sizes, None where they may vary, or the constant that was given.
+    """
+
+    _is_impure = True  # torch.fx: not dead code, though no node reads it
+
+    def __init__(self):
+        super().__init__()
+        self.expected: tuple[tuple[str, object], ...] = ()
+
+    def forward(self, *values):
+        for value, (name, expected) in zip(values, self.expected, strict=True):
+            if not isinstance(value, torch.Tensor):
+                fits = value is expected or value == expected
+            elif fits := isinstance(expected, tuple) and len(expected) == value.dim():
+                for given, wanted in zip(value.shape, expected, strict=True):
+                    fits = fits and (wanted is None or given == wanted)
+            if not fits:
+                given = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+                wanted = tuple("any" if e is None else e for e in expected) if isinstance(expected, tuple) else repr(expected)
+                raise GraphError(f"captured with {name} = {wanted}, called with {given}: capture the model with this input")
+
+
 class Store(nn.Module):
     """Root of everything above. First child of its graph module, so that it can refuse before anything is converted."""
 
     def __init__(self, mode: ByMode, device: ByDevice):
         super().__init__()
         self.training = mode.training
-        self.mode, self.device = mode, device
+        self.mode, self.device, self.inputs = mode, device, FixedInputs()
         self.adapters, self.replaced = nn.Module(), nn.Module()
+
+    def train(self, mode: bool = True):
+        self.mode.train(mode)  # first, since it may refuse
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
         if fn(torch.empty(0, dtype=torch.float32)).dtype != torch.float32:
@@ -158,31 +189,40 @@ def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph:
         gm.register_buffer(name, buffer, persistent=persistent)
     set_graph(gm, graph)
     gm.meta[ROOT] = state
-    gm.meta[PRESERVED] = {ROOT: gm.peft_fx}
+    gm.meta[PRESERVED] = {name: getattr(gm, name) for name in (ROOT, "_non_persistent_buffers_set")}
     gm.training = gm.peft_fx.mode.training
     return gm
 
 
 def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
     """A new GraphModule over the same tensors with its own module objects, graph, mode and state."""
-    modules = {name: shell(module) for name, module in gm._modules.items()}
+    copies: dict[nn.Module, nn.Module] = {}
+    modules = {name: shell(module, copies) for name, module in gm._modules.items()}
     modules = {ROOT: modules.pop(ROOT), **modules}
     buffers = {n: (b, n not in gm._non_persistent_buffers_set) for n, b in gm._buffers.items()}
     return build(modules, dict(gm._parameters), buffers, graph, state)
 
 
-def shell(module: nn.Module) -> nn.Module:
-    """A module tree of new objects that hold the same tensors; sub-graphs of regions are copied too."""
+def shell(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A module tree of new objects that hold the same tensors; sub-graphs of regions are copied too.
+
+    copies: what has been copied already, so that a module under two names stays one module.
+    """
+    copies = {} if copies is None else copies
+    if module in copies:
+        return copies[module]
     if isinstance(module, fx.GraphModule):
         new = fx.GraphModule(module, copy_graph(module.graph))
         new.training = module.training
         return new
-    new = module.__new__(type(module))
+    new = copies[module] = module.__new__(type(module))
     new.__dict__ = dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):
         new.__dict__[kind] = dict(module.__dict__[kind])
     new.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    new.__dict__["_modules"] = {name: shell(child) for name, child in module._modules.items() if child is not None}
+    new.__dict__["_modules"] = {
+        name: shell(child, copies) for name, child in module._modules.items() if child is not None
+    }
     return new
 
 

@@ -61,6 +61,43 @@ class Views(nn.Module):
         return torch.tanh(x @ self.inner.out_in.t()) @ self.inner.in_out
 
 
+class Rows(nn.Module):
+    """Views that do not leave the axes of a factor whole: chosen rows, experts that are no leading axis, a first operand."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.chosen = nn.Parameter(torch.randn(6, 5) / 3)
+        self.inner.second = nn.Parameter(torch.randn(4, 3, 6) / 3)  # experts, seen by bmm as the second axis
+        self.inner.first = nn.Parameter(torch.randn(3, 2, 4) / 3)
+        self.register_buffer("rows", torch.tensor([3, 0, 5, 1, 1, 2]))
+
+    def forward(self, x):
+        h = nn.functional.linear(x, self.inner.chosen[self.rows])  # (3, 4, 6)
+        h = torch.bmm(h, self.inner.second.transpose(0, 1).transpose(1, 2))  # (3, 4, 4)
+        return torch.bmm(self.inner.first, h)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))))
+
+
+class Alias(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
 class Only(nn.Module):
     """One layer called `layer`, so that every kind has a path to name, and a head behind it that spreads gradients."""
 
@@ -142,8 +179,12 @@ SUBJECTS = {
     "attention": attention(),
     "attention_without_bias": attention(bias=False),
     "attention_cross": attention(cross=True),
+    "attention_cross_without_bias": attention(cross=True, bias=False),
     "twice": Subject(Twice, lambda: {"x": torch.randn(3, 4, 6)}),
     "views": Subject(Views, lambda: {"x": torch.randn(3, 4, 6)}),
+    "rows": Subject(Rows, lambda: {"x": torch.randn(3, 4, 5)}),
+    "alias": Subject(Alias, lambda: {"x": torch.randn(3, 4, 6)}),
+    "normed": Subject(Normed, lambda: {"x": torch.randn(3, 3, 6, 6)}),
     "llama": Subject(tiny.llama, text),
     "tied_llama": Subject(tiny.tied_llama, text),
     "biased_llama": Subject(tiny.biased_llama, text),
@@ -201,6 +242,12 @@ def error(ours, theirs) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True)) / scale
 
 
+def rms_error(ours, theirs) -> float:
+    """Root mean square of the difference over that of the value: what rounding does on average."""
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, theirs, strict=True))
+    return (difference / sum(float(b.double().square().sum()) for b in theirs)) ** 0.5
+
+
 def loss(output: list[torch.Tensor]) -> torch.Tensor:
     """A scalar to which every output element contributes differently."""
     generator = torch.Generator().manual_seed(2)
@@ -216,16 +263,21 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def gradients(model: nn.Module, name: str, save: Callable[[Path], object], dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """File key -> gradient: the gradients are put in the parameters' place and saved as an adapter, then put back."""
+def gradients(model: nn.Module, name: str, save: Callable[[Path], object], dtype=torch.float32, adapter="") -> dict[str, torch.Tensor]:
+    """File key -> gradient: the gradients are put in the parameters' place and saved as an adapter, then put back.
+
+    adapter: only tensors with this in their name need a gradient. They are added there: PEFT has two Parameters on one memory where a transposed factor is shared.
+    """
     model.zero_grad()
     loss(floats(model(**inputs(name, dtype)))).backward()
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [p for n, p in model.named_parameters() if p.requires_grad and adapter in n]
     before = [p.detach().clone() for p in trainable]
     with torch.no_grad():
         for p in trainable:
+            p.zero_()
+        for p in trainable:
             assert p.grad is not None, "a trainable tensor got no gradient"
-            p.copy_(p.grad)
+            p.add_(p.grad)
         found = saved(save)
         for p, old in zip(trainable, before, strict=True):
             p.copy_(old)
@@ -237,8 +289,9 @@ def saved(save: Callable[[Path], object]) -> dict[str, torch.Tensor]:
     """File key -> tensor of what `save` writes."""
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
+        (file,) = Path(folder).rglob("adapter_model.safetensors")
         # with bias="all" PEFT writes the biases inside saved modules again, under keys that it cannot load
-        return {k: t.clone() for k, t in load_file(Path(folder) / "adapter_model.safetensors").items()
+        return {k: t.clone() for k, t in load_file(file).items()
                 if ".original_module." not in k and ".modules_to_save." not in k}  # fmt: skip
 
 
@@ -326,7 +379,8 @@ class Definition:
         return found
 
     def __call__(self, **kwargs):
-        return functional_call(self.model, self.weights(), kwargs=kwargs)
+        # tie_weights: torch would leave a module under two names with the other weights
+        return functional_call(self.model, self.weights(), kwargs=kwargs, tie_weights=False)
 
     def run(self, name):
         with torch.no_grad():
@@ -338,7 +392,9 @@ class Definition:
 
 
 def definition(name: str, tensors: dict[str, torch.Tensor], parts: dict) -> Definition:
-    model = build(name, torch.float32).double()
+    model = build(name).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # torch's grouped_mm has no float64
     for path, module in list(model.named_modules()):
         if getattr(module, "groups", 1) > 1:
             setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], ungrouped(module))

@@ -1,13 +1,16 @@
-"""Model families for the capture tests: a tiny model with every dropout on, and inputs of any size for it, per row."""
+"""Model families for the capture tests: per row a tiny model with its dropouts on, and inputs of any size for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import transformers as hf
 from torch import nn
+from torch.utils import _pytree as pytree
+
+import peft_fx
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
 ROTARY = {**TEXT, "num_key_value_heads": 2, "attention_dropout": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -113,25 +116,25 @@ class Signal(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """example: what is passed to `capture`; None lets it build inputs itself. numbers: inputs for comparing.
+    """numbers: inputs for comparing. example: inputs for `capture`; None lets it build them from the model's config.
+    slow: a relative of it is captured in the quick run already.
 
-    batch_free: the batch may differ from the traced one. unused: parameters that get no gradient.
-    atol: allowed difference in training where the captured operators draw or sum in another order (0: bit-equal).
+    sizes: (batch, length) at which the graph must equal the model; the capture was made at another or at the first one.
     """
 
     build: Callable[[], nn.Module]
     numbers: Callable
     example: Callable | None = None
+    sizes: tuple[tuple[int, int], ...] = ((2, 7), (3, 9), (1, 5), (7, 7))
     slow: bool = False
-    options: dict = field(default_factory=dict)
 
 
 FAMILIES = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), text),
     "llama labels": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), causal_labels, causal_labels),
-    "llama tied": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY, tie_word_embeddings=True)), text),
+    "llama tied": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY, tie_word_embeddings=True)), text, slow=True),
     "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ROTARY, head_dim=8)), text),
-    "gemma2": Family(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GEMMA)), text),
+    "gemma2": Family(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GEMMA)), text, slow=True),
     "gemma3": Family(
         lambda: hf.Gemma3ForCausalLM(
             hf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"])), text),
@@ -141,15 +144,20 @@ FAMILIES = {
         lambda: hf.OPTForCausalLM(
             hf.OPTConfig(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
                          word_embed_proj_dim=16, max_position_embeddings=32, attention_dropout=0.1)), text),
-    "bert": Family(lambda: hf.BertModel(hf.BertConfig(**TEXT, max_position_embeddings=32)), text),
+    "bert": Family(lambda: hf.BertModel(hf.BertConfig(**TEXT, max_position_embeddings=32)), text, slow=True),
     "bert classes": Family(
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT, max_position_embeddings=32)), classes, classes),
     "roberta": Family(
         lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**TEXT, max_position_embeddings=32, pad_token_id=1)), text),
+    "deberta": Family(
+        lambda: hf.DebertaV2Model(
+            hf.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4,
+                               share_att_key=True, norm_rel_ebd="layer_norm", max_position_embeddings=32)),
+        text, slow=True),
     "t5": Family(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40,
-                        decoder_start_token_id=0)), seq2seq),
+                        decoder_start_token_id=0)), seq2seq, slow=True),
     "t5 labels": Family(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40,
@@ -158,7 +166,7 @@ FAMILIES = {
         lambda: hf.BartForConditionalGeneration(
             hf.BartConfig(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
                           decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40,
-                          max_position_embeddings=32, attention_dropout=0.1)), seq2seq),
+                          max_position_embeddings=32, attention_dropout=0.1)), seq2seq, slow=True),
     "whisper": Family(
         lambda: hf.WhisperForConditionalGeneration(
             hf.WhisperConfig(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
@@ -180,7 +188,42 @@ FAMILIES = {
             hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 2], layer_type="basic")), picture),
     "mamba": Family(
         lambda: hf.MambaForCausalLM(
-            hf.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=40, time_step_rank=4)), plain_text),
+            hf.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=40, time_step_rank=4)), plain_text,
+        sizes=((2, 7), (3, 7), (1, 7))),  # the scan is unrolled over the length
     "conv net": Family(ConvNet, tensor(3, 9, 9), tensor(3, 9, 9)),
     "conv 1d": Family(Signal, signal, signal),
 }  # fmt: skip
+
+
+def captured(family: Family):
+    """(model, its graph), freshly built."""
+    torch.manual_seed(0)
+    model = family.build()
+    example = family.example(2, 7, torch.Generator().manual_seed(1)) if family.example else None
+    return model, peft_fx.capture(model, kwargs=example)
+
+
+def tensors(output) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, dict) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def outputs_and_gradients(module, inputs, seed=5):
+    """The tensors that a call returns, and every parameter's gradient of the sum of their mean squares."""
+    module.zero_grad()
+    torch.manual_seed(seed)
+    outputs = tensors(module(**inputs) if isinstance(inputs, dict) else module(*inputs))
+    sum(o.float().pow(2).mean() for o in outputs if o.requires_grad).backward()
+    return outputs, {n: p.grad for n, p in module.named_parameters()}
+
+
+def assert_equal(module, reference, inputs, atol=2e-6, rtol=1e-5):
+    """Same outputs, and the same gradient for every parameter, None included."""
+    outputs, gradients = outputs_and_gradients(module, inputs)
+    wanted, wanted_gradients = outputs_and_gradients(reference, inputs)
+    torch.testing.assert_close(outputs, wanted, atol=atol, rtol=rtol)
+    assert list(gradients) == list(wanted_gradients)
+    for name, gradient in wanted_gradients.items():
+        assert (gradient is None) == (gradients[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, atol=max(atol, rtol * gradient.abs().max().item()), rtol=rtol)

@@ -48,19 +48,13 @@ def mixed():
     return lively(Mixed()).eval()
 
 
-LAYERS = {"llama": 1, "tied_llama": 1, "mixtral": 1}
-INPUTS = {"mixed": lambda *shape: {"ids": ids(*shape or (2, 6))}}
-
-
 def model_of(name):
     return mixed() if name == "mixed" else lively(build(name)).eval()
 
 
 def inputs(name, *shape):
-    if name in INPUTS:
-        return INPUTS[name](*shape)
     tokens = ids(*shape or (2, 6))
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return {"ids": tokens} if name == "mixed" else {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def output(graph, name, *shape):
@@ -80,6 +74,7 @@ def captured(name):
 
 def tuned(graph, config, seed=0, adapter_name="default"):
     """`apply`, with every tensor that trains moved away from its initial value."""
+    torch.manual_seed(seed)
     new = peft_fx.apply(graph, {"peft_type": "LORA", **config}, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

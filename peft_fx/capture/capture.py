@@ -17,11 +17,12 @@ from ..errors import CaptureError
 from ..modules import module_table
 from ..passes.base import run
 from ..passes.inline import InlineGradRegions
+from ..passes.inputs import CheckInputs
 from ..passes.linearise import Linearise
 from ..passes.literals import MarkDevice, MarkModes, lock
 from ..passes.match import observed_kinds
 from ..passes.names import NameParameters
-from ..store import BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_graph, set_tensor
+from ..store import ROOT, BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_graph, set_tensor
 from ..target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .program import program_table, retie
@@ -49,6 +50,8 @@ def capture(
         return from_program(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture takes an nn.Module or an ExportedProgram, got {type(model).__name__}")
+    if ROOT in model._modules:
+        raise CaptureError("this is a captured graph already: the verbs take it as it is, capture takes the model")
     if not args and not kwargs:
         if not is_hugging_face(model):
             raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
@@ -63,7 +66,7 @@ def capture(
         program = export_in_mode(model, args, kwargs, shapes, training=True)
     except CaptureError as error:
         if model.training:
-            raise
+            raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
         program, mode.locked = eval_program, str(error)
     gm = module_of(program, skeleton(model), mode, table)
     clean = [InlineGradRegions()]
@@ -78,7 +81,7 @@ def capture(
 
 def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:
     """The training capture with literals that follow the mode; if the two cannot be aligned, the current mode's capture."""
-    run([*clean, MarkModes(evaluation.graph)], gm)
+    run([*clean, MarkModes(evaluation)], gm)
     if gm.peft_fx.mode.locked and not gm.peft_fx.mode.training:
         lock(evaluation, gm.peft_fx.mode.locked)
         return evaluation
@@ -87,7 +90,7 @@ def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list)
 
 def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device) -> fx.GraphModule:
     """The rest of normalisation; records kinds of weights of unknown classes and the base graph."""
-    reports = run([NameParameters(table), Linearise(), MarkDevice(device)], gm)
+    reports = run([NameParameters(table), Linearise(), MarkDevice(device), CheckInputs()], gm)
     table = with_kinds(table, observed_kinds(gm.graph, table))
     state = gm.meta["peft_fx"]
     gm.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(gm.graph)), reports=reports)
@@ -129,7 +132,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
     device = next(tree.parameters(), torch.empty(0)).device
     state = State(table, BaseGraph(fx.Graph()), dict(program.range_constraints))
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
-    modules = {"peft_fx": Store(mode, ByDevice(device)), **tree._modules}
+    modules = {ROOT: Store(mode, ByDevice(device)), **tree._modules}
     gm = build(modules, dict(tree._parameters), buffers, fx.Graph(), state)
     for node in exported.graph.nodes:
         if node.op != "get_attr":
@@ -152,6 +155,7 @@ def get_attribute(module: nn.Module, name: str):
 def from_program(program: ExportedProgram) -> fx.GraphModule:
     """An ExportedProgram's graph; it has the one mode it was exported in."""
     tree = skeleton(program.module(check_guards=False))
+    tree._modules.pop(ROOT, None)  # of a graph of ours that torch exported: its adapters come back as plain parameters
     retie(tree)
     table = program_table(program, tree)
     mode = ByMode(False, "it comes from an ExportedProgram; capture the model itself to have both")

@@ -74,12 +74,17 @@ def auto_shapes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     return pytree.tree_map(shape, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
 
 
+ON_VALUES = (
+    "the model branches on tensor values, or makes Python numbers of them; rewrite the branch with torch.where, "
+    "or pin the value by a config option"
+)
 # What commonly stops a trace -> what to do about it.
 REMEDIES = (
-    ("data-dependent", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
-    ("GuardOnDataDependent", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
-    ("Could not guard", "the model branches on tensor values; rewrite the branch with torch.where, or pin the value by a config option"),
+    ("data-dependent", ON_VALUES),
+    ("GuardOnDataDependent", ON_VALUES),
+    ("Could not guard", ON_VALUES),
     ("numpy", "the model leaves torch for numpy while it runs; capture it in the mode that does not (model.eval() for training-time masking)"),
+    ("Must provide a tree_name", "torch.export gives arguments that forward takes through **kwargs no dynamic sizes; pass dynamic_shapes=None"),
     ("missing", "pass example inputs: capture(model, args=(...), kwargs={...})"),
 )  # fmt: skip
 

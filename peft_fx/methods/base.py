@@ -9,7 +9,7 @@ passes bring the weight to this layout, call the method, and bring the result ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ class Tensor:
     init: writes the initial value in place, (empty tensor, base weight in canonical layout or None) -> None.
     key: suffix of its key in PEFT's adapter file; None if it is not saved.
     trainable: a Parameter that requires grad; otherwise a buffer.
-    dtype: None means fp32 for half-precision bases and the base's dtype otherwise.
+    dtype: None means fp32 for half-precision bases and the base's dtype otherwise. like_base: always the base's dtype.
     pad: (axis, blocks) for axes that grow with the method's rank: a smaller adapter fits into a larger one with zeros at
         the end of each of `blocks` equal parts of the axis.
     """
@@ -37,6 +37,7 @@ class Tensor:
     key: str | None = None
     trainable: bool = True
     dtype: torch.dtype | None = None
+    like_base: bool = False
     pad: tuple[tuple[int, int], ...] = ()
 
 
@@ -80,6 +81,10 @@ class Method:
     def neutral(self, target: Target, config: AdapterConfig) -> dict[str, float] | None:
         """Tensor name -> value that makes the method act as if it were absent; None if nothing does."""
         return None
+
+    def own_rows(self, target: Target, config: AdapterConfig) -> Sequence[int]:
+        """Rows of the stored weight that the adapter's own numbers stand for, whatever was there; () for updates."""
+        return ()
 
     def dense_groups(self, target: Target) -> bool:
         """True if the update crosses the groups of a grouped convolution: `weight` then sees and returns all channels."""

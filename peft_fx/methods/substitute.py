@@ -4,6 +4,7 @@
     Tokens    W'[:, ids] = trainable_tokens_deltaᵀ   rows of an embedding; W: (d, V) for embeddings, (V, d) for heads
 
 `trainable_tokens_delta` is PEFT's name: it holds the new rows, not differences. Both start as the model's own numbers.
+Copies have the model's dtype, as in PEFT: statistics that training writes in place need it, and a head keeps its size.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ class Saved(Substitute):
     def check(self, target, config):
         return None
 
+    def own_rows(self, target, config):
+        return range(target.shape[0]) if target.shape else (0,)
+
     def tensors(self, target, config):
-        return {"weight": Tensor(target.shape, copy_base, key=target.parameter)}
+        return {"weight": Tensor(target.shape, copy_base, key=target.parameter, like_base=True)}
 
     def weight(self, W, b, theta, target, config):
         return theta["weight"].to(W.dtype), b
@@ -33,6 +37,9 @@ class Tokens(Substitute):
 
     def check(self, target, config):
         return None
+
+    def own_rows(self, target, config):
+        return token_ids(target, config)
 
     def tensors(self, target, config):
         ids = token_ids(target, config)

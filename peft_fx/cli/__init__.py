@@ -1,0 +1,43 @@
+"""The `peft-fx` command. One module per job: `inspect` (the command), `model` (what to open), `facts` and `nodes` (what is
+shown, as data), `as_*` (one way to show it each), `terminal` (streams and errors)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from .inspect import inspect as inspect_command
+from .terminal import OneLineErrors
+
+app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich")
+app.command("inspect")(inspect_command)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-fx {version('peft-fx')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def peft_fx(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version. [dim]e.g. --version[/]")
+    ] = False,
+):
+    """Parameter-efficient fine-tuning by rewriting torch.fx graphs.
+
+    Example: [bold]peft-fx inspect HuggingFaceTB/SmolLM2-135M --recipe lora[/]
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,103 @@
+"""`peft-fx inspect`: what a model offers, what a recipe or an adapter would do to it, and what a file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from . import as_code, as_dot, as_json, as_table
+from .facts import gather
+from .terminal import stdout
+
+# name -> (inspection, console, whether to list every layer) -> None
+FORMATS: dict[str, Callable] = {
+    "table": as_table.show,
+    "code": as_code.show,
+    "json": as_json.show,
+    "dot": as_dot.show,
+}
+
+
+def known_format(name: str) -> str:
+    if name not in FORMATS:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(FORMATS)}")
+    return name
+
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="What to apply: a .json or .yaml file, JSON itself, or a method's name for its defaults. "
+        "[dim]e.g. --recipe lora, --recipe tune.yaml, "
+        '--recipe \'{"peft_type": "LORA", "r": 8, "target_modules": "all-linear"}\'[/]',
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="An adapter in PEFT's files, or its hub id; its config alone is read. [dim]e.g. --adapter runs/sql-lora[/]",
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Show the graph around one target, before and after: the end of its name, or a regex for all of it. Of "
+        "several that match, the first. [dim]e.g. --target layers.0.self_attn.q_proj, --target '.*down_proj'[/]",
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="|".join(FORMATS),
+        callback=known_format,
+        help="table; code: the graph as Python; json: see above; dot: for Graphviz, adapters in green. "
+        "[dim]e.g. --target q_proj --format dot | dot -Tsvg > q_proj.svg[/]",
+    ),
+]
+Every = Annotated[
+    bool, typer.Option("--all", help="List every layer's targets, not one line for all layers. [dim]e.g. --all[/]")
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model folder, a config.json, a hub id, or a .pt2 written by peft_fx.export. Weights are not loaded, code that "
+        "comes with a model is not run. [dim]e.g. HuggingFaceTB/SmolLM2-135M[/]",
+    ),
+]
+
+
+def inspect(
+    model: Source,
+    recipe: Recipe = None,
+    adapter: Adapter = None,
+    target: Target = None,
+    format: Format = "table",
+    every: Every = False,
+):
+    """Show a model's targets, and what a recipe or an adapter does to them.
+
+    Without --recipe and --adapter: every parameter that could be adapted, or, for a .pt2, the adapters in it.
+
+    [bold]--format json[/] prints one object; keys may be added, none changes:
+
+    [cyan]format[/]   1
+    [cyan]model[/]    source, name, parameters, dtypes, mode, weights
+    [cyan]targets[/]  adapter, target, kind, shape, storage, method, lowering, parameters, status, reason, rounding_error
+    [cyan]passes[/]   name, changed, seconds, before, after, difference
+    [cyan]totals[/]   targets, refused, unmatched, parameters_added, nodes_before, nodes_after
+    [cyan]target[/]   null; with --target: name, matches, and before and after, lists of nodes:
+             name, op, target, args, kwargs, dtype, shape, tag, inserted ("%x" in args is the node x)
+
+    A target's status is planned, active, resident, merged, refused, unmatched (names nothing), or possible.
+    What is wrong with the input is said in one line on stderr, with exit code 2.
+    """
+    if recipe is not None and adapter is not None:
+        raise typer.BadParameter("--recipe and --adapter exclude each other: an adapter brings its own config")
+    FORMATS[format](gather(model, recipe, adapter, target), stdout(), every)

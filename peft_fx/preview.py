@@ -1,0 +1,50 @@
+"""`preview`: the graph that `apply` would make, to be looked at. Refused targets are left out, no number is initialised.
+
+So a recipe can be judged on a model whose weights are not there (meta tensors), and one bad target hides none of the others.
+"""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .adapters import empty_tensor
+from .derive import placements, refuse_merged, replicated
+from .errors import RecipeError
+from .passes.base import run
+from .passes.inject import Inject, lower
+from .plan import Placement, make_plan
+from .recipe import as_recipe
+from .store import ADAPTERS, Resident, copy_graph, derive, get_tensor, set_tensor, state_of
+
+
+def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
+    """`graph` with a recipe's adapters after those that are active. Raises RecipeError if the recipe chooses nothing."""
+    state = state_of(graph, "preview")
+    refuse_merged(state, "adding an adapter")
+    gm = derive(graph, fx.Graph(), state)
+    new: list[Placement] = []
+    for name, config in as_recipe(recipe).items():
+        if name in state.recipe:
+            raise RecipeError(f"there is an adapter {name!r} already; give the new one another name")
+        if config.layer_replication:
+            gm = replicated(gm, config.layer_replication)
+        state = state_of(gm)
+        new += make_plan(state.table, name, config, strict=False).placements
+        state = state.update(recipe={**state.recipe, name: Resident(config)})
+        gm.meta["peft_fx"] = state
+    for placement in new:
+        allocate_empty(gm, placement)
+    present = [p for name in state.active for p in placements(state, name)]
+    accepted = [x.placement for x in lower(state.base.graph, [*present, *new]) if x.form != "refused"]
+    shown = derive(gm, copy_graph(state.base.graph), state)
+    shown.meta["peft_fx"] = state.update(reports=run((Inject(tuple(accepted)),), shown))
+    return shown
+
+
+def allocate_empty(gm: fx.GraphModule, placement: Placement) -> None:
+    base = get_tensor(gm, placement.target.name)
+    for name, spec in placement.tensors.items():
+        if name not in placement.shared:
+            tensor = empty_tensor(spec, base)
+            value = nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if spec.trainable else tensor
+            set_tensor(gm, f"{ADAPTERS}.{placement.state_name(name)}", value)
