@@ -12,7 +12,7 @@ import torch
 
 from ..errors import GraphError
 from ..methods import get_method
-from ..plan import Placement
+from ..planning.plan import Placement
 from ..store import get_tensor
 from .base import Pass
 from .inject import add_bias, drop_groups

@@ -16,8 +16,8 @@ from torch import fx
 
 from ..errors import RecipeError
 from ..methods import get_method
-from ..methods.base import Additive, Method
-from ..plan import Placement, Refusal, Shared, clashes
+from ..methods.base import Additive
+from ..planning.plan import Placement, Refusal, Shared, clashes
 from ..store import ADAPTERS, get_tensor
 from ..target import Target
 from .base import Pass, regions
@@ -48,7 +48,9 @@ def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
     for i, p in enumerate(placements):
         if not isinstance(get_method(p.method), Additive) or found.get(p.target.name, ([], ""))[1]:
             last_weight[p.target.name] = i
-    return [lowering(p, found.get(p.target.name), i <= last_weight.get(p.target.name, -1)) for i, p in enumerate(placements)]
+    return [
+        lowering(p, found.get(p.target.name), i <= last_weight.get(p.target.name, -1)) for i, p in enumerate(placements)
+    ]
 
 
 def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
@@ -68,7 +70,9 @@ def lowering(p: Placement, found: tuple[list[Site], str] | None, needs_weight: b
     reason = found[1] or "composed with a method that rewrites the weight"
     if dropout := method.input_dropout(p.target, p.config):
         return Lowering(p, "refused", f"dropout {dropout} on the input needs the activation form, but {reason}")
-    return Lowering(p, "weight", reason if isinstance(method, Additive) else "the method rewrites the weight", tuple(found[0]))
+    return Lowering(
+        p, "weight", reason if isinstance(method, Additive) else "the method rewrites the weight", tuple(found[0])
+    )
 
 
 @dataclass(frozen=True)

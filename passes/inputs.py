@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from ..store import INPUTS
 from .base import Pass

@@ -38,13 +38,19 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
     specs, state, constants = [], {}, {}
     persistent = set(gm.state_dict(keep_vars=True))
     read = parameter_nodes(graph)
-    unread = {name: unread_node(graph, gm, name) for name in persistent - read.keys() if not name.startswith(f"{ROOT}.")}
+    unread = {
+        name: unread_node(graph, gm, name) for name in persistent - read.keys() if not name.startswith(f"{ROOT}.")
+    }
     named = [(name, node, get_tensor(gm, name)) for name, node in (read | dict(sorted(unread.items()))).items()]
     lifted = [(name, node, t) for name, node, t in named if t is not None]
     for name, node, tensor in sorted(lifted, key=lambda item: kind_of(item[2], item[0] in persistent)[0]):
         _, kind, stays = kind_of(tensor, name in persistent)
-        placeholder = replace_by_placeholder(graph, node, users[0] if users else graph.output_node(), PREFIX[kind], name)
-        specs.append(InputSpec(kind, TensorArgument(placeholder.name), name, stays if kind is InputKind.BUFFER else None))
+        placeholder = replace_by_placeholder(
+            graph, node, users[0] if users else graph.output_node(), PREFIX[kind], name
+        )
+        specs.append(
+            InputSpec(kind, TensorArgument(placeholder.name), name, stays if kind is InputKind.BUFFER else None)
+        )
         (state if stays or kind is InputKind.PARAMETER else constants)[name] = tensor
     specs += [InputSpec(InputKind.USER_INPUT, argument(n), None) for n in users]
     output = graph.output_node()
@@ -54,7 +60,9 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
     graph.set_codegen(fx.CodeGen())
     for node in graph.nodes:
         if node.op == "call_module":
-            raise GraphError(f"cannot export {node.format_node()}: only operators and parameters have a place in a program")
+            raise GraphError(
+                f"cannot export {node.format_node()}: only operators and parameters have a place in a program"
+            )
     root = nn.Module()
     for region in regions(gm):
         name = next(n for n, m in gm._modules.items() if m is region)

@@ -40,7 +40,11 @@ def rewrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     if x.meta["val"].dim() < 2 or W.meta["val"].dim() != 2 or set(node.kwargs.values()) - {1}:
         return False
     outer = {}
-    if schema_name(x) == "aten::view" and x.args[0].meta["val"].dim() > 2 and all(schema_name(u) == "aten::view" for u in node.users):
+    if (
+        schema_name(x) == "aten::view"
+        and x.args[0].meta["val"].dim() > 2
+        and all(schema_name(u) == "aten::view" for u in node.users)
+    ):
         full = x.args[0].meta["val"].shape
         if full[-1] == x.meta["val"].shape[-1] and all(
             str(u.meta["val"].shape[:-1]) == str(full[:-1]) and u.meta["val"].dim() == len(full) for u in node.users

@@ -62,7 +62,9 @@ def lock(gm: fx.GraphModule, reason: str) -> None:
     gm.peft_fx.mode.locked = reason
 
 
-def difference(train: fx.GraphModule, evaluation: fx.GraphModule, calls: tuple[fx.Node, ...] = ()) -> list[Change] | str:
+def difference(
+    train: fx.GraphModule, evaluation: fx.GraphModule, calls: tuple[fx.Node, ...] = ()
+) -> list[Change] | str:
     """The literals that differ, regions included, or why the graphs cannot be aligned. calls: where `train` is run."""
     left, right = [
         [n for n in g.graph.nodes if not is_identity(n) and not (calls and is_counted(n))] for g in (train, evaluation)
@@ -124,8 +126,10 @@ def is_counter(node: fx.Node, inside: bool) -> bool:
 
 def is_counted(node: fx.Node) -> bool:
     """A region's operand that is counted up and not read."""
-    return node.op == "placeholder" and bool(node.users) and all(
-        schema_name(u) == "aten::add_.Tensor" and u.args == (node, 1) and not u.users for u in node.users
+    return (
+        node.op == "placeholder"
+        and bool(node.users)
+        and all(schema_name(u) == "aten::add_.Tensor" and u.args == (node, 1) and not u.users for u in node.users)
     )
 
 
@@ -138,7 +142,9 @@ def arguments(gm: fx.GraphModule, call: fx.Node) -> tuple:
     return (*call.args[:start], *(o for o, p in taken if not (is_counted(p) and o.op == "get_attr")))
 
 
-def literals(train: fx.GraphModule, a: fx.Node, evaluation: fx.GraphModule, b: fx.Node, value_of: dict[fx.Node, fx.Node]):
+def literals(
+    train: fx.GraphModule, a: fx.Node, evaluation: fx.GraphModule, b: fx.Node, value_of: dict[fx.Node, fx.Node]
+):
     """Literal arguments in which two nodes differ, as (position, train value, eval value); None if they differ in an input."""
     if a.op != "call_function" or not schema_name(a):
         same = str(fx.map_arg((arguments(train, a), a.kwargs), lambda n: skip(n).name)) == str(
@@ -231,6 +237,8 @@ class BakeLiterals(Pass):
             for user in list(node.users):
                 put_literal(gm, user, node, value)
             gm.graph.erase_node(node)
-        for node in [n for n in gm.graph.nodes if schema_name(n) == "aten::add_.Tensor" and n.args[1] == 0 and not n.users]:
+        for node in [
+            n for n in gm.graph.nodes if schema_name(n) == "aten::add_.Tensor" and n.args[1] == 0 and not n.users
+        ]:
             gm.graph.erase_node(node)
         return len(nodes)

@@ -29,7 +29,9 @@ def layer_list(table: ModuleTable) -> str:
     """The path of the model's list of layers. Raises RecipeError if there is none, or more than one."""
     found = [r.path for r in table.records if r.is_a("ModuleList") and LAYER_LISTS.match(r.path)]
     if len(found) != 1:
-        raise RecipeError(f"layer_replication: expected one list of layers (layers, encoder.layer or h), found {found or 'none'}")
+        raise RecipeError(
+            f"layer_replication: expected one list of layers (layers, encoder.layer or h), found {found or 'none'}"
+        )
     return found[0]
 
 
@@ -77,7 +79,9 @@ class ReplicateLayers(Pass):
         """Copies a node that comes after the layers, with the sizes it needs."""
         if node not in env:
             if node in layers.member:
-                raise RecipeError(f"layer_replication: {node.name} is used outside layer {layers.member[node]}, besides its output")
+                raise RecipeError(
+                    f"layer_replication: {node.name} is used outside layer {layers.member[node]}, besides its output"
+                )
             env[node] = new.node_copy(node, lambda n: self.rest(new, layers, env, n))
         return env[node]
 
@@ -131,7 +135,9 @@ class Layers:
                 self.nodes.setdefault(index, []).append(node)
         self.count = len(self.nodes)
         if self.count < at_least or sorted(self.nodes) != list(range(self.count)):
-            raise RecipeError(f"layer_replication: the graph runs layers {sorted(self.nodes)} of {path}, once each is needed")
+            raise RecipeError(
+                f"layer_replication: the graph runs layers {sorted(self.nodes)} of {path}, once each is needed"
+            )
 
     def layer_of(self, node: fx.Node) -> int | None:
         prefix = f"{self.path}."
@@ -142,9 +148,13 @@ class Layers:
 
     def exit(self, index: int) -> fx.Node:
         """The value that later nodes take from a layer."""
-        outputs = [n for n in self.nodes[index] if any(self.member.get(u) != index and not shape_only(u) for u in n.users)]
+        outputs = [
+            n for n in self.nodes[index] if any(self.member.get(u) != index and not shape_only(u) for u in n.users)
+        ]
         if len(outputs) != 1:
-            raise RecipeError(f"layer_replication: layer {index} hands {len(outputs)} values on, expected the hidden state alone")
+            raise RecipeError(
+                f"layer_replication: layer {index} hands {len(outputs)} values on, expected the hidden state alone"
+            )
         return outputs[0]
 
     def entry(self, index: int) -> fx.Node:

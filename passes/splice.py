@@ -28,7 +28,13 @@ class Splicer:
         self.train_flag: fx.Node | None = None
 
     def __call__(
-        self, function: Callable, static: Hashable, arguments: Sequence[fx.Node | None], like: fx.Node, tag: dict, after=True
+        self,
+        function: Callable,
+        static: Hashable,
+        arguments: Sequence[fx.Node | None],
+        like: fx.Node,
+        tag: dict,
+        after=True,
     ) -> list[fx.Node | None]:
         """Inserts `function(*arguments)` next to the node `like` and returns its result nodes (argument nodes unchanged).
 

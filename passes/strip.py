@@ -33,7 +33,9 @@ class StripSplices(Pass):
         for node in graph.nodes:
             restore_arguments(node)
         for node in reversed(graph.nodes):
-            if not node.users and (tag_of(node).get("role") or node.op == "get_attr" and node.target.startswith("peft_fx.")):
+            if not node.users and (
+                tag_of(node).get("role") or (node.op == "get_attr" and node.target.startswith("peft_fx."))
+            ):
                 graph.erase_node(node)
         for node in graph.nodes:
             if TAG in node.meta.get("custom", {}):

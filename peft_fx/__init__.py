@@ -6,8 +6,6 @@
 The verbs below are free functions over `torch.fx.GraphModule`.
 """
 
-from .adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
-from .capture import capture
 from .config import AdapterConfig
 from .errors import (
     AdapterFileError,
@@ -18,12 +16,14 @@ from .errors import (
     PeftFxError,
     RecipeError,
 )
-from .explain import explain, trainable_parameters
-from .export import export, load
-from .hotswap import hotswap, prepare_hotswap
-from .merge import merge, unmerge
 from .methods.lora import LoraConfig
 from .recipe import Recipe
+from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+from .verbs.capture.model import capture
+from .verbs.explain import explain, trainable_parameters
+from .verbs.export import export, load
+from .verbs.hotswap import hotswap, prepare_hotswap
+from .verbs.merge import merge, unmerge
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",

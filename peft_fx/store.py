@@ -83,8 +83,14 @@ class FixedInputs(nn.Module):
                     fits = fits and (wanted is None or given == wanted)
             if not fits:
                 given = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
-                wanted = tuple("any" if e is None else e for e in expected) if isinstance(expected, tuple) else repr(expected)
-                raise GraphError(f"captured with {name} = {wanted}, called with {given}: capture the model with this input")
+                wanted = (
+                    tuple("any" if e is None else e for e in expected)
+                    if isinstance(expected, tuple)
+                    else repr(expected)
+                )
+                raise GraphError(
+                    f"captured with {name} = {wanted}, called with {given}: capture the model with this input"
+                )
 
 
 class Store(nn.Module):
@@ -178,7 +184,9 @@ def set_graph(gm: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = gm
 
 
-def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State) -> fx.GraphModule:
+def build(
+    modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State
+) -> fx.GraphModule:
     """A GraphModule that owns the given root entries (objects, not copies); it runs `graph` once passes have run on it."""
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
     for name, module in modules.items():

@@ -78,9 +78,13 @@ class ModuleTable:
     def from_json(cls, data: dict) -> ModuleTable:
         records = tuple(
             ModuleRecord(
-                **{**r, "bases": tuple(r["bases"]), "aliases": tuple(r["aliases"]),
-                   "parameters": {k: tuple(v) for k, v in r["parameters"].items()},
-                   "buffers": {k: tuple(v) for k, v in r["buffers"].items()}}
+                **{
+                    **r,
+                    "bases": tuple(r["bases"]),
+                    "aliases": tuple(r["aliases"]),
+                    "parameters": {k: tuple(v) for k, v in r["parameters"].items()},
+                    "buffers": {k: tuple(v) for k, v in r["buffers"].items()},
+                }
             )
             for r in data["records"]
         )

@@ -111,7 +111,15 @@ class Only(nn.Module):
 
 def vit():
     return ViTForImageClassification(
-        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4, num_labels=3)
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            image_size=8,
+            patch_size=4,
+            num_labels=3,
+        )
     )
 
 
@@ -263,7 +271,9 @@ def randomise(model: nn.Module, seed: int = 3) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def gradients(model: nn.Module, name: str, save: Callable[[Path], object], dtype=torch.float32, adapter="") -> dict[str, torch.Tensor]:
+def gradients(
+    model: nn.Module, name: str, save: Callable[[Path], object], dtype=torch.float32, adapter=""
+) -> dict[str, torch.Tensor]:
     """File key -> gradient: the gradients are put in the parameters' place and saved as an adapter, then put back.
 
     adapter: only tensors with this in their name need a gradient. They are added there: PEFT has two Parameters on one memory where a transposed factor is shared.
@@ -321,7 +331,9 @@ def save_peft(model, folder, adapter: str = "default") -> Path:
 # The definition, in float64
 
 
-def dense_delta(kind: str, A: torch.Tensor, B: torch.Tensor, scale: float, shape: tuple[int, ...], experts: int = 1) -> torch.Tensor:
+def dense_delta(
+    kind: str, A: torch.Tensor, B: torch.Tensor, scale: float, shape: tuple[int, ...], experts: int = 1
+) -> torch.Tensor:
     """scale * B A as the stored weight has it; written without regard to how peft_fx computes it. shape: the dense weight's."""
     if kind == "embedding":
         return scale * (B @ A).t()
@@ -400,7 +412,11 @@ def definition(name: str, tensors: dict[str, torch.Tensor], parts: dict) -> Defi
             setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], ungrouped(module))
     for path in [p.removesuffix(".weight") for p, _, _ in parts.values()]:
         module = model.get_submodule(path) if path in dict(model.named_modules()) else None
-        if module is not None and getattr(module, "bias", 0) is None and any(k.endswith("lora_B.bias") for k in tensors):
+        if (
+            module is not None
+            and getattr(module, "bias", 0) is None
+            and any(k.endswith("lora_B.bias") for k in tensors)
+        ):
             module.bias = nn.Parameter(torch.zeros(module.weight.shape[0], dtype=torch.float64))
     model.requires_grad_(False)
     return Definition(model, parts, {k: t.double().requires_grad_() for k, t in tensors.items()})

@@ -13,7 +13,14 @@ from torch.utils import _pytree as pytree
 import peft_fx
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
-ROTARY = {**TEXT, "num_key_value_heads": 2, "attention_dropout": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ROTARY = {
+    **TEXT,
+    "num_key_value_heads": 2,
+    "attention_dropout": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 GEMMA = {**ROTARY, "head_dim": 8, "sliding_window": 4}
 DROPOUTS = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -226,4 +233,6 @@ def assert_equal(module, reference, inputs, atol=2e-6, rtol=1e-5):
     for name, gradient in wanted_gradients.items():
         assert (gradient is None) == (gradients[name] is None), name
         if gradient is not None:
-            torch.testing.assert_close(gradients[name], gradient, atol=max(atol, rtol * gradient.abs().max().item()), rtol=rtol)
+            torch.testing.assert_close(
+                gradients[name], gradient, atol=max(atol, rtol * gradient.abs().max().item()), rtol=rtol
+            )

@@ -6,8 +6,7 @@ import dataclasses
 import pytest
 import tiny
 import torch
-import transformers as hf
-from families import ROTARY, TEXT, ConvNet, assert_equal
+from families import assert_equal
 from torch import fx, nn
 
 import peft_fx
@@ -364,14 +363,21 @@ class Buffers(nn.Module):
         self.constant = torch.randn(4)
 
     def forward(self, x):
-        return self.linear(x) + self.kept + self.passing + self.frozen + self.constant + torch.tensor([1.0, 2.0, 3.0, 4.0])
+        return (
+            self.linear(x) + self.kept + self.passing + self.frozen + self.constant + torch.tensor([1.0, 2.0, 3.0, 4.0])
+        )
 
 
 def test_the_state_dict_is_the_models_whatever_is_read():
     model = Buffers()
     graph = capture(model, X)
     assert list(graph.state_dict()) == list(model.state_dict())
-    assert all(v is w for v, w in zip(graph.state_dict(keep_vars=True).values(), model.state_dict(keep_vars=True).values(), strict=True))
+    assert all(
+        v is w
+        for v, w in zip(
+            graph.state_dict(keep_vars=True).values(), model.state_dict(keep_vars=True).values(), strict=True
+        )
+    )
     assert dict(graph.named_buffers())["passing"] is model.passing
     assert [p.requires_grad for p in graph.parameters()] == [p.requires_grad for p in model.parameters()]
     assert_equal(graph, copy.deepcopy(model), (Y,), atol=0, rtol=0)
@@ -394,7 +400,9 @@ class Free(nn.Module):
     """No parameters at all."""
 
     def forward(self, x):
-        return nn.functional.dropout(x.cumsum(-1), 0.5, self.training) + torch.arange(x.shape[0], device=x.device)[:, None]
+        return (
+            nn.functional.dropout(x.cumsum(-1), 0.5, self.training) + torch.arange(x.shape[0], device=x.device)[:, None]
+        )
 
 
 def test_a_model_without_parameters_is_captured():
@@ -498,7 +506,9 @@ def test_what_cannot_be_captured_is_refused_with_module_cause_and_remedy(name):
 def test_a_hugging_face_model_with_unknown_inputs_asks_for_them():
     model = tiny.llama()
     model.main_input_name = "waves"
-    with pytest.raises(peft_fx.CaptureError, match=r"takes 'waves'.*pass kwargs=\{'waves': \.\.\.\} to capture \(known: input_ids"):
+    with pytest.raises(
+        peft_fx.CaptureError, match=r"takes 'waves'.*pass kwargs=\{'waves': \.\.\.\} to capture \(known: input_ids"
+    ):
         peft_fx.capture(model)
 
 

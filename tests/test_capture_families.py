@@ -22,7 +22,9 @@ def inputs(family, batch, length):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if f.slow else n for n, f in FAMILIES.items()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if f.slow else n for n, f in FAMILIES.items()]
+)
 def test_outputs_and_gradients_equal_the_eager_models(name, training):
     family = FAMILIES[name]
     reference, graph = pair(name)

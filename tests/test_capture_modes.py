@@ -63,7 +63,9 @@ MODAL = {
     "batch norm": lambda: nn.BatchNorm1d(6),
     "batch norm without statistics": lambda: nn.BatchNorm1d(6, track_running_stats=False),
     "attention": lambda: Modal(
-        lambda m, x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.4 * m.training)[0]
+        lambda m, x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.4 * m.training)[
+            0
+        ]
     ),
     "randomised relu": lambda: nn.RReLU(),
     "a factor": lambda: Modal(lambda m, x: x * (0.5 if m.training else 2.0)),
@@ -189,7 +191,9 @@ def test_a_model_that_only_evaluation_can_capture_is_captured_in_evaluation():
     graph = peft_fx.capture(model)
     values = torch.randn(2, 4000)
     torch.testing.assert_close(graph(input_values=values)[0], model(values)[0], atol=1e-6, rtol=1e-6)
-    with pytest.raises(peft_fx.GraphError, match="no train mode.*Wav2Vec2Model cannot be captured in train mode.*Remedy"):
+    with pytest.raises(
+        peft_fx.GraphError, match="no train mode.*Wav2Vec2Model cannot be captured in train mode.*Remedy"
+    ):
         graph.train()
 
 

@@ -14,7 +14,7 @@ import peft_fx
 from peft_fx.cli import app
 from peft_fx.cli.fold import folded, unfolded
 from peft_fx.cli.model import build, config_of
-from peft_fx.explain import Row
+from peft_fx.verbs.explain import Row
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 TARGET = "model.layers.0.self_attn.q_proj.weight"
@@ -89,7 +89,11 @@ def test_a_config_file_is_a_model(files):
     assert inspected(f"{files.config_only}/config.json")["model"]["dtypes"] == ["float32"]
 
 
-BUILT = {"config_only": "LlamaForCausalLM", "tied_llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}  # gpt2 names none
+BUILT = {
+    "config_only": "LlamaForCausalLM",
+    "tied_llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}  # gpt2 names none
 
 
 @pytest.mark.parametrize("name", BUILT)
@@ -168,7 +172,9 @@ def test_refused_and_unmatched_targets_hide_no_others(files):
 
 def test_an_adapter_is_planned_on_top_of_those_in_a_file(files):
     found = inspected(files.tuned_pt2, "--adapter", files.adapter)
-    assert [(t["adapter"], t["status"]) for t in found["targets"]] == [("default", "active")] * 4 + [("new", "planned")] * 4
+    assert [(t["adapter"], t["status"]) for t in found["targets"]] == [("default", "active")] * 4 + [
+        ("new", "planned")
+    ] * 4
 
 
 # How it is shown
@@ -309,7 +315,11 @@ def test_a_fault_of_ours_is_one_line_too(files, monkeypatch):
 def test_help_names_every_option(arguments):
     result = CliRunner(env={"COLUMNS": "140"}).invoke(app, arguments)
     assert result.exit_code == 0
-    expected = ["--recipe", "--adapter", "--target", "--format", "--all"] if "inspect" in arguments else ["inspect", "--version"]
+    expected = (
+        ["--recipe", "--adapter", "--target", "--format", "--all"]
+        if "inspect" in arguments
+        else ["inspect", "--version"]
+    )
     assert all(option in result.stdout for option in expected)
 
 
@@ -320,7 +330,15 @@ def test_version_is_the_packages():
 
 
 def test_the_command_reads_a_file_in_a_process_of_its_own(files):
-    command = [sys.executable, "-c", "from peft_fx.cli import main; main()", "inspect", files.tuned_pt2, "--format", "json"]
+    command = [
+        sys.executable,
+        "-c",
+        "from peft_fx.cli import main; main()",
+        "inspect",
+        files.tuned_pt2,
+        "--format",
+        "json",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

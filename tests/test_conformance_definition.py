@@ -113,4 +113,3 @@ def test_unmerge_brings_every_bit_back(case):
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
         assert all(torch.equal(a, b) for a, b in zip(output, c.run(again, name), strict=True))
-

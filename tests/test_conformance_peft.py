@@ -206,7 +206,10 @@ def test_statistics_of_a_saved_batch_norm_are_the_adapter_s_own(dtype, tmp_path)
     ours = fx.load_adapter(c.captured("normed", dtype), c.save_peft(theirs, tmp_path), trainable=True).train()
     for _ in range(3):
         c.run(ours, "normed", dtype), c.run(theirs, "normed", dtype)
-    found, expected = c.saved(lambda folder: fx.save_adapter(ours, folder)), c.saved(lambda folder: c.save_peft(theirs, folder))
+    found, expected = (
+        c.saved(lambda folder: fx.save_adapter(ours, folder)),
+        c.saved(lambda folder: c.save_peft(theirs, folder)),
+    )
     assert found["base_model.model.norm.num_batches_tracked"] == 3
     assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in expected.items()}
     assert c.error(found, expected) <= (TOLERANCE if dtype == torch.float32 else 2**-8)

@@ -3,11 +3,11 @@
 import conformance as c
 import pytest
 import torch
+from peft_fx.passes.inject import tag_of, tagged
+from peft_fx.passes.operators import schema_name
 from torch import nn
 
 import peft_fx as fx
-from peft_fx.passes.inject import tag_of, tagged
-from peft_fx.passes.operators import schema_name
 
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 LAYER = {"target_modules": ["layer"]}
@@ -68,7 +68,16 @@ def test_a_bf16_base_gets_no_fp32_activation_but_casts_of_the_factors(name, opti
 
 
 def test_every_kind_that_an_operator_recognises_takes_the_activation_form():
-    for name in ("linear", "Conv1D", "conv1d", "conv2d_same", "conv2d_circular", "conv2d_grouped", "conv3d", "embedding"):
+    for name in (
+        "linear",
+        "Conv1D",
+        "conv1d",
+        "conv2d_same",
+        "conv2d_circular",
+        "conv2d_grouped",
+        "conv3d",
+        "embedding",
+    ):
         (row,) = fx.explain(adapted(name, **{**LAYER, "r": 4})).rows
         assert row.lowering == "activation", (name, row.reason)
 
@@ -140,12 +149,17 @@ def test_merging_and_unmerging_in_bf16_changes_no_bit(name, options, keep):
     gm = adapted(name, torch.bfloat16, **options)
     before, output = bits(gm), c.run(gm, name, torch.bfloat16)
     merged = fx.merge(gm, keep_base=keep)
-    assert not same_bits({k: before[k] for k in c.build(name).state_dict()}, {k: merged.state_dict()[k] for k in c.build(name).state_dict()})
+    assert not same_bits(
+        {k: before[k] for k in c.build(name).state_dict()},
+        {k: merged.state_dict()[k] for k in c.build(name).state_dict()},
+    )
     assert same_bits(before, bits(gm)), "merge must not change its input"
     again = fx.unmerge(merged)
     assert same_bits(before, bits(again))
     assert all(torch.equal(a, b) for a, b in zip(output, c.run(again, name, torch.bfloat16), strict=True))
-    assert [n for n, p in again.named_parameters() if p.requires_grad] == [n for n, p in gm.named_parameters() if p.requires_grad]
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in gm.named_parameters() if p.requires_grad
+    ]
 
 
 def test_a_merge_that_keeps_nothing_cannot_be_undone():
@@ -281,7 +295,10 @@ class Raw(nn.Module):
 
 def test_a_parameter_read_in_pieces_takes_the_weight_form():
     model, x = Raw(), torch.randn(3, 4)
-    gm = fx.apply(fx.capture(model, args=(x,)), fx.LoraConfig(r=2, target_modules=[], target_parameters=["inner.w"], init_lora_weights=False))
+    gm = fx.apply(
+        fx.capture(model, args=(x,)),
+        fx.LoraConfig(r=2, target_modules=[], target_parameters=["inner.w"], init_lora_weights=False),
+    )
     (row,) = fx.explain(gm).rows
     assert row.lowering == "weight" and "split" in row.reason
     tensors = {n.rpartition(".")[2]: p for n, p in gm.named_parameters() if "lora_" in n}

@@ -9,7 +9,19 @@ import zipfile
 
 import pytest
 import torch
-from graphs import bits, captured, folder_of, gradients, inputs, loss_of, model_and_graph, model_of, output, same_bits, tuned
+from graphs import (
+    bits,
+    captured,
+    folder_of,
+    gradients,
+    inputs,
+    loss_of,
+    model_and_graph,
+    model_of,
+    output,
+    same_bits,
+    tuned,
+)
 
 import peft_fx
 from peft_fx.errors import AdapterFileError, GraphError, MergeError
@@ -67,10 +79,18 @@ def test_a_program_equals_the_graph_at_other_shapes_and_keeps_every_tag(case, tr
     graph = copy.deepcopy(graph).train(training)  # batch norm counts on its own copy
     program = peft_fx.export(graph, tmp_path / "model.pt2")
     again = torch.export.load(tmp_path / "model.pt2")
-    tags = [n.meta["custom"]["peft_fx"] for n in graph.graph.nodes if "peft_fx" in n.meta.get("custom", {}) and n.op == "call_function"]
+    tags = [
+        n.meta["custom"]["peft_fx"]
+        for n in graph.graph.nodes
+        if "peft_fx" in n.meta.get("custom", {}) and n.op == "call_function"
+    ]
     assert tags
     for p in (program, again):
-        kept = [n.meta["custom"]["peft_fx"] for n in p.graph.nodes if "peft_fx" in n.meta.get("custom", {}) and n.op == "call_function"]
+        kept = [
+            n.meta["custom"]["peft_fx"]
+            for n in p.graph.nodes
+            if "peft_fx" in n.meta.get("custom", {}) and n.op == "call_function"
+        ]
         assert kept == tags
         assert not any(n.op == "call_module" for n in p.graph.nodes)
         for shape in SHAPES:
@@ -143,7 +163,11 @@ def test_a_loaded_graph_computes_the_same_bits(case):
 def test_a_loaded_graph_explains_the_same_targets(case):
     _, graph, loaded = case
     rows, again = (
-        {(r.adapter, r.target, r.kind, r.status, r.lowering) for r in peft_fx.explain(g).rows if "num_batches" not in r.target}
+        {
+            (r.adapter, r.target, r.kind, r.status, r.lowering)
+            for r in peft_fx.explain(g).rows
+            if "num_batches" not in r.target
+        }
         for g in (graph, loaded)  # a program in eval mode reads no counter
     )
     assert rows == again
@@ -185,7 +209,9 @@ def test_a_loaded_graph_saves_the_same_adapter_files(case, tmp_path):
 
 def test_a_loaded_graph_can_be_swapped(case, tmp_path):
     name, graph, _ = case
-    other = peft_fx.save_adapter(tuned(captured(name), state_of(graph).recipe["default"].config.to_dict(), 7), tmp_path / "other")
+    other = peft_fx.save_adapter(
+        tuned(captured(name), state_of(graph).recipe["default"].config.to_dict(), 7), tmp_path / "other"
+    )
     loaded = there_and_back(graph, tmp_path / "model.pt2")
     peft_fx.hotswap(loaded, other)
     torch.testing.assert_close(output(loaded, name), output(peft_fx.load_adapter(captured(name), other), name))
@@ -222,8 +248,12 @@ def test_two_active_adapters_come_back_each_on_its_own(tmp_path):
     loaded = there_and_back(graph, tmp_path / "model.pt2")
     assert state_of(loaded).active == ("first", "second")
     for active in (["first", "second"], ["first"], ["second"], []):
-        assert torch.equal(output(peft_fx.set_adapter(loaded, active), "mixed"), output(peft_fx.set_adapter(graph, active), "mixed"))
-    assert torch.equal(output(peft_fx.delete_adapter(loaded, "first"), "mixed"), output(peft_fx.set_adapter(graph, "second"), "mixed"))
+        assert torch.equal(
+            output(peft_fx.set_adapter(loaded, active), "mixed"), output(peft_fx.set_adapter(graph, active), "mixed")
+        )
+    assert torch.equal(
+        output(peft_fx.delete_adapter(loaded, "first"), "mixed"), output(peft_fx.set_adapter(graph, "second"), "mixed")
+    )
 
 
 class ReadTwice(torch.nn.Module):

@@ -18,8 +18,8 @@ from peft_fx.errors import AdapterFileError
 from peft_fx.files import file_config, match_tensors, read_config, read_tensors, write_adapter
 from peft_fx.files import write as write_module
 from peft_fx.methods.lora import LoraConfig
-from peft_fx.modules import module_table
-from peft_fx.plan import make_plan
+from peft_fx.planning.modules import module_table
+from peft_fx.planning.plan import make_plan
 
 
 @functools.cache

@@ -203,7 +203,11 @@ def test_numbers_that_an_old_momentum_moved_beyond_the_rank_are_not_dropped_on_s
 def test_targets_left_out_become_zero_and_a_full_adapter_comes_back(family):
     name, folders = family
     graph, base = slot(name), captured(name)
-    partial = {n: i for i, n in enumerate(map(str, folders)) if len(ADAPTERS[name][i].keys() & {"target_modules", "target_parameters"})}
+    partial = {
+        n: i
+        for i, n in enumerate(map(str, folders))
+        if len(ADAPTERS[name][i].keys() & {"target_modules", "target_parameters"})
+    }
     for folder, i in partial.items():
         report = peft_fx.hotswap(graph, folder)
         assert report.zeroed
@@ -259,13 +263,20 @@ def test_saved_modules_biases_and_token_rows_are_swapped_too(name, config, tmp_p
 
 def test_token_rows_move_to_other_ids(tmp_path):
     graph = tuned(captured("mixed"), {"target_modules": ["plain"], "trainable_token_indices": {"embed": [1, 7]}})
-    folder = folder_of(tmp_path / "a", captured("mixed"), {"target_modules": ["plain"], "trainable_token_indices": {"embed": [4, 9]}}, 2)
+    folder = folder_of(
+        tmp_path / "a",
+        captured("mixed"),
+        {"target_modules": ["plain"], "trainable_token_indices": {"embed": [4, 9]}},
+        2,
+    )
     peft_fx.hotswap(graph, folder)
     close(output(graph, "mixed"), output(peft_fx.load_adapter(captured("mixed"), folder), "mixed"))
 
 
 def test_an_adapter_of_peft_is_swapped_in(tmp_path):
-    model = peft.get_peft_model(model_of("llama"), peft.LoraConfig(r=5, target_modules=LINEARS, init_lora_weights=False)).eval()
+    model = peft.get_peft_model(
+        model_of("llama"), peft.LoraConfig(r=5, target_modules=LINEARS, init_lora_weights=False)
+    ).eval()
     model.save_pretrained(tmp_path)
     graph = slot("llama")
     peft_fx.hotswap(graph, tmp_path)
@@ -371,7 +382,9 @@ def test_leaving_out_a_saved_module_is_refused(sound):
 
 def test_fewer_token_rows_are_refused_without_a_useless_remedy(tmp_path):
     graph = tuned(captured("mixed"), {"target_modules": ["plain"], "trainable_token_indices": {"embed": [1, 7]}})
-    folder = folder_of(tmp_path / "a", captured("mixed"), {"target_modules": ["plain"], "trainable_token_indices": {"embed": [1]}})
+    folder = folder_of(
+        tmp_path / "a", captured("mixed"), {"target_modules": ["plain"], "trainable_token_indices": {"embed": [1]}}
+    )
     before = bits(graph)
     with pytest.raises(HotswapError, match="does not fit the slot") as info:
         peft_fx.hotswap(graph, folder)

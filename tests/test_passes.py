@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from graphs import captured, model_of, tuned
-from tiny import build
-
-import peft_fx
-from peft_fx.errors import GraphError
 from peft_fx.passes.base import Pass, op_counts, run, settings
 from peft_fx.passes.inject import tag_of
 from peft_fx.passes.names import fake_mode_of
 from peft_fx.passes.splice import Splicer
+from tiny import build
+
+import peft_fx
+from peft_fx.errors import GraphError
 from peft_fx.store import copy_graph, derive, state_of
 
 aten = torch.ops.aten
@@ -107,7 +107,10 @@ def test_reports_tell_what_changed_and_how_long_it_took():
     seen = []
     with settings(on_report=lambda report, graph: seen.append((report.name, graph))):
         reports = run((Nothing(), Double()), gm)
-    assert [(r.name, r.changed, r.op_difference) for r in reports] == [("Nothing", 0, {}), ("Double", 1, {"add.Tensor": 1})]
+    assert [(r.name, r.changed, r.op_difference) for r in reports] == [
+        ("Nothing", 0, {}),
+        ("Double", 1, {"add.Tensor": 1}),
+    ]
     assert seen == [("Nothing", gm), ("Double", gm)] and all(0 <= r.seconds < 5 for r in reports)
     run((Nothing(),), gm)
     assert len(seen) == 2
@@ -204,7 +207,9 @@ def deep():
     torch.manual_seed(0)
     graph = peft_fx.capture(build_llama(4))
     traced, trace = [], Splicer.trace
-    Splicer.trace = lambda self, function, values, tag: traced.append(tag["target"]) or trace(self, function, values, tag)
+    Splicer.trace = lambda self, function, values, tag: (
+        traced.append(tag["target"]) or trace(self, function, values, tag)
+    )
     try:
         return graph, peft_fx.apply(graph, {"peft_type": "LORA", "r": 4, "target_modules": "all-linear"}), traced
     finally:
@@ -281,11 +286,17 @@ def symbols_of(graph, adapted):
     return found
 
 
-@pytest.mark.parametrize("name, targets", [("llama", "all-linear"), ("mixed", ["embed", "conv", "plain"]), ("mixtral", ["q_proj"])])
+@pytest.mark.parametrize(
+    "name, targets", [("llama", "all-linear"), ("mixed", ["embed", "conv", "plain"]), ("mixtral", ["q_proj"])]
+)
 def test_copied_nodes_use_the_graph_s_own_symbols(name, targets):
     graph = tuned(captured(name), {"target_modules": targets})
     assert symbols_of(graph.graph, True) and symbols_of(graph.graph, True) <= symbols_of(captured(name).graph, False)
-    modes = {id(n.meta["val"].fake_mode) for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch._subclasses.FakeTensor)}
+    modes = {
+        id(n.meta["val"].fake_mode)
+        for n in graph.graph.nodes
+        if isinstance(n.meta.get("val"), torch._subclasses.FakeTensor)
+    }
     assert len(modes) == 1
 
 

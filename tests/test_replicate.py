@@ -16,7 +16,9 @@ CASES = {"llama": ["q_proj", "down_proj"], "bert": ["query", "intermediate.dense
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     model = tiny.build(request.param).eval()
-    config = peft.LoraConfig(r=4, target_modules=CASES[request.param], layer_replication=RANGES, init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, target_modules=CASES[request.param], layer_replication=RANGES, init_lora_weights=False
+    )
     theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
     folder = tmp_path_factory.mktemp("replicated")
     theirs.save_pretrained(folder)
@@ -41,7 +43,7 @@ def test_outputs_and_gradients_equal_pefts(case):
         parameter.requires_grad_(True)
     expected.square().sum().backward()
     gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
-    from peft_fx.derive import placements
+    from peft_fx.verbs.derive import placements
 
     state = tuned.meta["peft_fx"]
     for placement in placements(state, "default"):

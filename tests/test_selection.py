@@ -20,8 +20,8 @@ from torch._subclasses import FakeTensorMode
 from peft_fx import defaults
 from peft_fx.errors import RecipeError
 from peft_fx.methods.lora import LoraConfig
-from peft_fx.modules import module_table
-from peft_fx.selection import choose_modules, select
+from peft_fx.planning.modules import module_table
+from peft_fx.planning.selection import choose_modules, select
 from peft_fx.target import ModuleTable
 
 
@@ -143,10 +143,20 @@ def test_default_targets_are_those_of_peft():
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1, 1]}, "twice"),
         ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed": [1]}}, "embed_tokens"),
         ("nested", {"target_modules": ["proj"], "trainable_token_indices": [1]}, "embed_tokens"),
-        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [1],
-                   "modules_to_save": ["embed_tokens"]}, "choose one"),
-        ("tied_llama", {"target_modules": ["q_proj"], "ensure_weight_tying": True,
-                        "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "the same trainable_"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"], "trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            "choose one",
+        ),
+        (
+            "tied_llama",
+            {
+                "target_modules": ["q_proj"],
+                "ensure_weight_tying": True,
+                "trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]},
+            },
+            "the same trainable_",
+        ),
     ],  # fmt: skip
     ids=lambda v: str(v)[:60],
 )

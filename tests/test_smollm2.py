@@ -30,7 +30,9 @@ def start(real, tmp_path_factory):
     """The folder of an untrained adapter that PEFT made, and PEFT's model with it."""
     model = real[0]
     torch.manual_seed(0)
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    )
     folder = tmp_path_factory.mktemp("start")
     theirs.save_pretrained(folder)
     return folder, theirs

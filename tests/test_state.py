@@ -7,7 +7,19 @@ import pickle
 import peft
 import pytest
 import torch
-from graphs import bits, captured, folder_of, gradients, inputs, loss_of, model_and_graph, model_of, output, same_bits, tuned
+from graphs import (
+    bits,
+    captured,
+    folder_of,
+    gradients,
+    inputs,
+    loss_of,
+    model_and_graph,
+    model_of,
+    output,
+    same_bits,
+    tuned,
+)
 
 import peft_fx
 from peft_fx.errors import GraphError, MergeError, RecipeError
@@ -27,7 +39,9 @@ def two(name="mixed"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return folder_of(tmp_path_factory.mktemp("state") / "a", captured("mixed"), {"target_modules": TARGETS["mixed"], "r": 4}, 3)
+    return folder_of(
+        tmp_path_factory.mktemp("state") / "a", captured("mixed"), {"target_modules": TARGETS["mixed"], "r": 4}, 3
+    )
 
 
 # verb -> (what it is given, what it does)
@@ -199,8 +213,12 @@ def test_unmerge_brings_every_bit_back(keep_base, names, copied):
     torch.testing.assert_close(output(merged, "mixed"), output(graph, "mixed"), rtol=1e-4, atol=1e-5)
     back = peft_fx.unmerge(merged)
     assert same_bits(bits(back), bits(graph)) and back.state_dict().keys() == graph.state_dict().keys()
-    assert torch.equal(output(back, "mixed"), output(graph, "mixed")) and state_of(back).active == state_of(graph).active
-    assert {n: p.requires_grad for n, p in back.named_parameters()} == {n: p.requires_grad for n, p in graph.named_parameters()}
+    assert (
+        torch.equal(output(back, "mixed"), output(graph, "mixed")) and state_of(back).active == state_of(graph).active
+    )
+    assert {n: p.requires_grad for n, p in back.named_parameters()} == {
+        n: p.requires_grad for n, p in graph.named_parameters()
+    }
 
 
 def test_dropped_weights_cannot_be_unmerged():
@@ -232,12 +250,16 @@ def test_a_merged_graph_refuses_with_the_remedy(verb, names):
 # What a graph carries ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [one, two, lambda: peft_fx.merge(two()), lambda: captured("mixed")], ids=["one", "two", "merged", "base"])
+@pytest.mark.parametrize(
+    "make", [one, two, lambda: peft_fx.merge(two()), lambda: captured("mixed")], ids=["one", "two", "merged", "base"]
+)
 def test_a_deep_copy_is_complete_and_independent(make):
     graph = make()
     twin = copy.deepcopy(graph)
     assert same_bits(bits(twin), bits(graph)) and list(twin.state_dict()) == list(graph.state_dict())
-    assert {n: p.requires_grad for n, p in twin.named_parameters()} == {n: p.requires_grad for n, p in graph.named_parameters()}
+    assert {n: p.requires_grad for n, p in twin.named_parameters()} == {
+        n: p.requires_grad for n, p in graph.named_parameters()
+    }
     assert torch.equal(output(twin, "mixed"), output(graph, "mixed"))
     before = output(graph, "mixed")
     with torch.no_grad():
@@ -253,7 +275,9 @@ def test_a_swap_in_a_deep_copy_is_not_seen_by_the_original(folder):
     graph = one()
     twin, before = copy.deepcopy(graph), bits(graph)
     peft_fx.hotswap(twin, folder)
-    assert same_bits(bits(graph), before) and torch.equal(output(twin, "mixed"), output(peft_fx.load_adapter(captured("mixed"), folder), "mixed"))
+    assert same_bits(bits(graph), before) and torch.equal(
+        output(twin, "mixed"), output(peft_fx.load_adapter(captured("mixed"), folder), "mixed")
+    )
 
 
 def test_the_state_dict_of_one_graph_fits_another():
@@ -272,7 +296,13 @@ def test_the_state_dict_has_the_model_s_names_and_the_adapters():
 
 def test_a_tie_is_kept_by_every_verb():
     graph = tuned(captured("tied_llama"), {"target_modules": ["q_proj"]})
-    for g in (graph, copy.deepcopy(graph), peft_fx.merge(graph), peft_fx.unmerge(peft_fx.merge(graph)), peft_fx.prepare_hotswap(graph, max_rank=16)):
+    for g in (
+        graph,
+        copy.deepcopy(graph),
+        peft_fx.merge(graph),
+        peft_fx.unmerge(peft_fx.merge(graph)),
+        peft_fx.prepare_hotswap(graph, max_rank=16),
+    ):
         assert g.get_parameter("lm_head.weight") is g.get_parameter("model.embed_tokens.weight")
 
 
@@ -289,7 +319,12 @@ CASTS = {"bfloat16": lambda g: g.to(torch.bfloat16), "half": lambda g: g.half(),
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_a_cast_is_refused_and_converts_nothing(cast, copies):
-    for graph in (two(), captured("mixed"), peft_fx.merge(two()), tuned(captured("llama"), {"target_modules": ["q_proj"]})):
+    for graph in (
+        two(),
+        captured("mixed"),
+        peft_fx.merge(two()),
+        tuned(captured("llama"), {"target_modules": ["q_proj"]}),
+    ):
         for _ in range(copies):
             graph = copy.deepcopy(graph)
         before = bits(graph)

@@ -61,7 +61,9 @@ def main(quick: bool) -> None:
 def small_model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=512)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=512
+    )
     return LlamaForCausalLM(config).eval(), "4-layer Llama, 256 wide"
 
 
@@ -129,7 +131,9 @@ def swap_times(graph, folder: Path, vocabulary: int) -> dict[int, list[float]]:
 
 
 def comparison_table(name: str, captured: float, rows) -> Table:
-    table = Table(title=f"{name}: peft_fx against PEFT {peft.__version__} (medians of {ROUNDS} interleaved rounds; capture {captured:.1f} s)")
+    table = Table(
+        title=f"{name}: peft_fx against PEFT {peft.__version__} (medians of {ROUNDS} interleaved rounds; capture {captured:.1f} s)"
+    )
     for column in ("", "peft_fx, ms", "PEFT, ms", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     for name, ours, theirs, ratio in rows:
@@ -139,7 +143,9 @@ def comparison_table(name: str, captured: float, rows) -> Table:
 
 def swap_table(times: dict[int, list[float]]) -> Table:
     count = sum(map(len, times.values()))
-    table = Table(title=f"{count} swaps of different ranks and scales into one compiled graph (slot r={max(times)}), 0 recompiles")
+    table = Table(
+        title=f"{count} swaps of different ranks and scales into one compiled graph (slot r={max(times)}), 0 recompiles"
+    )
     for column in ("rank of the new adapter", "swaps", "median, ms", "slowest, ms"):
         table.add_column(column, justify="right")
     for rank, found in times.items():

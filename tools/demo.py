@@ -127,11 +127,15 @@ def main(steps: int, folder: Path) -> None:
             peft_fx.hotswap(compiled, first)
         difference = float((swapped - logits(other, ids)).abs().max())
         median = sorted(s.seconds for s in swaps)[len(swaps) // 2]
-        notes.append(f"0 recompiles, {1e3 * median:.0f} ms a swap from the file, difference to the second adapter {difference:.1e}")
+        notes.append(
+            f"0 recompiles, {1e3 * median:.0f} ms a swap from the file, difference to the second adapter {difference:.1e}"
+        )
     with step("merge") as notes, torch.no_grad():
         merged = peft_fx.merge(tuned)
         notes.append(f"greatest difference {float((logits(merged, ids) - expected).abs().max()):.1e}")
-        bits = all(torch.equal(a, b) for a, b in zip(peft_fx.unmerge(merged).parameters(), tuned.parameters(), strict=True))
+        bits = all(
+            torch.equal(a, b) for a, b in zip(peft_fx.unmerge(merged).parameters(), tuned.parameters(), strict=True)
+        )
         notes.append(f"unmerge is bit-exact: {bits}")
     with step("export the merged model to .pt2") as notes:
         peft_fx.export(merged, folder / "merged.pt2")

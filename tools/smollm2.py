@@ -56,7 +56,7 @@ def dense() -> Path:
                 made = Path(scratch) / "dense"
                 _dequantise(source, made)
                 _write_manifest(made)
-                if folder.exists():                                 # damaged: out of the way first
+                if folder.exists():  # damaged: out of the way first
                     folder.rename(Path(scratch) / "damaged")
                 made.rename(folder)
     return folder
@@ -109,7 +109,7 @@ def _dequantise(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
-    with redirect_stderr(io.StringIO()):        # a progress bar that transformers offers no way to turn off
+    with redirect_stderr(io.StringIO()):  # a progress bar that transformers offers no way to turn off
         # dequantize=True: transformers would otherwise keep the 4-bit blocks and its own linear layers for them.
         model = AutoModelForCausalLM.from_pretrained(
             **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

@@ -11,8 +11,8 @@ from pydoc_data.topics import topics
 
 import torch
 
-HELD_OUT = 0.1          # of all characters, at least; no group that would take it beyond twice that
-PARAGRAPH = 60          # characters; shorter ones (headings, "Example:") are shared by chance
+HELD_OUT = 0.1  # of all characters, at least; no group that would take it beyond twice that
+PARAGRAPH = 60  # characters; shorter ones (headings, "Example:") are shared by chance
 
 
 def blocks(tokenizer, length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,10 @@ def show_version(wanted: bool) -> None:
 def peft_fx(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version. [dim]e.g. --version[/]")
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Print the version. [dim]e.g. --version[/]"
+        ),
     ] = False,
 ):
     """Parameter-efficient fine-tuning by rewriting torch.fx graphs.

@@ -63,7 +63,9 @@ def dotted(path: str) -> str:
 
 
 def call(n: Node, labels) -> str:
-    return f"{annotated(n, labels)} = {n.target if n.op == 'call_function' else dotted(n.target)}({arguments(n, labels)})"
+    return (
+        f"{annotated(n, labels)} = {n.target if n.op == 'call_function' else dotted(n.target)}({arguments(n, labels)})"
+    )
 
 
 def method(n: Node, labels) -> str:
@@ -85,7 +87,9 @@ def annotated(n: Node, labels) -> str:
 
 
 def arguments(n: Node, labels, skip: int = 0) -> str:
-    return ", ".join([*(text(a, labels) for a in n.args[skip:]), *(f"{k}={text(v, labels)}" for k, v in n.kwargs.items())])
+    return ", ".join(
+        [*(text(a, labels) for a in n.args[skip:]), *(f"{k}={text(v, labels)}" for k, v in n.kwargs.items())]
+    )
 
 
 def text(value, labels) -> str:

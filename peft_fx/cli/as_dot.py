@@ -33,7 +33,7 @@ def cluster(name: str, nodes: tuple[Node, ...]) -> Iterable[str]:
     yield f"  subgraph {quoted(f'cluster_{name}')} {{"
     yield f"    label={quoted(name)};"
     for outside in dict.fromkeys(i for n in nodes for i in n.inputs if i not in known):
-        yield f"    {quoted(f'{name}/{outside}')} [label={quoted(outside)}, shape=plaintext, style=\"\"];"
+        yield f'    {quoted(f"{name}/{outside}")} [label={quoted(outside)}, shape=plaintext, style=""];'
     for n in nodes:
         what = n.target if n.op.startswith("call_") else labels[n.name]
         text = "\n".join(filter(None, [what, n.type]))

@@ -11,9 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..explain import Row
 from ..methods import get_method
 from ..methods.base import Additive
+from ..verbs.explain import Row
 from .as_code import text, title
 from .facts import Inspection
 from .fold import Group, folded, unfolded
@@ -81,7 +81,11 @@ def targets(groups: list[Group]) -> Table:
         **({"adapter": lambda g: g.row.adapter} if len(adapters) > 1 else {}),
         **({"method": lambda g: g.row.method} if adapted else {}),
         "lowering": lambda g: g.row.lowering,
-        **({"parameters": lambda g: f"{'' if g.row.status == 'merged' else '+'}{g.parameters:,}"} if adapted else {"read by": lambda g: operators(g.row)}),
+        **(
+            {"parameters": lambda g: f"{'' if g.row.status == 'merged' else '+'}{g.parameters:,}"}
+            if adapted
+            else {"read by": lambda g: operators(g.row)}
+        ),
         **({"status": lambda g: Text(g.row.status, COLOURS.get(g.row.status, ""))} if adapted else {}),
         **({"rounding": lambda g: error(g.rounding_error)} if merged else {}),
     }
@@ -131,7 +135,9 @@ def steps(inspection: Inspection) -> Table:
     table = plain_table("pass", "places", "operators", "difference", "ms", right=("places", "ms"))
     for s in inspection.steps:
         count = f"{s.before:,}" if s.before == s.after else f"{s.before:,} → {s.after:,}"
-        table.add_row(s.name, f"{s.changed:,}" if s.changed else "", count, difference(s.difference), f"{1000 * s.seconds:,.0f}")
+        table.add_row(
+            s.name, f"{s.changed:,}" if s.changed else "", count, difference(s.difference), f"{1000 * s.seconds:,.0f}"
+        )
     return table
 
 
@@ -154,7 +160,9 @@ def totals(inspection: Inspection, console: Console, listed: list[Group]) -> Non
     facts = [f"[bold]{len(inspection.rows) - count('refused', 'unmatched'):,} targets[/]"]
     facts += [f"[{COLOURS[s]}]{count(s):,} {s}[/]" for s in ("refused", "unmatched") if count(s)]
     if added or not count("merged"):
-        facts.append(f"[bold]+{added:,} parameters[/], {100 * added / (base + added) if base + added else 0:.2f} % of all")
+        facts.append(
+            f"[bold]+{added:,} parameters[/], {100 * added / (base + added) if base + added else 0:.2f} % of all"
+        )
     if count("merged"):
         facts.append(f"[cyan]{count('merged'):,} merged[/]")
     console.print("  " + "  [dim]·[/]  ".join(facts))

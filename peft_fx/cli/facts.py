@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import fx
 
 from ..errors import RecipeError
-from ..explain import Row, explain, possible_targets
 from ..files.read import local_folder, read_config
 from ..methods import INTERNAL, METHODS
 from ..passes.base import Report, op_counts, settings
-from ..preview import preview
 from ..recipe import READERS, Recipe, as_recipe
 from ..store import ROOT, state_of
+from ..verbs.explain import Row, explain, possible_targets
+from ..verbs.preview import preview
 from .model import open_model
 from .nodes import View, view_of
 from .terminal import working
@@ -107,7 +107,9 @@ def recipe_of(recipe: str | None, adapter: str | None) -> Recipe | None:
     if recipe.upper() in public and not path.exists():
         return as_recipe({"peft_type": recipe.upper()})
     if not path.exists() and path.suffix not in READERS:
-        raise RecipeError(f"--recipe {recipe}: neither a file, nor JSON, nor a method ({', '.join(sorted(public)).lower()})")
+        raise RecipeError(
+            f"--recipe {recipe}: neither a file, nor JSON, nor a method ({', '.join(sorted(public)).lower()})"
+        )
     return as_recipe(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..explain import Row
+from ..verbs.explain import Row
 
 Path = tuple[str | tuple[int, ...], ...]  # components; a number, or the numbers that were folded, as a tuple
 

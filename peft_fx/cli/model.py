@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from ..capture import capture
 from ..errors import CaptureError, PeftFxError
-from ..export import load
 from ..files.read import CONFIG as ADAPTER_CONFIG
 from ..files.read import HUB_ID
+from ..verbs.capture.model import capture
+from ..verbs.export import load
 from .terminal import working
 
 CONFIG = "config.json"

@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import PeftFxError
 from ..passes.inject import tag_of
 from ..passes.match import parameter_nodes, sites
-from ..selection import matcher, nearest
+from ..planning.selection import matcher, nearest
 from ..store import ADAPTERS
 from ..target import ModuleTable
 
@@ -151,7 +151,7 @@ def plain(value):
         return [plain(v) for v in value]
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
-    literal = isinstance(value, (bool, int, str, type(None))) or isinstance(value, float) and math.isfinite(value)
+    literal = isinstance(value, (bool, int, str, type(None))) or (isinstance(value, float) and math.isfinite(value))
     return value if literal else Word(value)  # JSON has no infinity
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 
 from ..config import AdapterConfig
-from ..defaults import TASK_HEADS
 from ..errors import AdapterFileError
-from ..kinds import stored_shape
-from ..plan import PREFIX, Placement, Plan
+from ..planning.defaults import TASK_HEADS
+from ..planning.kinds import stored_shape
+from ..planning.plan import PREFIX, Placement, Plan
 
 SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time

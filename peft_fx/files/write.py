@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
-from ..plan import Plan
+from ..planning.plan import Plan
 from .read import CONFIG, TENSORS
 
 PEFT_VERSION = "0.21.2"  # the release of PEFT whose files these are

@@ -90,7 +90,6 @@ class Method:
         """True if the update crosses the groups of a grouped convolution: `weight` then sees and returns all channels."""
         return False
 
-
     def tied(self, target: Target, source: Target, config: AdapterConfig) -> dict[str, tuple[str, bool]] | None:
         """How `target` can use the tensors of `source`, whose weight is the same tensor, so that both stay tied.
 

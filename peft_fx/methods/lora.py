@@ -119,8 +119,12 @@ class LoRA(Additive):
             init_A, init_B = zeros, normal
         pointwise = (1,) * len(target.kernel)
         spec = {
-            name_A: Tensor((E * r, target.in_features, *target.kernel), init_A, name_A + suffix, pad=((0, E * target.groups),)),
-            name_B: Tensor((target.out_features, E * r // target.groups, *pointwise), init_B, name_B + suffix, pad=((1, 1),)),
+            name_A: Tensor(
+                (E * r, target.in_features, *target.kernel), init_A, name_A + suffix, pad=((0, E * target.groups),)
+            ),
+            name_B: Tensor(
+                (target.out_features, E * r // target.groups, *pointwise), init_B, name_B + suffix, pad=((1, 1),)
+            ),
             "scaling": Tensor((), partial(constant, self.scaling(target, config)), trainable=False),
         }
         if config.lora_bias:

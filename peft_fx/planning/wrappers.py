@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from .target import Target
+from ..target import Target
 
 BASE = ".base_layer"
 

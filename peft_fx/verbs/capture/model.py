@@ -13,17 +13,29 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ..errors import CaptureError
-from ..modules import module_table
-from ..passes.base import run
-from ..passes.inline import InlineGradRegions
-from ..passes.inputs import CheckInputs
-from ..passes.linearise import Linearise
-from ..passes.literals import MarkDevice, MarkModes, lock
-from ..passes.match import observed_kinds
-from ..passes.names import NameParameters
-from ..store import ROOT, BaseGraph, ByDevice, ByMode, State, Store, build, copy_graph, get_tensor, set_graph, set_tensor
-from ..target import ModuleRecord, ModuleTable
+from ...errors import CaptureError
+from ...passes.base import run
+from ...passes.inline import InlineGradRegions
+from ...passes.inputs import CheckInputs
+from ...passes.linearise import Linearise
+from ...passes.literals import MarkDevice, MarkModes, lock
+from ...passes.match import observed_kinds
+from ...passes.names import NameParameters
+from ...planning.modules import module_table
+from ...store import (
+    ROOT,
+    BaseGraph,
+    ByDevice,
+    ByMode,
+    State,
+    Store,
+    build,
+    copy_graph,
+    get_tensor,
+    set_graph,
+    set_tensor,
+)
+from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .program import program_table, retie
 from .trace import auto_shapes, export_in_mode, separate

@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from .config import AdapterConfig
+from ..config import AdapterConfig
+from ..errors import GraphError, RecipeError
+from ..files.match import match_tensors
+from ..files.read import local_folder, read_config, read_tensors
+from ..files.write import file_config, write_adapter
+from ..methods.base import Tensor, crop_to
+from ..passes.lowering import to_canonical
+from ..planning.plan import Placement, make_plan
+from ..recipe import as_recipe
+from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
 from .derive import adapter_dtype, derived, frozen, names_of, placements, refuse_merged, replicated
-from .errors import GraphError, RecipeError
-from .files.match import match_tensors
-from .files.read import local_folder, read_config, read_tensors
-from .files.write import file_config, write_adapter
-from .methods.base import Tensor, crop_to
-from .passes.lowering import to_canonical
-from .plan import Placement, Plan, make_plan
-from .recipe import as_recipe
-from .store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
 
 
 def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default") -> fx.GraphModule:
@@ -39,7 +39,9 @@ def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default") -> fx.Gr
     return derived(gm, state_of(gm))
 
 
-def load_adapter(graph: fx.GraphModule, path, adapter_name: str = "default", *, trainable: bool = False) -> fx.GraphModule:
+def load_adapter(
+    graph: fx.GraphModule, path, adapter_name: str = "default", *, trainable: bool = False
+) -> fx.GraphModule:
     """Adds an adapter from PEFT's files (a folder, or a Hub repository id).
 
     It becomes active if no adapter is; else it stays resident until `set_adapter`, as in PEFT.
@@ -48,7 +50,9 @@ def load_adapter(graph: fx.GraphModule, path, adapter_name: str = "default", *, 
     state = state_of(graph, "load_adapter")
     folder = local_folder(path)
     config = read_config(folder)
-    gm = with_adapter(graph, adapter_name, config, (read_tensors(folder), str(path)), trainable, activate=not state.active)
+    gm = with_adapter(
+        graph, adapter_name, config, (read_tensors(folder), str(path)), trainable, activate=not state.active
+    )
     return derived(gm, state_of(gm))
 
 
@@ -77,7 +81,9 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
 def only_one_with_biases(state: State, name: str, config: AdapterConfig) -> None:
     other = next((n for n, r in state.recipe.items() if r.config.bias != "none"), None)
     if other and config.bias != "none":
-        raise RecipeError(f"adapters {other!r} and {name!r} both train biases (bias={config.bias!r}); only one of them can")
+        raise RecipeError(
+            f"adapters {other!r} and {name!r} both train biases (bias={config.bias!r}); only one of them can"
+        )
 
 
 def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool) -> None:

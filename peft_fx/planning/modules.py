@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .target import ModuleRecord, ModuleTable
+from ..target import ModuleRecord, ModuleTable
 
 # The literals that change what a weight means or how its operator reads it.
 ATTRIBUTES = (

@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ..errors import CaptureError
+from ...errors import CaptureError
 from .examples import is_hugging_face
 
 
@@ -25,7 +25,7 @@ def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, 
         model.train(training)
         with torch.enable_grad(), quiet_cache(model):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # noqa: BLE001 — whatever model code raises while traced becomes one clear error
+    except Exception as error:
         raise CaptureError(explain(model, error, training)) from error
     finally:
         for module, mode in modes.items():
@@ -94,7 +94,9 @@ def explain(model: nn.Module, error: Exception, training: bool) -> str:
     module = innermost_module(model, error)
     cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     text = f"{type(error).__name__} {error}"
-    remedy = next((r for key, r in REMEDIES if key in text), "capture a sub-module, or rewrite the operation for torch.export")
+    remedy = next(
+        (r for key, r in REMEDIES if key in text), "capture a sub-module, or rewrite the operation for torch.export"
+    )
     return (
         f"{type(model).__name__} cannot be captured in {'train' if training else 'eval'} mode: in module "
         f"{module or '(the model itself)'}: {type(error).__name__}: {cause[:300]}. Remedy: {remedy}"

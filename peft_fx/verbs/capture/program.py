@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.export import ExportedProgram
 
-from ..modules import identity, tied_parameters
-from ..target import ModuleRecord, ModuleTable
+from ...planning.modules import identity, tied_parameters
+from ...target import ModuleRecord, ModuleTable
 
 
 def retie(tree: nn.Module) -> None:

@@ -11,7 +11,7 @@ import inspect
 import torch
 from torch import nn
 
-from ..errors import CaptureError
+from ...errors import CaptureError
 
 BATCH, SEQUENCE, TARGET_SEQUENCE = 2, 7, 5
 

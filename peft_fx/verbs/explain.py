@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx
 
-from .derive import placements
-from .kinds import Refusal, module_targets, parameter_target
-from .passes.inject import lower
-from .passes.match import describe, parameter_nodes, sites
-from .plan import make_plan
-from .recipe import as_recipe
-from .store import State, state_of
-from .target import ModuleRecord, Target
+from ..passes.inject import lower
+from ..passes.match import describe, parameter_nodes, sites
+from ..planning.kinds import Refusal, module_targets, parameter_target
+from ..planning.plan import make_plan
+from ..recipe import as_recipe
+from ..store import State, state_of
+from ..target import ModuleRecord, Target
 
 
 class ParameterCount(NamedTuple):
@@ -64,11 +63,33 @@ class Explanation:
 
     def table(self) -> Table:
         table = Table(title=f"{len(self.rows)} targets")
-        for column in ("adapter", "target", "kind", "shape", "storage", "method", "lowering", "parameters", "status", "reason"):
+        for column in (
+            "adapter",
+            "target",
+            "kind",
+            "shape",
+            "storage",
+            "method",
+            "lowering",
+            "parameters",
+            "status",
+            "reason",
+        ):
             table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
         for r in self.rows:
             shape = "x".join(map(str, r.shape))
-            table.add_row(r.adapter, r.target, r.kind, shape, r.storage, r.method, r.lowering, f"{r.parameters:,}", r.status, r.reason)
+            table.add_row(
+                r.adapter,
+                r.target,
+                r.kind,
+                shape,
+                r.storage,
+                r.method,
+                r.lowering,
+                f"{r.parameters:,}",
+                r.status,
+                r.reason,
+            )
         return table
 
     def __str__(self):
@@ -81,7 +102,9 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why."""
     state = state_of(graph, "explain")
     if recipe is not None:
-        rows = [r for name, c in as_recipe(recipe, "default").items() for r in rows_of(graph, state, name, c, "planned")]
+        rows = [
+            r for name, c in as_recipe(recipe, "default").items() for r in rows_of(graph, state, name, c, "planned")
+        ]
         return Explanation(tuple(rows))
     rows = []
     for name, resident in state.recipe.items():
@@ -128,8 +151,12 @@ def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: s
         added = sum(numel(t.shape) for n, t in p.tensors.items() if t.trainable and n not in p.shared)
         rows.append(Row(adapter, p.target.name, p.target.kind, p.target.shape, "dense", p.method, x.form, added,
                         "refused" if x.form == "refused" else status, note, error))  # fmt: skip
-    rows += [Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals]
-    rows += [Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched]
+    rows += [
+        Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals
+    ]
+    rows += [
+        Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched
+    ]
     return rows
 
 

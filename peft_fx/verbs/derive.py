@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import fx, nn
 
-from .errors import GraphError, RecipeError
-from .passes.base import run
-from .passes.inject import Inject
-from .passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
-from .plan import Placement, make_plan
-from .store import BaseGraph, State, copy_graph, derive, shell, state_of
+from ..errors import GraphError, RecipeError
+from ..passes.base import run
+from ..passes.inject import Inject
+from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
+from ..planning.plan import Placement, make_plan
+from ..store import BaseGraph, State, copy_graph, derive, shell, state_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -64,7 +64,9 @@ def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[st
 
 def refuse_merged(state: State, verb: str) -> None:
     if state.merged:
-        raise GraphError(f"{verb} on a merged graph ({', '.join(state.merged)}): unmerge it first with peft_fx.unmerge(graph)")
+        raise GraphError(
+            f"{verb} on a merged graph ({', '.join(state.merged)}): unmerge it first with peft_fx.unmerge(graph)"
+        )
 
 
 def adapter_dtype(base: torch.dtype) -> torch.dtype:

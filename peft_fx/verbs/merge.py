@@ -13,14 +13,14 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from ..errors import MergeError
+from ..methods import get_method
+from ..passes.base import run
+from ..passes.fold import PointAtFolded
+from ..passes.lowering import apply_weight
+from ..planning.plan import Placement, clashes
+from ..store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
 from .derive import derived, injection, names_of, placements
-from .errors import MergeError
-from .methods import get_method
-from .passes.base import run
-from .passes.fold import PointAtFolded
-from .passes.lowering import apply_weight
-from .plan import Placement, clashes
-from .store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
 
 KEEP = ("device", "cpu", None)
 
@@ -95,7 +95,9 @@ def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep
         for result_name, result in results.items():
             if check_finite and not torch.isfinite(result).all():
                 adapters = ", ".join(p.adapter for p in group)
-                raise MergeError(f"{result_name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged")
+                raise MergeError(
+                    f"{result_name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged"
+                )
         merged = results[name]
         error = float((merged.to(wide) - exact_W).abs().max()) if merged.numel() and wide.is_floating_point else 0.0
     for result_name, result in results.items():
@@ -166,7 +168,9 @@ def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
                 continue
             full = f"{ADAPTERS}.{p.state_name(name)}"
             tensor = get_tensor(gm, full)
-            if spec.trainable and not isinstance(tensor, nn.Parameter):  # .to() on a merged graph made a plain tensor of it
+            if spec.trainable and not isinstance(
+                tensor, nn.Parameter
+            ):  # .to() on a merged graph made a plain tensor of it
                 tensor = nn.Parameter(tensor, requires_grad=tensor.requires_grad)
             set_tensor(gm, full, tensor)
 
@@ -196,7 +200,9 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
             del owner._parameters[leaf]
             continue
         if group[0] not in restored:
-            restored[group[0]] = as_it_was(kept, get_tensor(new, name)) if untouched is None else get_tensor(new, untouched)
+            restored[group[0]] = (
+                as_it_was(kept, get_tensor(new, name)) if untouched is None else get_tensor(new, untouched)
+            )
         set_tensor(new, name, restored[group[0]])
     new.peft_fx.replaced = nn.Module()
     for name in state.merged:

@@ -16,19 +16,19 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from .capture.capture import finish, module_of, skeleton
+from ..errors import AdapterFileError, GraphError
+from ..passes.base import run
+from ..passes.inline import InlineGradRegions
+from ..passes.lift import lift
+from ..passes.literals import BakeLiterals
+from ..passes.strip import StripSplices
+from ..recipe import config_from_dict
+from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
+from ..target import ModuleTable
+from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
 from .derive import names_of
-from .errors import AdapterFileError, GraphError
-from .passes.base import run
-from .passes.inline import InlineGradRegions
-from .passes.lift import lift
-from .passes.literals import BakeLiterals
-from .passes.strip import StripSplices
-from .recipe import config_from_dict
 from .registrations import register_for
-from .store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
-from .target import ModuleTable
 
 EXTRA = "peft_fx.json"
 FORMAT = 1
@@ -96,7 +96,7 @@ def load(path) -> fx.GraphModule:
     path = Path(path)
     program, extra = read_program(path)
     if not extra:
-        from .capture import capture
+        from .capture.model import capture
 
         return capture(program)
     try:
@@ -123,7 +123,7 @@ def read_program(path: Path) -> tuple[ExportedProgram, str]:
     extra = {EXTRA: ""}
     try:
         return torch.export.load(str(path), extra_files=extra), extra[EXTRA]
-    except Exception as error:  # noqa: BLE001 — whatever torch's reader raises on a damaged file becomes one clear error
+    except Exception as error:
         raise AdapterFileError(f"{path}: is no torch.export program: {type(error).__name__}: {error}") from error
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ..errors import RecipeError
+from ..passes.base import run
+from ..passes.inject import Inject, lower
+from ..planning.plan import Placement, make_plan
+from ..recipe import as_recipe
+from ..store import ADAPTERS, Resident, copy_graph, derive, get_tensor, set_tensor, state_of
 from .adapters import empty_tensor
 from .derive import placements, refuse_merged, replicated
-from .errors import RecipeError
-from .passes.base import run
-from .passes.inject import Inject, lower
-from .plan import Placement, make_plan
-from .recipe import as_recipe
-from .store import ADAPTERS, Resident, copy_graph, derive, get_tensor, set_tensor, state_of
 
 
 def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .target import ModuleRecord, Target
+from ..target import ModuleRecord, Target
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ..errors import HotswapError, RecipeError
+from ..files.match import match_tensors
+from ..files.read import local_folder, read_config, read_tensors
+from ..methods import get_method
+from ..methods.base import crop_to, pad_to
+from ..planning.plan import Placement, Plan, make_plan
+from ..store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
 from .derive import derived, names_of, placements, refuse_merged
-from .errors import HotswapError, RecipeError
-from .files.match import match_tensors
-from .files.read import local_folder, read_config, read_tensors
-from .methods import get_method
-from .methods.base import crop_to, pad_to
-from .plan import Placement, Plan, make_plan
-from .store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
-
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
 
@@ -64,7 +63,9 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     left_out = [k for k in old if k not in new]
     for p in (old[k] for k in left_out):
         if neutral(p) is None:
-            faults.append(f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there")
+            faults.append(
+                f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there"
+            )
     refuse_faults(adapter_name, faults)
     if left_out:
         config = with_targets_of(state.recipe[adapter_name].config, config)
@@ -200,7 +201,9 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
                 shape = wide[place].tensors[name].shape if spec.pad else tuple(tensor.shape)
                 padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
                 if padded is None:
-                    raise HotswapError(f"{p.target.name}.{name}: shape {tuple(tensor.shape)} is larger than max_rank={max_rank}")
+                    raise HotswapError(
+                        f"{p.target.name}.{name}: shape {tuple(tensor.shape)} is larger than max_rank={max_rank}"
+                    )
                 own = padded.clone()
                 if isinstance(tensor, nn.Parameter):
                     own = nn.Parameter(own, requires_grad=tensor.requires_grad)

@@ -9,7 +9,7 @@ import re
 from importlib import import_module
 from zipfile import ZipFile
 
-from .errors import AdapterFileError
+from ..errors import AdapterFileError
 
 PROGRAM = "models/model.json"
 CLASS = re.compile(rb'"type\\*": \\*"(transformers(?:\.\w+)+)\.\w+')

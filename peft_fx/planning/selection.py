@@ -12,11 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from ..config import AdapterConfig, by_pattern
+from ..errors import RecipeError
+from ..target import ModuleRecord, ModuleTable, Target
 from . import defaults
-from .config import AdapterConfig, by_pattern
-from .errors import RecipeError
 from .kinds import CONTAINERS, Refusal, module_targets, parameter_target
-from .target import ModuleRecord, ModuleTable, Target
 from .wrappers import with_file_paths
 
 
@@ -179,8 +179,10 @@ def choose_modules(
     every_path = [path for record in table.records for path in paths_of(record)]
     named = [] if all_linear or entries == defaults.NO_TARGETS else entries
     unmatched = report_unmatched("target_modules", named, seen, every_path)
-    return chosen, excluded, unmatched + report_unmatched(
-        "exclude_modules", config.exclude_modules, seen_exclusions, every_path
+    return (
+        chosen,
+        excluded,
+        unmatched + report_unmatched("exclude_modules", config.exclude_modules, seen_exclusions, every_path),
     )
 
 
@@ -258,9 +260,7 @@ def add_parameters(
 # Modules to save
 
 
-def choose_saved(
-    table: ModuleTable, config: AdapterConfig
-) -> tuple[list[SavedModule], list[Refusal], list[Unmatched]]:
+def choose_saved(table: ModuleTable, config: AdapterConfig) -> tuple[list[SavedModule], list[Refusal], list[Unmatched]]:
     """The outermost modules that `modules_to_save` and the task type name."""
     heads = [h for h in defaults.TASK_HEADS.get(config.task_type, ()) if h not in (config.modules_to_save or ())]
     matches = matcher("modules_to_save", [*(config.modules_to_save or ()), *heads])

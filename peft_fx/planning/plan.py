@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from .config import AdapterConfig
-from .errors import RecipeError
+from ..config import AdapterConfig
+from ..errors import RecipeError
+from ..methods import METHODS, get_method
+from ..methods.base import Tensor
+from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
-from .methods import METHODS, get_method
-from .methods.base import Tensor
 from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
-from .target import ModuleRecord, ModuleTable, Target
 from .wrappers import base_path, inside_path, wrap_counts
 
 __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
@@ -140,9 +140,7 @@ def adapted_placements(
     return sorted(placements, key=lambda p: bool(p.shared)), refusals
 
 
-def saved_placements(
-    table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
-) -> list[Placement]:
+def saved_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:
     """A copy of every parameter and persistent buffer of the modules to save, shared where the module shares it."""
     placements, sources = [], {}
     counts = wrap_counts(list(selection.targets))
@@ -177,9 +175,7 @@ def own_copy(adapter: str, target: Target, config: AdapterConfig, trainable: boo
     return Placement(adapter, method.name, target, config, tensors)
 
 
-def bias_placements(
-    table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
-) -> list[Placement]:
+def bias_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:
     """Trained copies of the model's biases: all that are called `bias`, or those of adapted modules."""
     if config.bias == "none":
         return []
