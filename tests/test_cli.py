@@ -1,5 +1,6 @@
 """`peft-fx inspect`: what it opens, what each format says, and that every mistake is one line with exit code 2."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -158,7 +159,7 @@ def test_the_plan_is_what_apply_does(files):
 
 def test_passes_chain_from_one_operator_count_to_the_next(files):
     passes = inspected(files.base_pt2, "--recipe", "lora")["passes"]
-    assert all(a["after"] == b["before"] for a, b in zip(passes, passes[1:], strict=False))
+    assert all(a["after"] == b["before"] for a, b in itertools.pairwise(passes))
 
 
 def test_refused_and_unmatched_targets_hide_no_others(files):

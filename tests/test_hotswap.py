@@ -208,7 +208,7 @@ def test_targets_left_out_become_zero_and_a_full_adapter_comes_back(family):
         for i, n in enumerate(map(str, folders))
         if len(ADAPTERS[name][i].keys() & {"target_modules", "target_parameters"})
     }
-    for folder, i in partial.items():
+    for folder, _i in partial.items():
         report = peft_fx.hotswap(graph, folder)
         assert report.zeroed
         close(output(graph, name), output(peft_fx.load_adapter(base, folder), name))

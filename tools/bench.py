@@ -132,7 +132,7 @@ def swap_times(graph, folder: Path, vocabulary: int) -> dict[int, list[float]]:
 
 def comparison_table(name: str, captured: float, rows) -> Table:
     table = Table(
-        title=f"{name}: peft_fx against PEFT {peft.__version__} (medians of {ROUNDS} interleaved rounds; capture {captured:.1f} s)"
+        title=f"{name}: peft_fx against PEFT {peft.__version__}, medians of {ROUNDS} rounds (capture {captured:.1f} s)"
     )
     for column in ("", "peft_fx, ms", "PEFT, ms", "ratio"):
         table.add_column(column, justify="right" if column else "left")
@@ -158,8 +158,9 @@ def write(tables: list[Table]) -> None:
     paper = Console(width=140, record=True, quiet=True)
     for table in tables:
         paper.print(table)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
-    text = f"# Benchmarks\n\nWritten by `python tools/bench.py`. {machine}.\n\n```\n{paper.export_text()}```\n"
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
+    head = f"# Benchmarks\n\nWritten by `python tools/bench.py`. {machine}, torch {torch.__version__}.\n\n"
+    text = f"{head}```\n{paper.export_text()}```\n"
     (Path(__file__).parent.parent / "docs" / "benchmarks.md").write_text(text)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import peft_fx
 
-console = Console()
+console = Console(width=max(110, Console().width))
 timings: list[tuple[str, float, str]] = []
 
 

@@ -48,10 +48,7 @@ def merged(groups: dict[tuple, list[Row]], position: int) -> dict[tuple, list[Ro
     result: dict[tuple, tuple[set[int], list[Row]]] = {}
     for (key, path), members in groups.items():
         numbers = path[position] if position < len(path) else None
-        if isinstance(numbers, tuple):
-            rest = (key, path[:position], path[position + 1 :])
-        else:
-            rest = (key, path, None)
+        rest = (key, path[:position], path[position + 1 :]) if isinstance(numbers, tuple) else (key, path, None)
         values, rows = result.setdefault(rest, (set(), []))
         values.update(numbers if isinstance(numbers, tuple) else ())
         rows += members

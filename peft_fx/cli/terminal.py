@@ -33,7 +33,7 @@ class OneLineErrors(TyperGroup):
             fail(str(error), 2)
         except typer.Abort:
             sys.exit(130)
-        except Exception as error:  # noqa: BLE001: nobody above us could show it in one line
+        except Exception as error:  # nobody above us could show it in one line
             fail(f"internal error: {type(error).__name__}: {error}; set {TRACEBACK}=1 to see where", 1)
         sys.exit(code if isinstance(code, int) else 0)
 

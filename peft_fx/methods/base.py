@@ -108,8 +108,10 @@ class Additive(Method):
         f = self.factors(theta, target, config)
         groups = f.A.shape[-2 - len(target.kernel)] // f.B.shape[-1]
         B = block_diagonal(f.B, groups) if groups > 1 else f.B
-        A = f.A.flatten(-1 - len(target.kernel)) if target.kernel else f.A
-        W = W + f.scale * (B @ A).reshape(W.shape)
+        A, flat = (t.flatten(-1 - len(target.kernel)) if target.kernel else t for t in (f.A, W))
+        # one product into W: the update of a stack of experts never exists by itself
+        add_product = torch.baddbmm if flat.dim() == 3 else torch.addmm
+        W = add_product(flat, f.scale * B, A).reshape(W.shape)
         if f.bias is not None:
             b = f.scale * f.bias if b is None else b + f.scale * f.bias
         return W, b

@@ -90,7 +90,8 @@ class LoRA(Additive):
         if target.kind == "norm":
             return f"LoRA has no form on a {len(target.shape)}-d weight; name it in modules_to_save to train it whole"
         if r % target.groups:
-            return f"r={r} is not divisible by groups={target.groups}; nearest valid: {max(r // target.groups, 1) * target.groups}"
+            nearest = max(r // target.groups, 1) * target.groups
+            return f"r={r} is not divisible by groups={target.groups}; nearest valid: {nearest}"
         if config.lora_bias and target.kind not in ("linear", "conv1d", "conv2d", "conv3d"):
             return f"lora_bias has no meaning on kind {target.kind}"
         if target.kind == "expert" and config.lora_dropout:

@@ -275,7 +275,9 @@ def choose_saved(table: ModuleTable, config: AdapterConfig) -> tuple[list[SavedM
             continue
         saved.append(SavedModule(record.path))
     names = [path for record in table.records for path in paths_of(record)]
-    unmatched = report_unmatched("modules_to_save", config.modules_to_save, seen, names)
+    # PEFT's files name every head that the task could have, so a missing one is no mistake
+    asked = [m for m in config.modules_to_save or () if m not in defaults.TASK_HEADS.get(config.task_type, ())]
+    unmatched = report_unmatched("modules_to_save", asked, seen, names)
     return tie_saved(table, config, saved), refusals, unmatched
 
 
@@ -389,11 +391,11 @@ def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenR
 def unmatched_patterns(config: AdapterConfig, targets: list[Target]) -> list[Unmatched]:
     """Keys of rank_pattern and the like that match no target."""
     found = []
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field, None) or {}:
-            compiled(field, key)
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name, None) or {}:
+            compiled(name, key)
             if not any(by_pattern({key: True}, t.pattern_path, False) for t in targets):
-                found.append(Unmatched(field, key, nearest(key, (t.pattern_path for t in targets))))
+                found.append(Unmatched(name, key, nearest(key, (t.pattern_path for t in targets))))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,9 +94,9 @@ class Explanation:
         return table
 
     def __str__(self):
-        console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console = Console(width=160, file=io.StringIO())
         console.print(self.table())
-        return console.export_text()
+        return console.file.getvalue()
 
 
 def explain(graph: fx.GraphModule, recipe=None) -> Explanation:

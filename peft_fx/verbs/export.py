@@ -46,7 +46,7 @@ def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
     run([BakeLiterals()], baked)
     program = lift(baked, state.range_constraints)
     device = next(graph.parameters(), torch.empty(0)).device
-    if (traced := traced_device(program)) not in (None, device):
+    if traced_device(program) not in (None, device):
         program = torch.export.passes.move_to_device_pass(program, device)
     if path is not None:
         save(program, Path(path), state, graph.training)

@@ -83,8 +83,8 @@ REMEDIES = (
     ("data-dependent", ON_VALUES),
     ("GuardOnDataDependent", ON_VALUES),
     ("Could not guard", ON_VALUES),
-    ("numpy", "the model leaves torch for numpy while it runs; capture it in the mode that does not (model.eval() for training-time masking)"),
-    ("Must provide a tree_name", "torch.export gives arguments that forward takes through **kwargs no dynamic sizes; pass dynamic_shapes=None"),
+    ("numpy", "the model leaves torch for numpy in this mode (masking while training, say); try model.eval()"),
+    ("Must provide a tree_name", "torch.export gives no dynamic sizes to arguments taken by **kwargs; pass dynamic_shapes=None"),
     ("missing", "pass example inputs: capture(model, args=(...), kwargs={...})"),
 )  # fmt: skip
 
