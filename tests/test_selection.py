@@ -17,9 +17,9 @@ from tiny import build
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from peft_fx import defaults
 from peft_fx.errors import RecipeError
 from peft_fx.methods.lora import LoraConfig
+from peft_fx.planning import defaults
 from peft_fx.planning.modules import module_table
 from peft_fx.planning.selection import choose_modules, select
 from peft_fx.target import ModuleTable

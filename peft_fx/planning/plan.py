@@ -102,7 +102,9 @@ def clashes(placements: Iterable[Placement]) -> list[Refusal]:
         rows = get_method(p.method).own_rows(p.target, p.config)
         for adapter, taken in owners.get(p.target.name, ()):
             if adapter != p.adapter and not set(taken).isdisjoint(rows):
-                reason = f"refused: adapters {adapter!r} and {p.adapter!r} each replace its numbers; only one can be active"
+                reason = (
+                    f"refused: adapters {adapter!r} and {p.adapter!r} each replace its numbers; only one can be active"
+                )
                 found.append(Refusal(p.target.name, reason))
         owners.setdefault(p.target.name, []).append((p.adapter, rows))
     return found
