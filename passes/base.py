@@ -7,6 +7,7 @@ Verbs run passes on a graph they have just copied, so a failing pass never damag
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -77,29 +78,44 @@ def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
     Raises GraphError naming the pass when its requires / ensures or the lint fails; what the call itself raises passes
     through with the pass in its notes.
     """
-    reports = []
-    for p in passes:
-        if p.name in _disabled.get():
-            continue
-        before, start = op_counts(gm), time.perf_counter()
-        with reported(p, "does not get what it requires"):
-            p.requires(gm)
-        try:
-            changed = p.call(gm)
-        except Exception as error:
-            error.add_note(f"in pass {p.name}")
-            raise
-        with reported(p, "left an invalid graph"):
-            gm.graph.lint()
-            p.ensures(gm)
-        seconds = time.perf_counter() - start
-        after = op_counts(gm)
-        difference = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
-        reports.append(Report(p.name, changed, seconds, difference))
-        if observer := _observer.get():
-            observer(reports[-1], gm)
-    recompile(gm)
-    return tuple(reports)
+    with without_collector():
+        reports = tuple(report_of(p, gm) for p in passes if p.name not in _disabled.get())
+        recompile(gm)
+    return reports
+
+
+def report_of(p: Pass, gm: fx.GraphModule) -> Report:
+    """Runs one pass between its checks."""
+    before, start = op_counts(gm), time.perf_counter()
+    with reported(p, "does not get what it requires"):
+        p.requires(gm)
+    try:
+        changed = p.call(gm)
+    except Exception as error:
+        error.add_note(f"in pass {p.name}")
+        raise
+    with reported(p, "left an invalid graph"):
+        gm.graph.lint()
+        p.ensures(gm)
+    seconds = time.perf_counter() - start
+    after = op_counts(gm)
+    difference = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
+    report = Report(p.name, changed, seconds, difference)
+    if observer := _observer.get():
+        observer(report, gm)
+    return report
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """No garbage collection meanwhile: thousands of new nodes would set off full sweeps that find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

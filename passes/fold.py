@@ -15,9 +15,9 @@ from ..methods import get_method
 from ..planning.plan import Placement
 from ..store import get_tensor
 from .base import Pass
+from .fakes import fake_mode_of, fake_of
 from .inject import add_bias, drop_groups
 from .match import parameter_nodes, sites
-from .names import fake_mode_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class PointAtFolded(Pass):
             if node is None:
                 continue
             found, _ = sites(node)
-            node.meta["val"] = fake_mode.from_tensor(get_tensor(gm, target.name), static_shapes=True)
+            node.meta["val"] = fake_of(fake_mode, get_tensor(gm, target.name))
             if get_method(p.method).dense_groups(target):
                 drop_groups(found)
                 changed += 1
             if not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None:
                 with gm.graph.inserting_after(node):
                     bias = gm.graph.get_attr(target.bias_name)
-                bias.meta["val"] = fake_mode.from_tensor(get_tensor(gm, target.bias_name), static_shapes=True)
+                bias.meta["val"] = fake_of(fake_mode, get_tensor(gm, target.bias_name))
                 add_bias(found, bias)
                 changed += 1
         return changed

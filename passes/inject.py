@@ -18,12 +18,12 @@ from ..errors import RecipeError
 from ..methods import get_method
 from ..methods.base import Additive
 from ..planning.plan import Placement, Refusal, Shared, clashes
-from ..store import ADAPTERS, get_tensor
+from ..store import ADAPTERS, ROOT, get_tensor
 from ..target import Target
 from .base import Pass, regions
+from .fakes import fake_mode_of, fake_of
 from .lowering import activation_inputs, activation_signature, additive_function, weight_function
 from .match import Site, parameter_nodes, sites
-from .names import fake_mode_of
 from .operators import full_args
 from .splice import TAG, Splicer
 
@@ -98,7 +98,8 @@ class Insert:
         self.gm, self.graph = gm, gm.graph
         self.nodes = parameter_nodes(gm.graph)
         self.fake_mode = fake_mode_of(gm)
-        self.splice = Splicer(gm, self.fake_mode)
+        self.splice = Splicer(gm, self.fake_mode, gm.meta[ROOT].base.traces)
+        self.config_keys: dict[int, str] = {}  # id of a config -> its text: the same for equal configs of other runs
         self.heads: dict[fx.Node, fx.Node] = {}  # operator node or parameter node -> its latest adapted value
         self.splices = itertools.count()
 
@@ -108,7 +109,7 @@ class Insert:
         for site in x.sites:
             y = self.heads.get(site.node, site.node)
             function = additive_function(site, method, p.target, p.config, names)
-            static = ("activation", p.method, id(p.config), bare(p), activation_signature(site))
+            static = ("activation", p.method, self.key(p), bare(p), activation_signature(site))
             arguments = [y, site.x, *theta, *activation_inputs(site)]
             label = tag(p, next(self.splices))
             (result,) = self.splice(function, static, arguments, y, label)
@@ -122,7 +123,7 @@ class Insert:
         b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
-        static = ("weight", p.method, id(p.config), bare(p))
+        static = ("weight", p.method, self.key(p), bare(p))
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
         label = tag(p, next(self.splices))
         new_W, new_b = self.splice(function, static, [old_W, old_b, *theta], first, label, after=False)
@@ -138,6 +139,11 @@ class Insert:
         if method.dense_groups(p.target):
             drop_groups(x.sites)
 
+    def key(self, p: Placement) -> str:
+        if id(p.config) not in self.config_keys:
+            self.config_keys[id(p.config)] = repr(p.config)
+        return self.config_keys[id(p.config)]
+
     def theta(self, p: Placement) -> tuple[list[fx.Node], tuple[str, ...]]:
         """Nodes for the placement's tensors, ahead of the first operation, so that any site can use them."""
         return [self.tensor(p.resolve(name)) for name in p.tensors], tuple(p.tensors)
@@ -147,7 +153,7 @@ class Insert:
         if name not in self.nodes:
             with self.graph.inserting_before(self.first_call):
                 node = self.nodes[name] = self.graph.get_attr(name)
-            node.meta["val"] = self.fake_mode.from_tensor(get_tensor(self.gm, name), static_shapes=True)
+            node.meta["val"] = fake_of(self.fake_mode, get_tensor(self.gm, name))
         node = self.nodes[name]
         if not shared.transposed:
             return node

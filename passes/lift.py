@@ -26,8 +26,8 @@ from torch.export.graph_signature import (
 from ..errors import GraphError
 from ..store import ROOT, copy_graph, get_tensor
 from .base import regions
+from .fakes import fake_mode_of, fake_of
 from .match import parameter_nodes
-from .names import fake_mode_of
 
 
 def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
@@ -85,7 +85,7 @@ def unread_node(graph: fx.Graph, gm: fx.GraphModule, name: str) -> fx.Node:
     """A node for a tensor that no operator reads: it belongs to the model's state dict all the same."""
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.get_attr(name)
-    node.meta["val"] = fake_mode_of(gm).from_tensor(get_tensor(gm, name), static_shapes=True)
+    node.meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
     return node
 
 

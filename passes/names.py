@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from ..errors import GraphError
 from ..store import get_tensor, set_tensor
 from ..target import ModuleTable
-from .base import Pass, regions
+from .base import Pass
+from .fakes import fake_mode_of, fake_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class NameParameters(Pass):
                         set_tensor(gm, name, tensor)
                     with gm.graph.inserting_before(start):
                         first[name] = gm.graph.get_attr(name)
-                    first[name].meta["val"] = fake_mode.from_tensor(tensor, static_shapes=True)
+                    first[name].meta["val"] = fake_of(fake_mode, tensor)
                 changed += name != node.target
                 reader.replace_input_with(node, first[name])
             gm.graph.erase_node(node)
@@ -72,14 +72,3 @@ class NameParameters(Pass):
         targets = [n.target for n in gm.graph.nodes if n.op == "get_attr"]
         if len(targets) != len(set(targets)):
             raise GraphError("a parameter is read through more than one get_attr node")
-
-
-def fake_mode_of(gm: fx.GraphModule):
-    """The fake mode under which the graph was captured."""
-    for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
-    for region in regions(gm):
-        return fake_mode_of(region)
-    raise GraphError("the graph has no tensor metadata: capture it with peft_fx.capture")

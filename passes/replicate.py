@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..store import get_tensor
 from ..target import ModuleRecord, ModuleTable
 from .base import Pass
-from .names import fake_mode_of
+from .fakes import fake_mode_of, fake_of
 
 # Where model classes keep their list of layers: below any number of `model.`, and `bert.`.
 LAYER_LISTS = re.compile(r"(?:(?:model|bert|transformer|roberta)\.)*(?:layers|encoder\.layer|h)$")
@@ -107,7 +107,7 @@ class ReplicateLayers(Pass):
         if node.op == "get_attr":
             copied = new.get_attr(renamed(node.target, old_path, new_path))
             tensor = get_tensor(gm, copied.target)
-            copied.meta = {**node.meta, "val": fake_mode_of(gm).from_tensor(tensor, static_shapes=True)}
+            copied.meta = {**node.meta, "val": fake_of(fake_mode_of(gm), tensor)}
             return copied
         copied = new.node_copy(node, value)
         stack = node.meta.get("nn_module_stack")

@@ -20,12 +20,11 @@ TAG = "peft_fx"
 
 
 class Splicer:
-    """Copies traced functions into `gm.graph`. One per pass call: its cache holds the traced graphs."""
+    """Copies traced functions into `gm.graph`. cache: traced graphs, to be shared by graphs under one fake mode."""
 
-    def __init__(self, gm: fx.GraphModule, fake_mode):
+    def __init__(self, gm: fx.GraphModule, fake_mode, cache: dict[Hashable, fx.Graph] | None = None):
         self.gm, self.fake_mode = gm, fake_mode
-        self.cache: dict[Hashable, fx.Graph] = {}
-        self.train_flag: fx.Node | None = None
+        self.cache = {} if cache is None else cache
 
     def __call__(
         self,

@@ -12,9 +12,9 @@ from torch import fx
 from ..errors import GraphError
 from ..store import get_tensor
 from .base import Pass
+from .fakes import fake_mode_of, fake_of
 from .inject import tag_of, tagged
 from .match import parameter_nodes
-from .names import fake_mode_of
 from .splice import TAG
 
 
@@ -53,7 +53,7 @@ def parameter(gm: fx.GraphModule, known: dict[str, fx.Node], name: str) -> fx.No
         first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         with gm.graph.inserting_before(first):
             known[name] = gm.graph.get_attr(name)
-        known[name].meta["val"] = fake_mode_of(gm).from_tensor(get_tensor(gm, name), static_shapes=True)
+        known[name].meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
     return known[name]
 
 

@@ -125,10 +125,14 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 class BaseGraph:
-    """Holds the base `fx.Graph` inside `gm.meta`; refuses pickling, which would lose tensors, with the remedy."""
+    """Holds the base `fx.Graph` inside `gm.meta`; refuses pickling, which would lose tensors, with the remedy.
+
+    traces: what has been traced for graphs derived from it, by signature.
+    """
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
+        self.traces: dict = {}
 
     def __deepcopy__(self, memo):
         return BaseGraph(copy_graph(self.graph))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from graphs import captured, model_of, tuned
 from peft_fx.passes.base import Pass, op_counts, run, settings
+from peft_fx.passes.fakes import fake_mode_of
 from peft_fx.passes.inject import tag_of
-from peft_fx.passes.names import fake_mode_of
 from peft_fx.passes.splice import Splicer
 from tiny import build
 

@@ -8,6 +8,7 @@ puts the replaced tensors back, so it changes no bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -89,25 +90,39 @@ def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep
             exact_W, exact_b = apply_weight(
                 method, exact_W, exact_b, theta_of(tuned, p), p.target, p.config, wide, method.dense_groups(p.target)
             )
-        results = {name: rounded(exact_W, W.dtype)}
+        operands = {t.untyped_storage()._cdata for p in group for t in theta_of(tuned, p).values()}
+        operands |= {t.untyped_storage()._cdata for t in (W, b) if t is not None}
+        results = {name: rounded(exact_W, W.dtype, operands)}
         if exact_b is not old_b:
-            results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype)
+            results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype, operands)
         for result_name, result in results.items():
-            if check_finite and not torch.isfinite(result).all():
+            if check_finite and not finite(result):
                 adapters = ", ".join(p.adapter for p in group)
                 raise MergeError(
                     f"{result_name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged"
                 )
-        merged = results[name]
-        error = float((merged.to(wide) - exact_W).abs().max()) if merged.numel() and wide.is_floating_point else 0.0
+        error = rounding_error(results[name], exact_W)
     for result_name, result in results.items():
         replace_tensor(new, result_name, result, keep_base)
     return {"target": name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype), "rounding_error": error}
 
 
-def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous copy in `dtype`, even where nothing changes: a result must not share memory with an adapter."""
-    return torch.empty(exact.shape, dtype=dtype, device=exact.device).copy_(exact)
+def rounded(exact: torch.Tensor, dtype: torch.dtype, operands: set) -> torch.Tensor:
+    """`exact` in `dtype`, contiguous, in memory of its own: a substituted weight is the adapter's tensor itself."""
+    result = exact.to(dtype).contiguous()
+    return result.clone() if result.untyped_storage()._cdata in operands else result
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether all elements are; extremes carry inf and nan, and need no memory."""
+    return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(x) for x in tensor.aminmax())
+
+
+def rounding_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Greatest difference that rounding to the weight's dtype made."""
+    if result.dtype == exact.dtype or not result.numel():
+        return 0.0
+    return float((result.to(exact.dtype) - exact).abs().max())
 
 
 def theta_of(gm: fx.GraphModule, p: Placement) -> dict[str, torch.Tensor]:
@@ -190,7 +205,7 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
             "derive from the unmerged graph, or merge with keep_base='device' or 'cpu'"
         )
-    new = derive(merged, copy_graph(state.base.graph), state)
+    new = derive(merged, fx.Graph(), state)
     restored: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
         group = next((g for g in state.table.tied if name in g), (name,))
