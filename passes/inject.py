@@ -16,13 +16,12 @@ from torch import fx
 
 from ..errors import RecipeError
 from ..methods import get_method
-from ..methods.base import Additive
 from ..planning.plan import Placement, Refusal, Shared, clashes
 from ..store import ADAPTERS, ROOT, get_tensor
 from ..target import Target
 from .base import Pass, regions
 from .fakes import fake_mode_of, fake_of
-from .lowering import activation_inputs, activation_signature, additive_function, weight_function
+from .lowering import activation_inputs, activation_signature, form_of, weight_function
 from .match import Site, parameter_nodes, sites
 from .operators import full_args
 from .splice import TAG, Splicer
@@ -44,13 +43,31 @@ def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
     """Decides the form of every placement, in order; nothing is changed."""
     nodes = {name: node for name, node in parameter_nodes(graph).items() if node.users}
     found = {p.target.name: readable(nodes[p.target.name], p.target) for p in placements if p.target.name in nodes}
-    last_weight = {}
-    for i, p in enumerate(placements):
-        if not isinstance(get_method(p.method), Additive) or found.get(p.target.name, ([], ""))[1]:
-            last_weight[p.target.name] = i
+    reasons = [weight_reason(i, placements, found) for i in range(len(placements))]
+    last_weight = {p.target.name: i for i, p in enumerate(placements) if reasons[i]}
     return [
-        lowering(p, found.get(p.target.name), i <= last_weight.get(p.target.name, -1)) for i, p in enumerate(placements)
+        lowering(p, found.get(p.target.name), reasons[i] or composed(i, last_weight.get(p.target.name, -1)))
+        for i, p in enumerate(placements)
     ]
+
+
+def weight_reason(i: int, placements: Sequence[Placement], found: dict) -> str:
+    """Why a placement by itself needs the weight form; "" if it does not."""
+    p = placements[i]
+    form, (at, reason) = form_of(get_method(p.method)), found.get(p.target.name, ([], ""))
+    if form is None:
+        return "the method rewrites the weight"
+    if reason:
+        return reason
+    if form.kinds is not None and (other := {s.operator.kind for s in at} - form.kinds):
+        return f"the method has no other form on {', '.join(sorted(other))}"
+    if form.place == "input" and any(q.target.name == p.target.name for q in placements[:i]):
+        return "a map of the input has to come first"
+    return ""
+
+
+def composed(i: int, last_weight: int) -> str:
+    return "composed with an adapter that needs the weight form" if i <= last_weight else ""
 
 
 def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
@@ -61,18 +78,15 @@ def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
     return found, reason
 
 
-def lowering(p: Placement, found: tuple[list[Site], str] | None, needs_weight: bool) -> Lowering:
-    method = get_method(p.method)
+def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str) -> Lowering:
+    """reason: why the weight form is needed, or ""."""
     if found is None:
         return Lowering(p, "none", "the graph does not read this parameter")
-    if not needs_weight:
+    if not reason:
         return Lowering(p, "activation", "", tuple(found[0]))
-    reason = found[1] or "composed with a method that rewrites the weight"
-    if dropout := method.input_dropout(p.target, p.config):
+    if dropout := get_method(p.method).input_dropout(p.target, p.config):
         return Lowering(p, "refused", f"dropout {dropout} on the input needs the activation form, but {reason}")
-    return Lowering(
-        p, "weight", reason if isinstance(method, Additive) else "the method rewrites the weight", tuple(found[0])
-    )
+    return Lowering(p, "weight", reason, tuple(found[0]))
 
 
 @dataclass(frozen=True)
@@ -100,19 +114,27 @@ class Insert:
         self.fake_mode = fake_mode_of(gm)
         self.splice = Splicer(gm, self.fake_mode, gm.meta[ROOT].base.traces)
         self.config_keys: dict[int, str] = {}  # id of a config -> its text: the same for equal configs of other runs
+        self.inputs: dict[fx.Node, fx.Node] = {}  # operator node -> the input that it has in the base graph
         self.heads: dict[fx.Node, fx.Node] = {}  # operator node or parameter node -> its latest adapted value
         self.splices = itertools.count()
 
     def activation(self, x: Lowering) -> None:
         p, method = x.placement, get_method(x.placement.method)
         theta, names = self.theta(p)
+        form = form_of(method)
         for site in x.sites:
-            y = self.heads.get(site.node, site.node)
-            function = additive_function(site, method, p.target, p.config, names)
+            function = form.build(site, method, p.target, p.config, names)
             static = ("activation", p.method, self.key(p), bare(p), activation_signature(site))
-            arguments = [y, site.x, *theta, *activation_inputs(site)]
             label = tag(p, next(self.splices))
-            (result,) = self.splice(function, static, arguments, y, label)
+            original = self.inputs.setdefault(site.node, site.x)
+            if form.place == "input":
+                (mapped,) = self.splice(function, static, [original, *theta], site.node, label, after=False)
+                self.mark(original, mapped, label)
+                site.node.replace_input_with(original, mapped)
+                continue
+            y = self.heads.get(site.node, site.node)
+            inputs = activation_inputs(site) if form.inputs else []
+            (result,) = self.splice(function, static, [y, original, *theta, *inputs], y, label)
             self.replace(y, result, label)
             self.heads[site.node] = result
 
@@ -172,8 +194,11 @@ class Insert:
         old.replace_all_uses_with(
             new, delete_user_cb=lambda user: tag_of(user).get("splice") != label["splice"], propagate_meta=False
         )
+        self.mark(old, new, label)
+
+    def mark(self, old: fx.Node, new: fx.Node, label: dict) -> None:
         new.meta["custom"][TAG] = {**label, "role": "result"}
-        add_tag(old, base_of=[label["splice"], label["target"]])
+        add_tag(old, base_of=[*tag_of(old).get("base_of", ()), [label["splice"], label["target"]]])
 
 
 def tag(p: Placement, splice: int) -> dict:

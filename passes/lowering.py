@@ -9,12 +9,15 @@ whose update crosses groups becomes the ungrouped one with zeros between the gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 from torch.nn import functional as F
 
 from ..config import AdapterConfig
-from ..methods.base import Method, Theta, block_diagonal
+from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Theta, block_diagonal
 from ..target import Target
 from .match import Site
 from .operators import full_args
@@ -88,6 +91,41 @@ def activation_signature(site: Site) -> tuple:
     return tuple((str(n.target), text(n)) for n in (*site.chain, site.node))
 
 
+def branch_function(site: Site, method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
+    """(y, x, *theta) -> (y + dy,) for a method with `delta`."""
+    dropout = method.input_dropout(target, config)
+
+    def function(y, x, *tensors):
+        theta = dict(zip(names, tensors, strict=True))
+        x = F.dropout(x, dropout, True) if dropout else x
+        return (y + cast(method.delta(x, theta, target, config), y.dtype),)
+
+    return function
+
+
+def input_map_function(site: Site, method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
+    """(x, *theta) -> (x',) for a method with `map_input`."""
+
+    def function(x, *tensors):
+        return (cast(method.map_input(x, dict(zip(names, tensors, strict=True)), target, config), x.dtype),)
+
+    return function
+
+
+def output_map_function(site: Site, method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
+    """(y, x, *theta) -> (y',); channels are the last axis for the method, whatever they are for the operator."""
+    axis = site.operator.channels
+
+    def function(y, x, *tensors):
+        theta = dict(zip(names, tensors, strict=True))
+        if axis == -1:
+            return (cast(method.map_output(y, theta, target, config), y.dtype),)
+        moved = method.map_output(y.movedim(axis, -1), theta, target, config)
+        return (cast(moved, y.dtype).movedim(-1, axis),)
+
+    return function
+
+
 def aligned(A: torch.Tensor, B: torch.Tensor, align: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors (E, r, in), (E, out, r) with zeros appended to the rank, so that rows of either are `align` bytes' multiples."""
     if align == 1:
@@ -134,3 +172,32 @@ def additive_function(site: Site, method: Method, target: Target, config: Adapte
         return (y + d,)
 
     return function
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a method shape enters at an operator.
+
+    place: "output" functions take (y, x, *theta, ...) and give y'; "input" ones take (x, *theta) and give x'.
+    kinds: operator kinds that have this form; None: all. build: makes the function. inputs: it takes the site's further
+    inputs as well.
+    """
+
+    place: str
+    kinds: frozenset[str] | None
+    build: Callable
+    inputs: bool = False
+
+
+CHANNELED = frozenset({"linear", "embedding", "conv1d", "conv2d", "conv3d"})
+FORMS = {
+    Additive: Form("output", None, additive_function, inputs=True),
+    Branch: Form("output", frozenset({"linear"}), branch_function),
+    InputMap: Form("input", frozenset({"linear"}), input_map_function),
+    OutputMap: Form("output", CHANNELED, output_map_function),
+}
+
+
+def form_of(method: Method) -> Form | None:
+    """The activation form of a method's shape; None if it only has the weight form."""
+    return next((form for shape, form in FORMS.items() if isinstance(method, shape)), None)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 class Operator:
     """kind: operator kind. x / weight: argument positions (weight: the possible ones). bias, groups: likewise, or None.
 
-    align: number of bytes of which rows of both operands must be a multiple; the rank is padded to it.
+    channels: axis of the result that holds the output features. align: number of bytes of which rows of both operands must be a multiple; the rank is padded to it.
     second: (replay, h, B, bias, groups) -> d, where replay(h, B) is the operator at this site with other operands.
     """
 
@@ -32,6 +32,7 @@ class Operator:
     second: Callable
     bias: int | None = None
     groups: int | None = None
+    channels: int = -1
     align: int = 1
 
 
@@ -59,7 +60,7 @@ OPERATORS = {
     "aten::_grouped_mm": Operator("expert", 0, (1,), same, align=16),
     "transformers::grouped_mm_fallback": Operator("expert", 0, (1,), same),
     **{
-        f"aten::conv{n}d{overload}": Operator(f"conv{n}d", 0, (1,), pointwise(n), bias=2, groups=6)
+        f"aten::conv{n}d{overload}": Operator(f"conv{n}d", 0, (1,), pointwise(n), bias=2, groups=6, channels=-1 - n)
         for n in (1, 2, 3)
         for overload in ("", ".padding")
     },

@@ -23,7 +23,7 @@ class StripSplices(Pass):
     def call(self, gm):
         graph = gm.graph
         # placeholders of a loaded program have lost their tags: what is not in `bases` replaced the parameter itself
-        bases = {tuple(tag_of(n)["base_of"]): n for n in graph.nodes if "base_of" in tag_of(n)}
+        bases = {tuple(splice): n for n in graph.nodes for splice in tag_of(n).get("base_of", ())}
         parameters = parameter_nodes(graph)
         results = [n for n in graph.nodes if tag_of(n).get("role") == "result"]
         for node in reversed(results):

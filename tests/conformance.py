@@ -17,6 +17,7 @@ from pathlib import Path
 import peft
 import tiny
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -160,7 +161,24 @@ def batched_mixtral():
     return model
 
 
+# Sizes that most methods' divisibility rules allow.
+WIDE = {
+    "wide": of(lambda: nn.Linear(8, 12), 4, 8),
+    "wide_without_bias": of(lambda: nn.Linear(8, 12, bias=False), 4, 8),
+    "square": of(lambda: nn.Linear(8, 8), 4, 8),
+    "wide_Conv1D": of(lambda: Conv1D(12, 8), 4, 8),
+    "wide_conv1d": of(lambda: nn.Conv1d(4, 8, 3, padding=1), 4, 9),
+    "wide_conv2d": of(lambda: nn.Conv2d(4, 8, 2, stride=2), 4, 6, 6),
+    "wide_conv2d_pointwise": of(lambda: nn.Conv2d(8, 12, 1), 8, 6, 6),
+    "wide_conv2d_dilated": of(lambda: nn.Conv2d(4, 8, 2, dilation=2), 4, 6, 6),
+    "wide_conv2d_grouped": of(lambda: nn.Conv2d(8, 8, 2, groups=2), 8, 6, 6),
+    "wide_conv3d": of(lambda: nn.Conv3d(2, 8, 2, padding=1), 2, 5, 5, 5),
+    "wide_embedding": Subject(lambda: Only(nn.Embedding(16, 8)), lambda: {"x": ids(3, 6, vocabulary=16)}),
+    "wide_norm": of(lambda: nn.LayerNorm(8), 4, 8),
+}
+
 SUBJECTS = {
+    **WIDE,
     "linear": of(lambda: nn.Linear(6, 5), 4, 6),
     "linear_without_bias": of(lambda: nn.Linear(6, 5, bias=False), 4, 6),
     "Conv1D": of(lambda: Conv1D(5, 6), 4, 6),
@@ -318,9 +336,15 @@ def quiet(function, *args, **kwargs):
 def peft_model(name: str, options: dict, dtype=torch.float32):
     """PEFT's model for the same config on the same weights, its trained tensors randomised."""
     torch.manual_seed(4)
-    model = quiet(peft.get_peft_model, build(name, dtype), peft.LoraConfig(**options)).eval()
+    model = quiet(peft.get_peft_model, build(name, dtype), peft_config(options)).eval()
     randomise(model)
     return model
+
+
+def peft_config(options: dict):
+    """PEFT's config object; a LoraConfig unless the options say peft_type."""
+    options = dict(options)
+    return PEFT_TYPE_TO_CONFIG_MAPPING[options.pop("peft_type", "LORA")](**options)
 
 
 def save_peft(model, folder, adapter: str = "default") -> Path:

@@ -9,12 +9,15 @@ from ..errors import RecipeError
 from .base import Method
 
 METHODS = {
+    "IA3": ("ia3", "IA3"),
+    "IA3_INPUT": ("ia3", "IA3Input"),
     "LORA": ("lora", "LoRA"),
     "SAVED": ("substitute", "Saved"),
     "TOKENS": ("substitute", "Tokens"),
+    "VERA": ("vera", "VeRA"),
 }
-# Placed by the fields that all configs share; not a `peft_type` that a config can have.
-INTERNAL = frozenset({"SAVED", "TOKENS"})
+# Chosen by a method's `at`, or placed by the fields that all configs share; not a `peft_type` that a config can have.
+INTERNAL = frozenset({"IA3_INPUT", "SAVED", "TOKENS"})
 
 
 def get_method(peft_type: str) -> Method:

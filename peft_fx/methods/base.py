@@ -3,14 +3,24 @@
 Canonical layout of a weight: (experts?, out, in, *kernel). A method never sees an operator, a graph or a storage format;
 passes bring the weight to this layout, call the method, and bring the result back.
 
-    weight(W, b, theta)  -> W', b'      the definition; serves every operator kind, merge and export
-    factors(theta)       -> Factors     additive methods: y + scale * (B (A x) + bias), never the dense delta
+    weight(W, b, theta)     -> W', b'   the definition; serves every operator kind, merge and export
+
+and, where it saves work, one activation form, by the shape of the method:
+
+    Additive   factors(theta)        -> Factors   y + scale * (B (A x) + bias), never the dense delta
+    Branch     delta(x, theta)       -> dy        y + dy, for updates with a fast product that is not two factors
+    InputMap   map_input(x, theta)   -> x'        linear in x, last axis = input features
+    OutputMap  map_output(y, theta)  -> y'        linear in y, last axis = output features; acts on the bias too
+    Rewrite    none                               the weight is rewritten in every forward
+    Substitute none                               the weight is the adapter's own
+
+Each shape derives `weight` where it can, so that one function is all there is to write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -42,6 +52,18 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Together:
+    """Tensors that a method can only describe when it sees all targets.
+
+    shared: one tensor for all targets; its `key` stands alone in the file, without a module path. own: target name ->
+    further tensors of that target.
+    """
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Factors:
     """Factors of an additive update in canonical layout.
 
@@ -60,13 +82,21 @@ class Method:
     name: str
     Config: type[AdapterConfig]
 
+    def at(self, target: Target, config: AdapterConfig) -> Method:
+        """The method to use on this target, where a config stands for several: another registered one, or itself."""
+        return self
+
     def check(self, target: Target, config: AdapterConfig) -> str | None:
         """The reason why this target cannot be adapted, or None."""
-        raise NotImplementedError
+        return None
 
     def tensors(self, target: Target, config: AdapterConfig) -> dict[str, Tensor]:
         """Name -> description of every tensor the method keeps for `target`."""
         raise NotImplementedError
+
+    def together(self, targets: Sequence[Target], config: AdapterConfig) -> Together:
+        """Tensors that depend on all targets of the adapter at once; none by default."""
+        return Together()
 
     def weight(
         self, W: torch.Tensor, b: torch.Tensor | None, theta: Theta, target: Target, config: AdapterConfig
@@ -98,6 +128,48 @@ class Method:
         return None
 
 
+class Branch(Method):
+    """W' = W + dW with a fast product `delta`; the update itself is `delta` of the unit vectors."""
+
+    def delta(self, x: torch.Tensor, theta: Theta, target: Target, config: AdapterConfig) -> torch.Tensor:
+        """(..., in) -> (..., out), linear in x."""
+        raise NotImplementedError
+
+    def weight(self, W, b, theta, target, config):
+        flat = W.flatten(-1 - len(target.kernel)) if target.kernel else W
+        return W + self.delta(unit_vectors(flat), theta, target, config).mT.reshape(W.shape), b
+
+
+class InputMap(Method):
+    """y = W M(x): W' = W M, row by row Mᵀ. On convolutions x is the unfolded patch, so that the weight form serves them."""
+
+    def map_input(self, x: torch.Tensor, theta: Theta, target: Target, config: AdapterConfig) -> torch.Tensor:
+        """(..., n) -> (..., n), linear in x."""
+        raise NotImplementedError
+
+    def weight(self, W, b, theta, target, config):
+        flat = W.flatten(-1 - len(target.kernel)) if target.kernel else W
+        images = self.map_input(unit_vectors(flat), theta, target, config)  # row i: M(e_i)
+        return (flat @ images.mT).reshape(W.shape), b
+
+
+class OutputMap(Method):
+    """y' = M(W x + b): W' = M W column by column, b' = M b."""
+
+    def map_output(self, y: torch.Tensor, theta: Theta, target: Target, config: AdapterConfig) -> torch.Tensor:
+        """(..., m) -> (..., m), linear in y."""
+        raise NotImplementedError
+
+    def weight(self, W, b, theta, target, config):
+        flat = W.flatten(-1 - len(target.kernel)) if target.kernel else W
+        W = self.map_output(flat.mT, theta, target, config).mT.reshape(W.shape)
+        return W, None if b is None else self.map_output(b, theta, target, config)
+
+
+class Rewrite(Method):
+    """W' is computed from W in every forward; `weight` is the only function to write."""
+
+
 class Additive(Method):
     """W' = W + scale * B A, b' = b + scale * bias; `factors` is the only function to write."""
 
@@ -119,6 +191,11 @@ class Additive(Method):
 
 class Substitute(Method):
     """W' is the adapter's own tensor: modules to save, trained biases, trainable tokens."""
+
+
+def unit_vectors(flat: torch.Tensor) -> torch.Tensor:
+    """(n, n) identity for a weight (..., out, n), on its device and in its dtype."""
+    return torch.diag_embed(flat.new_ones(flat.shape[-1]))
 
 
 def block_diagonal(W: torch.Tensor, groups: int) -> torch.Tensor:

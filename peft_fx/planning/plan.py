@@ -14,7 +14,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..methods import METHODS, get_method
-from ..methods.base import Tensor
+from ..methods.base import Tensor, Together
 from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
 from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
@@ -23,6 +23,8 @@ from .wrappers import base_path, inside_path, wrap_counts
 __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
 
 PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every key in its files
+PREFIX_SHARED = "base_model."  # of tensors that the whole adapter shares
+ROOT_KEY = "/"  # marks their keys
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class Placement:
 
     def file_key(self, tensor: str) -> str:
         """The tensor's key in PEFT's `adapter_model.safetensors`."""
-        return f"{PREFIX}{self.target.file_path}.{self.tensors[tensor].key}"
+        key = self.tensors[tensor].key
+        return (
+            PREFIX_SHARED + key[len(ROOT_KEY) :]
+            if key.startswith(ROOT_KEY)
+            else f"{PREFIX}{self.target.file_path}.{key}"
+        )
 
     def saved(self) -> Iterator[tuple[str, str, Tensor]]:
         """(tensor name, file key, description) of what is written to a file."""
@@ -122,8 +129,9 @@ def adapted_placements(
     selection: Selection, adapter: str, config: AdapterConfig
 ) -> tuple[list[Placement], list[Refusal]]:
     """The method itself on every target that it can adapt."""
-    method, placements, refusals = get_method(config.peft_type), [], []
+    general, placements, refusals = get_method(config.peft_type), [], []
     for target in selection.targets:
+        method = general.at(target, config)
         if reason := method.check(target, config):
             refusals.append(Refusal(target.name, reason))
         else:
@@ -132,14 +140,31 @@ def adapted_placements(
     for path, source in selection.tied.items():
         if path == source or path not in by_path or source not in by_path:
             continue
+        method = general.at(by_path[path].target, config)
         names = method.tied(by_path[path].target, by_path[source].target, config)
         if names is None:
             refusals.append(Refusal(path, f"{method.name} cannot stay tied to {source}: drop ensure_weight_tying"))
             continue
         shared = {n: Shared(by_path[source].state_name(there), swap) for n, (there, swap) in names.items()}
         placements[placements.index(by_path[path])] = replace(by_path[path], shared=shared)
+    placements = with_shared(general.together([p.target for p in placements], config), placements)
     # owners first, so that whoever builds the tensors in order finds those that are shared
     return sorted(placements, key=lambda p: bool(p.shared)), refusals
+
+
+def with_shared(together: Together, placements: list[Placement]) -> list[Placement]:
+    """Adds the tensors that depend on all targets: shared ones belong to the first placement, the rest use them there."""
+    owner = placements[0] if placements else None
+    result = []
+    for p in placements:
+        tensors, shared = p.tensors | together.own.get(p.target.name, {}), dict(p.shared)
+        for name, spec in together.shared.items():
+            key = None if spec.key is None else f"{ROOT_KEY}{spec.key}"
+            tensors[name] = replace(spec, key=key if p is owner else None)
+            if p is not owner:
+                shared[name] = Shared(owner.state_name(name))
+        result.append(replace(p, tensors=tensors, shared=shared))
+    return result
 
 
 def saved_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:

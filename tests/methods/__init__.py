@@ -1,0 +1,33 @@
+"""What is known about each method besides its code, one module of data per method (module name: the peft_type in lower case).
+
+    PEFT        [(options, "subject subject ...")]: cells that PEFT 0.21.2 has and has right
+    DEFINED     [(options, "subject ...")]: cells that are compared with `definition` instead
+    REFUSED     [(options, "subject ...", "reason")]: combinations without a meaning, and constraints
+    definition  (W, b, tensors, options) -> (W', b'): float64, canonical layout (out, in / groups, *kernel), b possibly None;
+                tensors: key suffix in the file -> float64 tensor; written from the paper, without peft_fx's code
+    ABSENT_FROM_FILE  (optional) names -> function(subject's W) for tensors that files do not hold
+
+Subjects are those of tests/conformance.py; the adapted module is `layer` unless options say otherwise.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+MODULES = {name.upper(): import_module(f"{__name__}.{name}") for name in NAMES}
+
+
+def cells(table: str) -> list[tuple]:
+    """(method, options, subject, *rest) of one table over all methods."""
+    return [
+        (name, {"target_modules": ["layer"], **options, "peft_type": name}, subject, *rest)
+        for name, module in MODULES.items()
+        for options, subjects, *rest in getattr(module, table, [])
+        for subject in subjects.split()
+    ]
+
+
+def label(cell) -> str:
+    name, options, subject = cell[:3]
+    shown = [f"{k}={v}" for k, v in options.items() if k not in ("peft_type", "target_modules")]
+    return "-".join([name, subject, *shown])
