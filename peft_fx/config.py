@@ -22,6 +22,8 @@ NAME_FIELDS = {
     "target_parameters": False, "modules_to_save": False,
 }  # fmt: skip
 # annotation of a field -> what its value must be; other annotations are checked where they are used
+# what only PEFT's LoRA has among the shared fields
+LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_parameters", "trainable_token_indices"})
 PLAIN_TYPES = {"bool": bool, "int": int, "float": (int, float)}
 
 
@@ -43,6 +45,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     # field -> why a value other than the default is refused
     refused: ClassVar[dict[str, str]] = {}
+    # shared fields that PEFT's config of this type lacks: files name them only where they are set
+    absent: ClassVar[frozenset[str]] = frozenset()
 
     task_type: str | None = None
     auto_mapping: dict | None = None
@@ -97,7 +101,9 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's on-disk dict, `peft_type` included."""
-        return {**dataclasses.asdict(self), "peft_type": self.peft_type}
+        unset = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) == default_of(f)}
+        written = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.absent or k not in unset}
+        return {**written, "peft_type": self.peft_type}
 
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""

@@ -47,7 +47,7 @@ REFUSED = [
     ({"r": 0}, "from 1 to"), ({"r": True}, "expected int"), ({"r": 2.0}, "expected int"),
     ({"rank_pattern": {"q": -1}}, "rank_pattern"),
     ({"lora_dropout": 1.0}, "lora_dropout"), ({"lora_dropout": -0.1}, "lora_dropout"),
-    ({"use_dora": True}, "not part of this version"), ({"loftq_config": {"loftq_bits": 4}}, "not part of this version"),
+    ({"loftq_config": {"loftq_bits": 4}}, "not part of this version"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"target_parameters": "experts.w"}, "target_parameters"),
     ({"modules_to_save": "head"}, "modules_to_save"), ({"target_modules": {"a": 1}}, "target_modules"),
     ({"exclude_modules": [1]}, "exclude_modules"), ({"bias": "some"}, "bias"), ({"bias": None}, "bias"),

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
+from ..methods import get_method
 from ..planning.plan import Plan
 from .read import CONFIG, TENSORS
 
@@ -53,7 +54,8 @@ def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
     """The config as PEFT would have corrected it: `fan_in_fan_out` says how the adapted linear weights are stored."""
     if "fan_in_fan_out" not in {f.name for f in fields(config)}:
         return config
-    adapted = [p.target for p in plan.placements if p.method == config.peft_type]
+    # methods of this config, whichever variant it chose; not what all configs share
+    adapted = [p.target for p in plan.placements if isinstance(config, getattr(get_method(p.method), "Config", ()))]
     return replace(config, fan_in_fan_out=any(t.kind == "linear" and t.transposed for t in adapted))
 
 

@@ -11,13 +11,14 @@ from .base import Method
 METHODS = {
     "IA3": ("ia3", "IA3"),
     "IA3_INPUT": ("ia3", "IA3Input"),
+    "DORA": ("dora", "DoRA"),
     "LORA": ("lora", "LoRA"),
     "SAVED": ("substitute", "Saved"),
     "TOKENS": ("substitute", "Tokens"),
     "VERA": ("vera", "VeRA"),
 }
 # Chosen by a method's `at`, or placed by the fields that all configs share; not a `peft_type` that a config can have.
-INTERNAL = frozenset({"IA3_INPUT", "SAVED", "TOKENS"})
+INTERNAL = frozenset({"DORA", "IA3_INPUT", "SAVED", "TOKENS"})
 
 
 def get_method(peft_type: str) -> Method:

@@ -20,6 +20,7 @@ from torch.nn import init
 
 from ..config import AdapterConfig, by_pattern, check_rank, pattern_field
 from ..errors import RecipeError
+from . import get_method
 from .base import Additive, Factors, Tensor
 
 INITS = (True, False, "gaussian")
@@ -31,7 +32,7 @@ VARIANT = "this LoRA variant is not part of this version"
 class LoraConfig(AdapterConfig):
     peft_type = "LORA"
     refused = dict.fromkeys(
-        ("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora",
+        ("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora",
          "arrow_config", "kasa_config", "megatron_config"), VARIANT
     ) | dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), NEEDS_DATA)  # fmt: skip
 
@@ -84,6 +85,9 @@ class LoRA(Additive):
 
     def names(self, target):
         return self.NAMES.get(target.kind, ("lora_A", "lora_B", ".weight"))
+
+    def at(self, target, config):
+        return get_method("DORA") if config.use_dora else self
 
     def check(self, target, config):
         r = self.rank(target, config)

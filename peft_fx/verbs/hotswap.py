@@ -19,6 +19,7 @@ from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
+from ..passes.lowering import to_canonical
 from ..planning.plan import Placement, Plan, make_plan
 from ..store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
 from .derive import derived, names_of, placements, refuse_merged
@@ -119,7 +120,7 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
             value = neutral_value(p, name, slot) if place in left_out else values.get(p.state_name(name))
             if value is None:
                 value = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
-                spec.init(value, None)
+                spec.init(value, to_canonical(get_tensor(gm, p.target.name).detach(), p.target))
             fits = fitted(value, slot, spec.pad)
             if fits is None:
                 fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"

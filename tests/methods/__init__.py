@@ -5,6 +5,7 @@
     REFUSED     [(options, "subject ...", "reason")]: combinations without a meaning, and constraints
     definition  (W, b, tensors, options) -> (W', b'): float64, canonical layout (out, in / groups, *kernel), b possibly None;
                 tensors: key suffix in the file -> float64 tensor; written from the paper, without peft_fx's code
+    TYPE        (optional) the peft_type, of a variant that another method's config chooses
     ABSENT_FROM_FILE  (optional) names -> function(subject's W) for tensors that files do not hold
 
 Subjects are those of tests/conformance.py; the adapted module is `layer` unless options say otherwise.
@@ -20,7 +21,7 @@ MODULES = {name.upper(): import_module(f"{__name__}.{name}") for name in NAMES}
 def cells(table: str) -> list[tuple]:
     """(method, options, subject, *rest) of one table over all methods."""
     return [
-        (name, {"target_modules": ["layer"], **options, "peft_type": name}, subject, *rest)
+        (name, {"target_modules": ["layer"], **options, "peft_type": getattr(module, "TYPE", name)}, subject, *rest)
         for name, module in MODULES.items()
         for options, subjects, *rest in getattr(module, table, [])
         for subject in subjects.split()
