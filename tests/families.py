@@ -140,11 +140,11 @@ FAMILIES = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), text),
     "llama labels": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), causal_labels, causal_labels),
     "llama tied": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY, tie_word_embeddings=True)), text, slow=True),
-    "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ROTARY, head_dim=8)), text),
+    "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ROTARY, head_dim=8)), text, slow=True),
     "gemma2": Family(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GEMMA)), text, slow=True),
     "gemma3": Family(
         lambda: hf.Gemma3ForCausalLM(
-            hf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"])), text),
+            hf.Gemma3TextConfig(**GEMMA, layer_types=["sliding_attention", "full_attention"])), text, slow=True),
     "gpt2": Family(
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=32)), text),
     "opt": Family(
@@ -155,7 +155,7 @@ FAMILIES = {
     "bert classes": Family(
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT, max_position_embeddings=32)), classes, classes),
     "roberta": Family(
-        lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**TEXT, max_position_embeddings=32, pad_token_id=1)), text),
+        lambda: hf.RobertaForMaskedLM(hf.RobertaConfig(**TEXT, max_position_embeddings=32, pad_token_id=1)), text, slow=True),
     "deberta": Family(
         lambda: hf.DebertaV2Model(
             hf.DebertaV2Config(**TEXT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4,
@@ -180,16 +180,16 @@ FAMILIES = {
                              decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40,
                              num_mel_bins=8, max_source_positions=10, max_target_positions=12, pad_token_id=0,
                              bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, dropout=0.1,
-                             attention_dropout=0.1)), speech),
+                             attention_dropout=0.1)), speech, slow=True),
     "mixtral": Family(
-        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ROTARY, num_local_experts=4)), text),
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ROTARY, num_local_experts=4)), text, slow=True),
     "vit": Family(
-        lambda: hf.ViTForImageClassification(hf.ViTConfig(**TEXT, **DROPOUTS, image_size=16, patch_size=8)), picture),
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**TEXT, **DROPOUTS, image_size=16, patch_size=8)), picture, slow=True),
     "clip": Family(
         lambda: hf.CLIPModel(
             hf.CLIPConfig(text_config={**TEXT, "max_position_embeddings": 16, "attention_dropout": 0.1, "eos_token_id": 2},
                           vision_config={**TEXT, "image_size": 16, "patch_size": 8, "attention_dropout": 0.1},
-                          projection_dim=8)), picture_and_text),
+                          projection_dim=8)), picture_and_text, slow=True),
     "resnet": Family(
         lambda: hf.ResNetForImageClassification(
             hf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[2, 2], layer_type="basic")), picture),
