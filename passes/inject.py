@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -63,6 +63,8 @@ def weight_reason(i: int, placements: Sequence[Placement], found: dict) -> str:
         return f"the method has no other form on {', '.join(sorted(other))}"
     if form.place == "input" and any(q.target.name == p.target.name for q in placements[:i]):
         return "a map of the input has to come first"
+    if get_method(p.method).reads_weight and any(q.target.name == p.target.name for q in placements[:i]):
+        return "an update that reads the weight has to come first"
     return ""
 
 
@@ -84,8 +86,8 @@ def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str) ->
         return Lowering(p, "none", "the graph does not read this parameter")
     if not reason:
         return Lowering(p, "activation", "", tuple(found[0]))
-    if dropout := get_method(p.method).input_dropout(p.target, p.config):
-        return Lowering(p, "refused", f"dropout {dropout} on the input needs the activation form, but {reason}")
+    if lost := get_method(p.method).activation_only(p.target, p.config):
+        return Lowering(p, "refused", f"{lost} needs the activation form, but {reason}")
     return Lowering(p, "weight", reason, tuple(found[0]))
 
 
@@ -123,8 +125,10 @@ class Insert:
         theta, names = self.theta(p)
         form = form_of(method)
         for site in x.sites:
+            # the operator reads what weight forms before this one made of the parameter
+            site = replace(site, parameter=self.heads.get(site.parameter, site.parameter))
             function = form.build(site, method, p.target, p.config, names)
-            static = ("activation", p.method, self.key(p), bare(p), activation_signature(site))
+            static = ("activation", type(method), self.key(p), bare(p), activation_signature(site))
             label = tag(p, next(self.splices))
             original = self.inputs.setdefault(site.node, site.x)
             if form.place == "input":
@@ -134,6 +138,8 @@ class Insert:
                 continue
             y = self.heads.get(site.node, site.node)
             inputs = activation_inputs(site) if form.inputs else []
+            if method.reads_weight:
+                inputs = [*inputs, self.nodes[p.target.name]]
             (result,) = self.splice(function, static, [y, original, *theta, *inputs], y, label)
             self.replace(y, result, label)
             self.heads[site.node] = result
@@ -145,7 +151,7 @@ class Insert:
         b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
-        static = ("weight", p.method, self.key(p), bare(p))
+        static = ("weight", type(method), self.key(p), bare(p))
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
         label = tag(p, next(self.splices))
         new_W, new_b = self.splice(function, static, [old_W, old_b, *theta], first, label, after=False)

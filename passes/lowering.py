@@ -46,26 +46,34 @@ def weight_function(method: Method, target: Target, config: AdapterConfig, names
         wide = W.dtype
         for t in tensors:
             wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
-        new_W, new_b = apply_weight(method, W, b, theta, target, config, wide, dense)
+        new_W, new_b = apply_weight(method.training_weight, W, b, theta, target, config, wide, dense)
         return cast(new_W, W.dtype), (b if new_b is b else cast(new_b, W.dtype))
 
     return function
 
 
 def apply_weight(
-    method: Method, W, b, theta: Theta, target: Target, config: AdapterConfig, dtype: torch.dtype, dense: bool
+    weight: Callable, W, b, theta: Theta, target: Target, config: AdapterConfig, dtype: torch.dtype, dense: bool
 ):
-    """`method.weight` on a stored weight, all floating tensors in `dtype`; returns (stored W', b')."""
+    """A method's `weight` on a stored weight, all floating tensors in `dtype`; returns (stored W', b')."""
     theta = {k: cast(t, dtype) if t.is_floating_point() else t for k, t in theta.items()}
     canonical = cast(to_canonical(W, target, dense), dtype)
     wide_b = None if b is None else cast(b, dtype)
-    new_W, new_b = method.weight(canonical, wide_b, theta, target, config)
+    new_W, new_b = weight(canonical, wide_b, theta, target, config)
     return from_canonical(new_W, target), (b if new_b is wide_b else new_b)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`tensor.to(dtype)` without the node that a cast to the same dtype would leave in the graph."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def widened(x: torch.Tensor, tensors) -> torch.Tensor:
+    """`x` in the widest of its own and the method's floating dtypes, as PEFT casts it: products take no mixed dtypes."""
+    wide = x.dtype
+    for t in tensors:
+        wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
+    return cast(x, wide)
 
 
 def activation_inputs(site: Site) -> list[fx.Node]:
@@ -92,12 +100,14 @@ def activation_signature(site: Site) -> tuple:
 
 
 def branch_function(site: Site, method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
-    """(y, x, *theta) -> (y + dy,) for a method with `delta`."""
+    """(y, x, *theta, W where the method reads it) -> (y + dy,) for a method with `delta`."""
     dropout = method.input_dropout(target, config)
 
     def function(y, x, *tensors):
-        theta = dict(zip(names, tensors, strict=True))
-        x = F.dropout(x, dropout, True) if dropout else x
+        theta = dict(zip((*names, "W") if method.reads_weight else names, tensors, strict=True))
+        if method.reads_weight:
+            theta["W"] = to_canonical(theta["W"], target)
+        x = F.dropout(widened(x, tensors), dropout, True) if dropout else widened(x, tensors)
         return (y + cast(method.delta(x, theta, target, config), y.dtype),)
 
     return function
@@ -107,7 +117,8 @@ def input_map_function(site: Site, method, target: Target, config: AdapterConfig
     """(x, *theta) -> (x',) for a method with `map_input`."""
 
     def function(x, *tensors):
-        return (cast(method.map_input(x, dict(zip(names, tensors, strict=True)), target, config), x.dtype),)
+        theta = dict(zip(names, tensors, strict=True))
+        return (cast(method.map_input(widened(x, tensors), theta, target, config), x.dtype),)
 
     return function
 
@@ -118,9 +129,10 @@ def output_map_function(site: Site, method, target: Target, config: AdapterConfi
 
     def function(y, x, *tensors):
         theta = dict(zip(names, tensors, strict=True))
+        wide = widened(y, tensors)
         if axis == -1:
-            return (cast(method.map_output(y, theta, target, config), y.dtype),)
-        moved = method.map_output(y.movedim(axis, -1), theta, target, config)
+            return (cast(method.map_output(wide, theta, target, config), y.dtype),)
+        moved = method.map_output(wide.movedim(axis, -1), theta, target, config)
         return (cast(moved, y.dtype).movedim(-1, axis),)
 
     return function

@@ -17,6 +17,7 @@ from .errors import (
     RecipeError,
 )
 from .methods.lora import LoraConfig
+from .methods.own import method
 from .recipe import Recipe
 from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .verbs.capture.model import capture
@@ -28,6 +29,6 @@ from .verbs.merge import merge, unmerge
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
     "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "delete_adapter", "disable_adapter", "explain", "export",
-    "hotswap", "load", "load_adapter", "merge", "prepare_hotswap", "save_adapter", "set_adapter", "trainable_parameters",
+    "hotswap", "load", "load_adapter", "merge", "method", "prepare_hotswap", "save_adapter", "set_adapter", "trainable_parameters",
     "unmerge",
 ]  # fmt: skip

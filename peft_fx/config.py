@@ -21,9 +21,9 @@ NAME_FIELDS = {
     "target_modules": True, "exclude_modules": True, "layers_pattern": True,
     "target_parameters": False, "modules_to_save": False,
 }  # fmt: skip
-# annotation of a field -> what its value must be; other annotations are checked where they are used
 # what only PEFT's LoRA has among the shared fields
 LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_parameters", "trainable_token_indices"})
+# annotation of a field -> what its value must be; other annotations are checked where they are used
 PLAIN_TYPES = {"bool": bool, "int": int, "float": (int, float)}
 
 
@@ -45,6 +45,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     # field -> why a value other than the default is refused
     refused: ClassVar[dict[str, str]] = {}
+    # fields whose keys are patterns of module names
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     # shared fields that PEFT's config of this type lacks: files name them only where they are set
     absent: ClassVar[frozenset[str]] = frozenset()
 
@@ -94,6 +96,10 @@ class AdapterConfig:
             raise RecipeError("layers_pattern is given without layers_to_transform: name the layer indices too")
         if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
             raise RecipeError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'")
+
+    def fallback_targets(self, table) -> list[str] | str | None:
+        """What target_modules=None means for a model (its ModuleTable) whose type has no default; None: it must be named."""
+        return None
 
     def with_rank(self, rank: int):
         """The same config with every rank set to `rank`. Raises RecipeError for methods that have no rank."""
@@ -153,12 +159,12 @@ def check_dict(config: AdapterConfig, name: str) -> None:
 
 def check_type(what: str, value, annotation: str) -> None:
     """Raises RecipeError unless a field annotated as a plain number or boolean holds one, and a finite one."""
-    expected = PLAIN_TYPES.get(annotation)
+    expected = PLAIN_TYPES.get(getattr(annotation, "__name__", annotation))
     if expected is None:
         return
-    boolean = isinstance(value, bool) and annotation != "bool"
+    boolean = isinstance(value, bool) and expected is not bool
     if boolean or not isinstance(value, expected) or not math.isfinite(value):
-        raise RecipeError(f"{what}: expected {annotation}, got {value!r}")
+        raise RecipeError(f"{what}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
 
 
 def check_rank(what: str, value) -> None:

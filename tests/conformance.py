@@ -264,8 +264,9 @@ def error(ours, theirs) -> float:
         assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
         ours, theirs = [ours[k] for k in theirs], list(theirs.values())
     assert [t.shape for t in ours] == [t.shape for t in theirs]
-    scale = max(float(t.double().abs().max()) for t in theirs)
-    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True)) / scale
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b.numel()]
+    scale = max(float(b.double().abs().max()) for _, b in pairs)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs) / scale
 
 
 def rms_error(ours, theirs) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 from peft_fx.errors import AdapterFileError
 from peft_fx.files import file_config, match_tensors, read_config, read_tensors, write_adapter
 from peft_fx.files import write as write_module
+from peft_fx.methods import get_config
 from peft_fx.methods.lora import LoraConfig
 from peft_fx.planning.modules import module_table
 from peft_fx.planning.plan import make_plan
@@ -365,3 +366,23 @@ def test_safetensors_come_before_pickles(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_model.bin").write_bytes(b"garbage")
     assert read_tensors(tmp_path).keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+
+
+VARIANTS = [
+    {"peft_type": "LORA"},
+    {"peft_type": "LORA", "use_dora": True},
+    {"peft_type": "IA3"},
+    {"peft_type": "IA3", "feedforward_modules": ["c_fc"]},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize(("model", "module", "stored_transposed"), [("gpt2", "c_fc", True), ("llama", "q_proj", False)])
+def test_fan_in_fan_out_says_how_the_weights_are_stored_whichever_variant_was_chosen(
+    options, model, module, stored_transposed
+):
+    if "feedforward_modules" in options:
+        options = {**options, "feedforward_modules": [module]}
+    config = get_config(options["peft_type"]).from_dict({**options, "target_modules": [module]})
+    plan = make_plan(table_of(model), "default", config)
+    assert file_config(config, plan).fan_in_fan_out is stored_transposed

@@ -8,16 +8,41 @@ from methods import MODULES, cells, label
 from torch.func import functional_call
 
 import peft_fx as fx
-from peft_fx.methods import INTERNAL, METHODS
+from peft_fx.methods import INTERNAL, METHODS, get_method
 from peft_fx.planning.kinds import module_targets
 from peft_fx.planning.modules import module_table
+from peft_fx.planning.plan import PREFIX
 
 TOLERANCE = 1e-5
 PEFT, DEFINED, REFUSED = cells("PEFT"), cells("DEFINED"), cells("REFUSED")
+EXCLUSIVE = {name for name, module in MODULES.items() if getattr(module, "EXCLUSIVE", False)}
 
 
 def every(cases):
-    return pytest.mark.parametrize("cell", cases, ids=label)
+    """All cells; in the quick run the first one of each method."""
+    first = {cell[0]: i for i, cell in reversed(list(enumerate(cases)))}
+    marked = [pytest.param(x, marks=() if first[x[0]] == i else pytest.mark.slow) for i, x in enumerate(cases)]
+    return pytest.mark.parametrize("cell", marked, ids=[label(x) for x in cases])
+
+
+def once(cases, part):
+    """The first cell for each value of `part`, per method."""
+    seen = {}
+    for cell in cases:
+        seen.setdefault((cell[0], part(cell)), cell)
+    return list(seen.values())
+
+
+def subjects(cases):
+    return once(cases, lambda cell: cell[2])
+
+
+def options(cases):
+    return once(cases, lambda cell: str(cell[1]))
+
+
+def merges(cell):
+    return not get_method(cell[0]).no_weight
 
 
 def ours(cell, folder):
@@ -47,10 +72,14 @@ def test_peft_s_file_gives_its_outputs_gradients_and_merged_weights(cell, tmp_pa
     assert c.error(c.run(tuned, subject), expected) <= TOLERANCE
     ours_grad = c.gradients(tuned, subject, lambda f: fx.save_adapter(tuned, f))
     theirs_grad = c.gradients(theirs, subject, lambda f: c.save_peft(theirs, f))
+    copies = getattr(MODULES[cell[0]], "COPIES", ())
+    theirs_grad = {k: t for k, t in theirs_grad.items() if not (k.startswith(PREFIX) and k.endswith(copies))}
     frozen = [k for k in theirs_grad if not any(k == n for n in ours_grad)]
     assert not frozen, f"keys of PEFT's file that we do not write: {frozen}"
     trained = {k for k, t in theirs_grad.items() if t.is_floating_point()}
     assert c.error({k: ours_grad[k] for k in trained}, {k: theirs_grad[k] for k in trained}) <= TOLERANCE
+    if not merges(cell):
+        return
     merged = fx.merge(tuned)
     assert c.error(c.run(merged, subject), c.run(c.quiet(theirs.merge_and_unload), subject)) <= TOLERANCE
     assert c.error(c.run(merged, subject), expected) <= TOLERANCE
@@ -64,7 +93,7 @@ def test_peft_loads_our_file_and_gives_our_outputs(cell, tmp_path):
     assert c.error(c.run(theirs, subject), c.run(tuned, subject)) <= TOLERANCE
 
 
-@every(PEFT)
+@every(options(PEFT))
 def test_an_untrained_adapter_is_the_identity_where_peft_s_is(cell):
     _, options, subject = cell
     theirs = c.quiet(peft.get_peft_model, c.build(subject), c.peft_config(options)).eval()
@@ -93,6 +122,8 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
         tensors[key] = value.double().requires_grad_(spec.trainable) if value.is_floating_point() else value
     W, b = model.layer.weight, getattr(model.layer, "bias", None)
     new_W, new_b = MODULES[name].definition(W.mT if target.transposed else W, b, tensors, options)
+    if new_W.shape != target.shape:  # an update that crosses groups
+        model.layer.groups = 1
     weights = {"layer.weight": new_W.mT if target.transposed else new_W}
     if new_b is not None:
         weights["layer.bias"] = new_b
@@ -115,7 +146,7 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
 # Everywhere
 
 
-@every(PEFT + DEFINED)
+@every(subjects(filter(merges, PEFT + DEFINED)))
 def test_merge_then_unmerge_changes_no_bit(cell, tmp_path):
     tuned = ours(cell, tmp_path)
     back = fx.unmerge(fx.merge(tuned))
@@ -124,13 +155,46 @@ def test_merge_then_unmerge_changes_no_bit(cell, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(c.run(back, cell[2]), c.run(tuned, cell[2]), strict=True))
 
 
-@every(PEFT + DEFINED)
+@every([cell for cell in options(PEFT + DEFINED) if not merges(cell)])
+def test_what_no_weight_stands_for_is_not_merged_and_adds_up(cell, tmp_path):
+    name, _, subject = cell
+    tuned = ours(cell, tmp_path)
+    with pytest.raises(fx.MergeError, match=f"{name} cannot be merged: {get_method(name).no_weight}"):
+        fx.merge(tuned)
+    theirs = c.quiet(peft.PeftModel.from_pretrained, c.build(subject), tmp_path).eval()
+    c.quiet(theirs.load_adapter, tmp_path, "second")
+    theirs.base_model.set_adapter(["default", "second"])
+    both = fx.set_adapter(fx.load_adapter(tuned, tmp_path, "second"), ["default", "second"])
+    assert c.error(c.run(both, subject), c.run(theirs, subject)) <= TOLERANCE
+
+
+@every(once([cell for cell in PEFT + DEFINED if cell[0] in EXCLUSIVE], lambda cell: len(c.SUBJECTS[cell[2]].inputs())))
+def test_only_one_adapter_that_brings_its_own_numbers_can_be_active(cell, tmp_path):
+    tuned = ours(cell, tmp_path)
+    with pytest.raises(fx.RecipeError, match="only one can be active"):
+        fx.set_adapter(fx.load_adapter(tuned, tmp_path, "second"), ["second", "default"])
+
+
+@every(
+    once([cell for cell in PEFT + DEFINED if cell[0] not in EXCLUSIVE and merges(cell)], lambda cell: len(c.SUBJECTS[cell[2]].inputs()))
+)
 def test_two_active_adapters_equal_their_merge_in_that_order(cell, tmp_path):
     _, _, subject = cell
     tuned = ours(cell, tmp_path)
     both = fx.load_adapter(tuned, tmp_path, "second", trainable=True)
     c.randomise(both, seed=9)
     both = fx.set_adapter(both, ["second", "default"])
+    assert c.error(c.run(fx.merge(both), subject), c.run(both, subject)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("order", (["default", "lora"], ["lora", "default"]), ids=" then ".join)
+@every([x for x in PEFT + DEFINED if x[0] in ("BOFT", "HRA", "OFT", "ROAD") and x[2] in ("wide", "wide_conv2d")][::3])
+def test_a_lora_beside_another_method_equals_their_merge_in_that_order(cell, order, tmp_path):
+    _, _, subject = cell
+    lora = fx.apply(c.captured(subject), {"peft_type": "LORA", "r": 2, "target_modules": ["layer"]})
+    c.randomise(lora)
+    fx.save_adapter(lora, tmp_path / "lora")
+    both = fx.set_adapter(fx.load_adapter(ours(cell, tmp_path / "own"), tmp_path / "lora", "lora"), order)
     assert c.error(c.run(fx.merge(both), subject), c.run(both, subject)) <= TOLERANCE
 
 

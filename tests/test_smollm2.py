@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import peft_fx
 from tools.smollm2 import Unavailable, load
@@ -38,16 +39,23 @@ def start(real, tmp_path_factory):
     return folder, theirs
 
 
+METHODS = {
+    "OFT": {"oft_block_size": 32},
+    "FOURIERFT": {"n_frequency": 200, "scaling": 1.0},
+    "VERA": {"r": 64},
+}
+
+
 def loss_of(model, ids, **options):
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def losses(model, data, **options):
+def losses(model, data, steps=STEPS, **options):
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     found = []
-    for i in range(STEPS):
+    for i in range(steps):
         loss = loss_of(model, data[2 * i : 2 * i + 2], **options)
         loss.backward()
         optimizer.step()
@@ -64,6 +72,20 @@ def test_training_from_the_same_tensors_gives_pefts_losses(real, start):
     ours, expected = losses(tuned, data), losses(theirs, data, use_cache=False)
     assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) <= 1e-4
     assert ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_steps_of_another_method_give_pefts_losses(real, name, tmp_path):
+    model, data, graph = real
+    torch.manual_seed(0)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[name](**METHODS[name], target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path)
+    tuned = peft_fx.load_adapter(graph, tmp_path, trainable=True)
+    short = data[:, :16]
+    ours, expected = losses(tuned, short, 20), losses(theirs, short, 20, use_cache=False)
+    assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) <= 1e-3
+    assert min(ours) < ours[0]
 
 
 def test_swap_merge_unmerge_and_export_keep_the_numbers(real, start, tmp_path):

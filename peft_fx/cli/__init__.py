@@ -1,5 +1,5 @@
-"""The `peft-fx` command. One module per job: `inspect` (the command), `model` (what to open), `facts` and `nodes` (what is
-shown, as data), `as_*` (one way to show it each), `terminal` (streams and errors)."""
+"""The `peft-fx` command. One module per job: `inspect` and `methods` (the commands), `model` (what to open), `facts`, `nodes` and
+`method_facts` (what is shown, as data), `as_*` (one way to show it each), `terminal` (streams and errors)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from .inspect import inspect as inspect_command
+from .methods import methods as methods_command
 from .terminal import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich")
 app.command("inspect")(inspect_command)
+app.command("methods")(methods_command)
 
 
 def show_version(wanted: bool) -> None:

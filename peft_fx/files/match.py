@@ -11,7 +11,7 @@ from ..config import AdapterConfig
 from ..errors import AdapterFileError
 from ..planning.defaults import TASK_HEADS
 from ..planning.kinds import stored_shape
-from ..planning.plan import PREFIX, Placement, Plan
+from ..planning.plan import PREFIX, ROOT_KEY, Placement, Plan
 
 SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
@@ -22,7 +22,8 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
 
     where: what to call the file in messages. Ignored: the base weights (`<path>.base_layer.weight`) that PEFT writes
     along with adapted embeddings and heads, if they have the base's shape; the second copies of biases that it writes
-    inside modules to save. Raises AdapterFileError with what is missing, left over, or of the wrong shape or dtype.
+    inside modules to save, and of shared tensors under each module. Raises AdapterFileError with what is missing, left
+    over, or of the wrong shape or dtype.
     """
     wanted = {key: (p, name) for p in plan.placements for name, key, _ in p.saved()}
     missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
@@ -83,6 +84,11 @@ def needless(tensors: dict[str, torch.Tensor], plan: Plan) -> set[str]:
     targets = [p.target for p in plan.placements]
     base = {f"{PREFIX}{t.file_path}.base_layer.{t.parameter}": stored_shape(t) for t in targets}
     found = {key for key, shape in base.items() if key in tensors and tuple(tensors[key].shape) == shape}
+    # shared tensors, which PEFT may write under every module besides
+    tensors_of = [t for p in plan.placements for t in p.tensors.values()]
+    shared = {t.key: tuple(t.shape) for t in tensors_of if t.key is not None and t.key.startswith(ROOT_KEY)}
+    copies = {f"{PREFIX}{t.file_path}.{key[len(ROOT_KEY) :]}": s for t in targets for key, s in shared.items()}
+    found |= {key for key, shape in copies.items() if key in tensors and tuple(tensors[key].shape) == shape}
     # bias="all" lists the biases of PEFT's wrapper around a saved module, besides the saved ones
     if any(p.method == "SAVED" and p.config.bias == "all" for p in plan.placements):
         inner = (".original_module.", ".modules_to_save.")

@@ -21,6 +21,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 * 2**20
+# methods that PEFT has renamed: old peft_type -> new one, and the part of the keys that changed with it
+RENAMED = {"BONE": ("MISS", ".bone_", ".miss_")}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,6 +39,8 @@ def read_config(folder) -> AdapterConfig:
         raise AdapterFileError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    if (old := str(data.get("peft_type"))) in RENAMED:
+        data = {**data, "peft_type": RENAMED[old][0]}
     try:
         return config_from_dict(data)
     except RecipeError as error:
@@ -48,8 +52,15 @@ def read_tensors(folder) -> dict[str, torch.Tensor]:
     local = local_folder(folder)
     for name, read in ((TENSORS, read_safetensors), (PICKLE, read_pickle)):
         if (path := file_in(local, name)) is not None:
-            return read(path)
+            return {new_key(key): tensor for key, tensor in read(path).items()}
     raise AdapterFileError(f"{folder}: has neither {TENSORS} nor {PICKLE}")
+
+
+def new_key(key: str) -> str:
+    """The key as PEFT writes it today."""
+    for _, old, new in RENAMED.values():
+        key = key.replace(old, new)
+    return key
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,7 @@
-"""The methods, one file each. The table below is the whole registry: PEFT's `peft_type` -> module and class."""
+"""The methods, one file each. The table below is the whole registry: PEFT's `peft_type` -> module and class.
+
+Methods of users are put into the same table, as classes, by `@peft_fx.method("NAME")` (own.py).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,51 @@ from ..errors import RecipeError
 from .base import Method
 
 METHODS = {
+    "ADALORA": ("adalora", "AdaLoRA"),
+    "BEFT": ("beft", "BEFT"),
+    "BOFT": ("boft", "BOFT"),
+    "C3A": ("c3a", "C3A"),
+    "DEFT": ("deft", "DEFT"),
+    "DELORA": ("delora", "DeLoRA"),
+    "DORA": ("dora", "DoRA"),
+    "FOURIERFT": ("fourierft", "FourierFT"),
+    "FROD": ("frod", "FRoD"),
+    "GLORA": ("glora", "GLoRA"),
+    "GRALORA": ("gralora", "GraLoRA"),
+    "HIRA": ("hira", "HiRA"),
+    "HIRA_DROPOUT": ("hira", "HiRADropout"),
+    "HRA": ("hra", "HRA"),
     "IA3": ("ia3", "IA3"),
     "IA3_INPUT": ("ia3", "IA3Input"),
-    "DORA": ("dora", "DoRA"),
+    "LILY": ("lily", "Lily"),
+    "LN_TUNING": ("ln_tuning", "LNTuning"),
+    "LOHA": ("loha", "LoHa"),
+    "LOKR": ("lokr", "LoKr"),
     "LORA": ("lora", "LoRA"),
+    "MISS": ("miss", "MiSS"),
+    "MISS_BAT": ("miss", "MissBat"),
+    "OFT": ("oft", "OFT"),
+    "OFT_OUTPUT": ("oft", "OFTOutput"),
+    "OSF": ("osf", "OSF"),
+    "PEANUT": ("peanut", "PEANuT"),
+    "PSOFT": ("psoft", "PSOFT"),
+    "PVERA": ("pvera", "PVeRA"),
+    "RANDLORA": ("randlora", "RandLora"),
+    "ROAD": ("road", "RoAd"),
     "SAVED": ("substitute", "Saved"),
+    "SHIRA": ("shira", "SHiRA"),
+    "SUPERTUNING": ("supertuning", "SuperTuning"),
+    "TINYLORA": ("tinylora", "TinyLoRA"),
     "TOKENS": ("substitute", "Tokens"),
+    "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens"),
+    "UNILORA": ("unilora", "UniLoRA"),
+    "VBLORA": ("vblora", "VBLoRA"),
+    "VBLORA_TOPK": ("vblora", "VBLoRATopK"),
     "VERA": ("vera", "VeRA"),
+    "WAVEFT": ("waveft", "WaveFT"),
 }
 # Chosen by a method's `at`, or placed by the fields that all configs share; not a `peft_type` that a config can have.
-INTERNAL = frozenset({"DORA", "IA3_INPUT", "SAVED", "TOKENS"})
+INTERNAL = frozenset({"DORA", "HIRA_DROPOUT", "IA3_INPUT", "MISS_BAT", "OFT_OUTPUT", "SAVED", "TOKENS", "VBLORA_TOPK"})
 
 
 def get_method(peft_type: str) -> Method:
@@ -26,7 +64,10 @@ def get_method(peft_type: str) -> Method:
     key = str(getattr(peft_type, "value", peft_type)).upper()
     if key not in METHODS:
         raise unknown(peft_type)
-    module, name = METHODS[key]
+    entry = METHODS[key]
+    if isinstance(entry, type):
+        return entry()
+    module, name = entry
     return getattr(import_module(f"{__name__}.{module}"), name)()
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..config import AdapterConfig
-from ..target import Target
+from ..target import ModuleRecord, Target
 
 Theta = dict[str, torch.Tensor]
 
@@ -35,6 +35,8 @@ class Tensor:
     """A tensor that a method keeps for one target.
 
     init: writes the initial value in place, (empty tensor, base weight in canonical layout or None) -> None.
+    sources: targets whose weights `init` takes, as one list, in place of the base weight.
+    needs: names of the method's tensors before this one, whose values `init` takes as further arguments.
     key: suffix of its key in PEFT's adapter file; None if it is not saved.
     trainable: a Parameter that requires grad; otherwise a buffer.
     dtype: None means fp32 for half-precision bases and the base's dtype otherwise. like_base: always the base's dtype.
@@ -43,12 +45,14 @@ class Tensor:
     """
 
     shape: tuple[int, ...]
-    init: Callable[[torch.Tensor, torch.Tensor | None], object]
+    init: Callable[..., object]
     key: str | None = None
     trainable: bool = True
     dtype: torch.dtype | None = None
     like_base: bool = False
     pad: tuple[tuple[int, int], ...] = ()
+    needs: tuple[str, ...] = ()
+    sources: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,13 @@ class Together:
     """Tensors that a method can only describe when it sees all targets.
 
     shared: one tensor for all targets; its `key` stands alone in the file, without a module path. own: target name ->
-    further tensors of that target.
+    further tensors of that target. grouped: like shared, for the targets of the given names only.
+    A `key` that begins with a dot stands behind every target's module path: each files its copy.
     """
 
     shared: dict[str, Tensor] = field(default_factory=dict)
     own: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    grouped: tuple[tuple[dict[str, Tensor], tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,17 @@ class Method:
 
     name: str
     Config: type[AdapterConfig]
+    # a Branch whose `delta` finds the base weight, in canonical layout, as theta["W"]; it writes `weight` itself
+    reads_weight: bool = False
+    no_weight: str = ""  # why no weight stands for the method, where none does: it cannot be merged then
 
     def at(self, target: Target, config: AdapterConfig) -> Method:
         """The method to use on this target, where a config stands for several: another registered one, or itself."""
         return self
+
+    def places(self, chosen: Target, record: ModuleRecord, config: AdapterConfig) -> Sequence[Target]:
+        """What to adapt of a chosen module: its weight, unless the method takes more of it."""
+        return (chosen,)
 
     def check(self, target: Target, config: AdapterConfig) -> str | None:
         """The reason why this target cannot be adapted, or None."""
@@ -104,9 +117,22 @@ class Method:
         """The adapted weight and bias, both in canonical layout and in W's dtype."""
         raise NotImplementedError
 
+    def training_weight(self, W, b, theta: Theta, target: Target, config: AdapterConfig):
+        """`weight` as graphs have it: a literal F.dropout(..., True) in it follows their mode. The same in evaluation."""
+        return self.weight(W, b, theta, target, config)
+
     def input_dropout(self, target: Target, config: AdapterConfig) -> float:
         """Dropout on the branch's input while training; needs an activation form when positive."""
         return 0.0
+
+    def activation_only(self, target: Target, config: AdapterConfig) -> str | None:
+        """What the weight form would lose; None if nothing. By default the dropout on the input."""
+        dropout = self.input_dropout(target, config)
+        return self.no_weight or (f"dropout {dropout} on the input" if dropout else None)
+
+    def literals(self, target: Target, config: AdapterConfig) -> tuple:
+        """What of the config is written into the graph, not held in tensors: a hotswap needs the same."""
+        return ()
 
     def neutral(self, target: Target, config: AdapterConfig) -> dict[str, float] | None:
         """Tensor name -> value that makes the method act as if it were absent; None if nothing does."""

@@ -63,6 +63,7 @@ class IA3(OutputMap):
 class IA3Input(InputMap):
     name = "IA3_INPUT"
     Config = IA3Config
+    check = IA3.check
 
     def tensors(self, target, config):
         return {"ia3_l": Tensor(shape_of(target, target.in_features, axis=1), start(config), "ia3_l")}

@@ -20,9 +20,95 @@ LORA_TARGETS = (
     (["key", "value", "receptance", "output"], "rwkv"),
     (["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"], "rwkv7"),
 )
+BEFT_TARGETS = (
+    (["v"], "t5 mt5"),
+    (["value"], "roberta bert"),
+    (["v_proj"], "opt gptj gpt_neo bart llama llama4 mistral mixtral phi gemma gemma2 gemma3_text qwen2 qwen3"),
+    (["value_proj"], "deberta-v2"),
+)
+LN_TUNING_TARGETS = (
+    (["input_layernorm", "post_attention_layernorm", "norm"], "llama mistral gemma"),
+    (["input_layernorm", "post_attention_layernorm", "ln_f"], "bloom falcon"),
+    (
+        ["multi_modal_projector", "input_layernorm", "post_attention_layernorm", "norm", "embed_tokens", "lm_head"],
+        "llava",
+    ),
+    (["layer_norm", "final_layer_norm"], "t5 mt5"),
+    (["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"], "bart"),
+    (["ln_1", "ln_2", "ln_f"], "gpt2"),
+    (["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"], "blip-2"),
+    (["ln_1", "ln_f"], "gptj"),
+    (["input_layernorm", "final_layernorm"], "phi"),
+    (
+        [
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+            "norm",
+        ],
+        "gemma2 gemma3_text",
+    ),
+    (["post_attention_layernorm"], "qwen2 qwen3"),
+)  # fmt: skip
+ATTENTION_AND_MLP = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+OSF_TARGETS = (
+    (ATTENTION_AND_MLP, "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi"),
+    (["c_attn", "c_proj"], "gpt2 gpt_bigcode"),
+    (["query_key_value", "dense_4h_to_h"], "bloom gpt_neox falcon"),
+    (["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "opt"),
+    (["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"], "gptj"),
+)
+VBLORA_TARGETS = (
+    (["q", "k", "v", "o", "wi", "wo"], "t5"),
+    (["q", "k", "v", "o", "wi_0", "wi_1", "wo"], "mt5"),
+    (["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "bart opt"),
+    (["query_proj", "key_proj", "value_proj", "dense"], "deberta-v2"),
+    (["c_attn"], "gpt2 gpt_bigcode"),
+    (["query_key_value"], "bloom gpt_neox"),
+    (["q_proj", "v_proj"], "gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3"),
+    (["query", "value"], "bert roberta"),
+    (["in_proj"], "deberta"),
+    (".*language_model\\..*\\.(q_proj|v_proj)", "gemma4"),
+    (["q_proj", "k_proj", "v_proj", "o_proj"], "nemotron_h"),
+)
+ADALORA_TARGETS = (*VBLORA_TARGETS, (["query", "key", "value", "dense"], "roberta"))  # later entries win
+FOURIERFT_TARGETS = (*LORA_TARGETS, (["mlp.c_proj"], "gpt2 gpt_bigcode"))
+WAVEFT_TARGETS = tuple(row for row in FOURIERFT_TARGETS if row[1] not in ("btlm", "rwkv", "rwkv7"))
 # peft_type -> model type -> target_modules
 DEFAULT_TARGETS = {
-    "LORA": {model: names for names, models in LORA_TARGETS for model in models.split()},
+    peft_type: {model: names for names, models in targets for model in models.split()}
+    for peft_type, targets in {
+        "ADALORA": ADALORA_TARGETS,
+        "BEFT": BEFT_TARGETS,
+        "BOFT": LORA_TARGETS,
+        "C3A": FOURIERFT_TARGETS,
+        "DEFT": LORA_TARGETS,
+        "DELORA": LORA_TARGETS,
+        "FOURIERFT": FOURIERFT_TARGETS,
+        "FROD": (*LORA_TARGETS, (["q_proj", "v_proj"], "phi"), (["query", "value"], "vit")),
+        "GLORA": LORA_TARGETS,
+        "GRALORA": LORA_TARGETS,
+        "HIRA": LORA_TARGETS,
+        "HRA": LORA_TARGETS,
+        "LN_TUNING": LN_TUNING_TARGETS,
+        "LILY": LORA_TARGETS,
+        "LOHA": LORA_TARGETS,
+        "LOKR": LORA_TARGETS,
+        "LORA": LORA_TARGETS,
+        "MISS": LORA_TARGETS,
+        "OFT": LORA_TARGETS,
+        "OSF": OSF_TARGETS,
+        "PEANUT": LORA_TARGETS,
+        "PSOFT": LORA_TARGETS,
+        "PVERA": (*LORA_TARGETS, (["q_proj", "v_proj"], "phi"), (["query", "value"], "dinov2")),
+        "RANDLORA": LORA_TARGETS,
+        "ROAD": LORA_TARGETS,
+        "SHIRA": (*LORA_TARGETS, (["q_proj", "v_proj"], "phi")),
+        "SUPERTUNING": LORA_TARGETS,
+        "TINYLORA": LORA_TARGETS,
+        "UNILORA": LORA_TARGETS,
+        "VBLORA": VBLORA_TARGETS,
+        "VERA": (*LORA_TARGETS, (["q_proj", "v_proj"], "phi")),
+        "WAVEFT": WAVEFT_TARGETS,
+    }.items()
 }
 # Types whose experts PEFT converts to target_parameters: naming target_parameters alone adds no default modules.
 PARAMETERS_ALONE = frozenset({"mixtral"})

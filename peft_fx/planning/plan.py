@@ -89,7 +89,7 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
     """
     check_adapter_name(adapter)
     selection = select(table, config)
-    adapted, refusals = adapted_placements(selection, adapter, config)
+    adapted, refusals = adapted_placements(table, selection, adapter, config)
     substitutions = [
         *saved_placements(table, selection, adapter, config),
         *bias_placements(table, selection, adapter, config),
@@ -126,11 +126,11 @@ def check_adapter_name(adapter: str) -> None:
 
 
 def adapted_placements(
-    selection: Selection, adapter: str, config: AdapterConfig
+    table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
 ) -> tuple[list[Placement], list[Refusal]]:
     """The method itself on every target that it can adapt."""
     general, placements, refusals = get_method(config.peft_type), [], []
-    for target in selection.targets:
+    for target in (t for chosen in selection.targets for t in general.places(chosen, table[chosen.path], config)):
         method = general.at(target, config)
         if reason := method.check(target, config):
             refusals.append(Refusal(target.name, reason))
@@ -154,17 +154,21 @@ def adapted_placements(
 
 def with_shared(together: Together, placements: list[Placement]) -> list[Placement]:
     """Adds the tensors that depend on all targets: shared ones belong to the first placement, the rest use them there."""
-    owner = placements[0] if placements else None
-    result = []
-    for p in placements:
-        tensors, shared = p.tensors | together.own.get(p.target.name, {}), dict(p.shared)
-        for name, spec in together.shared.items():
-            key = None if spec.key is None else f"{ROOT_KEY}{spec.key}"
-            tensors[name] = replace(spec, key=key if p is owner else None)
-            if p is not owner:
-                shared[name] = Shared(owner.state_name(name))
-        result.append(replace(p, tensors=tensors, shared=shared))
-    return result
+    result = {p.target.name: replace(p, tensors=p.tensors | together.own.get(p.target.name, {})) for p in placements}
+    for shared, names in ((together.shared, tuple(result)), *together.grouped):
+        owner = result[names[0]] if names else None
+        for p in (result[name] for name in names):
+            tensors = {n: replace(t, key=shared_key(t.key, p is owner)) for n, t in shared.items()} | p.tensors
+            used = {} if p is owner else {n: Shared(owner.state_name(n)) for n in shared}
+            result[p.target.name] = replace(p, tensors=tensors, shared=p.shared | used)
+    return list(result.values())
+
+
+def shared_key(key: str | None, owner: bool) -> str | None:
+    """".suffix": each target files a copy; "name": the owner files it, without a module path."""
+    if key is None or key.startswith("."):
+        return key and key[1:]
+    return f"{ROOT_KEY}{key}" if owner else None
 
 
 def saved_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:

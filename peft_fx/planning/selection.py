@@ -139,6 +139,7 @@ def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[s
     default = defaults.DEFAULT_TARGETS.get(config.peft_type, {}).get(table.model_type)
     if config.target_parameters and (default is None or table.model_type in defaults.PARAMETERS_ALONE):
         return []
+    default = default or config.fallback_targets(table)
     if default is None:
         raise RecipeError(
             f"name target_modules or target_parameters: {config.peft_type} has no default for model type "
@@ -391,7 +392,7 @@ def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenR
 def unmatched_patterns(config: AdapterConfig, targets: list[Target]) -> list[Unmatched]:
     """Keys of rank_pattern and the like that match no target."""
     found = []
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in config.patterns:
         for key in getattr(config, name, None) or {}:
             compiled(name, key)
             if not any(by_pattern({key: True}, t.pattern_path, False) for t in targets):

@@ -98,10 +98,18 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
             if values is not None and spec.key is not None:
                 tensor.copy_(values[state_name])
             else:
-                spec.init(tensor, to_canonical(base.detach(), placement.target))
+                initialise(tensor, gm, placement, spec, {})
         full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
         set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+
+
+def initialise(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, spec: Tensor, newer: dict) -> None:
+    """Writes where a tensor starts. newer: state name -> what will take the place of the adapter's own tensors."""
+    weights = [to_canonical(get_tensor(gm, t.name).detach(), t) for t in spec.sources or (placement.target,)]
+    needed = [placement.resolve(n).name for n in spec.needs]
+    needed = [newer[n] if n in newer else get_tensor(gm, f"{ADAPTERS}.{n}").detach() for n in needed]
+    spec.init(tensor, weights if spec.sources else weights[0], *needed)
 
 
 def empty_tensor(spec: Tensor, base: torch.Tensor) -> torch.Tensor:

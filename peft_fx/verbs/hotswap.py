@@ -19,9 +19,9 @@ from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
-from ..passes.lowering import to_canonical
 from ..planning.plan import Placement, Plan, make_plan
 from ..store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
+from .adapters import initialise
 from .derive import derived, names_of, placements, refuse_merged
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
@@ -107,11 +107,14 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
 def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_out: list) -> list:
     """[(slot, value, padded)] that make the slots of `old` hold `new`; raises HotswapError before anything is written."""
     faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in new]
-    writes = []
+    writes, newer = [], {}
     for place, p in new.items():
         was = old[place]
         if (set(p.tensors), p.shared, input_dropout(p)) != (set(was.tensors), was.shared, input_dropout(was)):
             faults.append(f"{p.target.name}: tensors, ties or dropout differ from the resident adapter's")
+            continue
+        if literals(p) != literals(was):
+            faults.append(f"{p.target.name}: the resident graph was made for {literals(was)}, not for {literals(p)}")
             continue
         for name, spec in p.tensors.items():
             if name in p.shared:
@@ -120,7 +123,8 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
             value = neutral_value(p, name, slot) if place in left_out else values.get(p.state_name(name))
             if value is None:
                 value = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
-                spec.init(value, to_canonical(get_tensor(gm, p.target.name).detach(), p.target))
+                initialise(value, gm, p, spec, newer)
+            newer[p.state_name(name)] = value
             fits = fitted(value, slot, spec.pad)
             if fits is None:
                 fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"
@@ -158,6 +162,10 @@ def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor |
 
 def input_dropout(p: Placement) -> float:
     return get_method(p.method).input_dropout(p.target, p.config)
+
+
+def literals(p: Placement) -> tuple:
+    return get_method(p.method).literals(p.target, p.config)
 
 
 def slot_of(gm, p: Placement, name: str) -> torch.Tensor:

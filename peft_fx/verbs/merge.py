@@ -52,6 +52,9 @@ def merge(
     if not names:
         raise MergeError("nothing to merge: no adapter is active; name one, or call set_adapter")
     chosen = [p for name in names for p in placements(state, name)]
+    for p in chosen:
+        if reason := get_method(p.method).no_weight:
+            raise MergeError(f"{p.target.name}: refused: {p.method} cannot be merged: {reason}")
     if refused := clashes(chosen):
         raise MergeError("\n".join(map(str, refused)))
     new = derive(tuned, copy_graph(state.base.graph), state)
@@ -88,7 +91,14 @@ def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep
         for p in group:
             method = get_method(p.method)
             exact_W, exact_b = apply_weight(
-                method, exact_W, exact_b, theta_of(tuned, p), p.target, p.config, wide, method.dense_groups(p.target)
+                method.weight,
+                exact_W,
+                exact_b,
+                theta_of(tuned, p),
+                p.target,
+                p.config,
+                wide,
+                method.dense_groups(p.target),
             )
         operands = {t.untyped_storage()._cdata for p in group for t in theta_of(tuned, p).values()}
         operands |= {t.untyped_storage()._cdata for t in (W, b) if t is not None}

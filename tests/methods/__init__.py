@@ -6,6 +6,8 @@
     definition  (W, b, tensors, options) -> (W', b'): float64, canonical layout (out, in / groups, *kernel), b possibly None;
                 tensors: key suffix in the file -> float64 tensor; written from the paper, without peft_fx's code
     TYPE        (optional) the peft_type, of a variant that another method's config chooses
+    EXCLUSIVE   (optional) True: the adapter replaces the model's numbers, so that only one can be active
+    COPIES      (optional) shared tensors that PEFT writes once more under every module
     ABSENT_FROM_FILE  (optional) names -> function(subject's W) for tensors that files do not hold
 
 Subjects are those of tests/conformance.py; the adapted module is `layer` unless options say otherwise.

@@ -1,0 +1,155 @@
+"""What each method can do, asked of its code: nothing is written down here but what to ask it with."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..config import AdapterConfig, default_of
+from ..errors import RecipeError
+from ..methods import INTERNAL, METHODS, get_method
+from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrite, Substitute, Tensor
+from ..passes.lowering import form_of
+from ..planning.plan import ROOT_KEY, Placement, make_plan
+from ..target import ModuleRecord, ModuleTable
+
+SIZE = 256  # features of the targets that methods are asked about: what default block sizes divide
+KINDS = {
+    "linear": (SIZE, SIZE), "conv1d": (SIZE, SIZE, 3), "conv2d": (SIZE, SIZE, 3, 3), "conv3d": (SIZE, SIZE, 3, 3, 3),
+    "embedding": (SIZE, SIZE), "norm": (SIZE,), "expert": (2, SIZE, SIZE),
+}  # fmt: skip
+# Options without which a config is not complete, or that choose a variant which has a line of its own.
+OPTIONS = {
+    "ADALORA": {"total_step": 100},
+    "DORA": {"use_dora": True},
+    "IA3": {"feedforward_modules": []},
+    "IA3_INPUT": {"feedforward_modules": "layer"},
+    "MISS_BAT": {"init_weights": "bat"},
+    "TRAINABLE_TOKENS": {"token_indices": [0, 1]},
+}
+SHAPES = (Additive, Branch, InputMap, OutputMap, Rewrite, Substitute)
+IDENTITY = 1e-5  # largest change, relative to the weight, that counts as none
+
+
+@dataclass(frozen=True)
+class Facts:
+    """kinds: operator kind -> "activation", "weight", or "" where it is refused; refused: kind -> reason.
+
+    ranks: adapters of another rank can be swapped in. neutral: of other targets too. tensors: those on a linear layer, or
+    on the first kind that is taken. parameters: their trained elements, `SIZE` features each way.
+    """
+
+    name: str
+    method: Method
+    config: AdapterConfig | None
+    shape: str
+    kinds: dict[str, str]
+    refused: dict[str, str]
+    merge: bool
+    ranks: bool
+    neutral: bool
+    shared: bool
+    identity: bool | None
+    tensors: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> int:
+        return sum(torch.Size(t.shape).numel() for t in self.tensors.values() if t.trainable)
+
+    @property
+    def title(self) -> str:
+        """The first line of the method's file."""
+        return self.text.partition("\n")[0]
+
+    @property
+    def text(self) -> str:
+        return inspect.getdoc(inspect.getmodule(type(self.method))) or inspect.getdoc(type(self.method)) or self.name
+
+    @property
+    def papers(self) -> list[str]:
+        return re.findall(r"arXiv (\d{4}\.\d{4,5})", self.text)
+
+    @property
+    def fields(self) -> dict[str, tuple[object, str]]:
+        """The config's own fields: name -> (default, why other values are refused, or "")."""
+        common = {f.name for f in dataclasses.fields(AdapterConfig)}
+        own = [f for f in dataclasses.fields(self.config) if f.name not in common]
+        required = dataclasses.MISSING
+        return {
+            f.name: ("required" if (d := default_of(f)) is required else d, self.config.refused.get(f.name, ""))
+            for f in own
+        }
+
+
+def names() -> list[str]:
+    """Methods with a line of their own: what a config can name, and the variants in OPTIONS."""
+    return sorted(name for name in METHODS if name not in INTERNAL or name in OPTIONS)
+
+
+@cache
+def facts(name: str) -> Facts:
+    """Plans the method called `name` on a model of one layer, for every kind. Raises RecipeError if there is none."""
+    method = get_method(name)
+    kinds, refused, first = {}, {}, ()
+    for kind in KINDS:
+        found = planned(method, kind)
+        if isinstance(found, str):
+            kinds[kind], refused[kind] = "", found
+            continue
+        form = form_of(get_method(found[0].method))
+        kinds[kind] = "activation" if form and (form.kinds is None or kind in form.kinds) else "weight"
+        first = first or found
+    merge = not method.no_weight
+    neutral = [get_method(p.method).neutral(p.target, p.config) for p in first]
+    several = len(first) > 1
+    tensors = {f"{p.target.parameter}.{n}" if several else n: t for p in first for n, t in p.tensors.items()}
+    return Facts(
+        name=name.upper(), method=method, config=first[0].config if first else None,
+        shape=next((s.__name__ for s in SHAPES if isinstance(method, s)), type(method).__name__),
+        kinds=kinds, refused=refused, merge=merge, ranks=any(t.pad for t in tensors.values()), neutral=None not in neutral,
+        shared=any((t.key or "").startswith(ROOT_KEY) for t in tensors.values()),
+        identity=all(map(starts_as_identity, first)) if first else None, tensors=tensors,
+    )  # fmt: skip
+
+
+def planned(method: Method, kind: str) -> list[Placement] | str:
+    """What the method puts on the one layer of that kind, or why it does not."""
+    options = {"target_parameters": ["layer.weight"]} if kind == "expert" else {"target_modules": ["layer"]}
+    try:
+        config = method.Config(**{"target_modules": [], **OPTIONS.get(method.name, {}), **options})
+        found = make_plan(table_of(kind), "probe", config, strict=False)
+    except RecipeError as error:
+        return str(error)
+    return str(found.refusals[0].reason) if found.refusals else list(found.placements)
+
+
+def table_of(kind: str) -> ModuleTable:
+    """A model of one layer."""
+    type_ = {"linear": "Linear", "embedding": "Embedding", "norm": "LayerNorm", "expert": "Experts"}.get(kind)
+    type_ = type_ or kind.capitalize()
+    parameters = {"weight": KINDS[kind]} | ({} if kind in ("embedding", "expert") else {"bias": (SIZE,)})
+    return ModuleTable((ModuleRecord("", "Model", ("Model",)), ModuleRecord("layer", type_, (type_,), parameters)))
+
+
+def starts_as_identity(p: Placement) -> bool:
+    """Whether a fresh adapter leaves a random weight and its bias as they are."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        W, theta = torch.randn(p.target.shape), {}
+        b = torch.randn(p.target.out_features) if p.target.has_bias else None
+        for name, spec in p.tensors.items():
+            theta[name] = torch.empty(spec.shape, dtype=spec.dtype or W.dtype)
+            spec.init(theta[name], W, *(theta[n] for n in spec.needs))
+        method = get_method(p.method)
+        if method.no_weight:
+            return not method.delta(torch.randn(4, p.target.in_features), theta, p.target, p.config).any()
+        new_W, new_b = method.weight(W, b, theta, p.target, p.config)
+    changed = [(new_W - W).abs().max() / W.abs().max()]
+    if new_b is not None:
+        changed.append((new_b - (0 if b is None else b)).abs().max())
+    return max(changed).item() <= IDENTITY

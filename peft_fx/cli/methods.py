@@ -1,0 +1,73 @@
+"""`peft-fx methods`: what the methods can do, as a table; or one of them, with its formulas, fields and file keys."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..methods import unknown
+from ..planning.plan import ROOT_KEY
+from .as_table import indent, plain_table
+from .method_facts import KINDS, SIZE, Facts, facts, names
+from .terminal import stdout
+
+MARKS = {"activation": "x", "weight": "W", "": ""}
+LEGEND = (
+    "x: acts on activations; W: rewrites the weight in the forward; empty: refused. swap: in place, adapters of the same "
+    "shape or of any rank up to the slot's; +: also adapters that leave out some targets. start: = where a fresh adapter "
+    f"changes nothing. shared: tensors that all targets share. trained: elements on {SIZE}x{SIZE} with default options. "
+    "Whatever has a merge has an unmerge that changes no bit."
+)
+COLUMNS = {
+    "method": lambda f: f.name,
+    **{kind: (lambda f, kind=kind: MARKS[f.kinds[kind]]) for kind in KINDS},
+    "merge": lambda f: "yes" if f.merge else "no",
+    "swap": lambda f: ("any" if f.ranks else "same") + (" +" if f.neutral else ""),
+    "start": lambda f: {True: "=", False: "changes", None: "?"}[f.identity],
+    "shared": lambda f: "x" if f.shared else "",
+    "trained": lambda f: f"{f.parameters:,}",
+}
+
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="One method, with all that is known of it. [dim]e.g. vera[/]"),
+]
+
+
+def methods(name: Name = None):
+    """List the methods and what each can do; with NAME: its formulas, options and file keys.
+
+    Everything is asked of the code: which operator kinds a method takes on a probe, and in which form.
+    """
+    console = stdout()
+    if name is not None:
+        if name.upper() not in names():
+            raise unknown(name)
+        return show_one(facts(name.upper()), console)
+    console.print()
+    table = plain_table(*COLUMNS, right=("trained",))
+    for f in map(facts, names()):
+        table.add_row(*(value(f) for value in COLUMNS.values()))
+    indent(console, table)
+    console.print(f"[dim]{escape(LEGEND)}[/]")
+
+
+def show_one(f: Facts, console: Console) -> None:
+    console.print(f"\n{escape(f.text)}\n", soft_wrap=True)
+    taken = "  ".join(f"{kind}: {form}" for kind, form in f.kinds.items() if form)
+    console.print(f"[dim]shape[/]   {f.shape}\n[dim]kinds[/]   {taken}", soft_wrap=True)
+    for kind, reason in f.refused.items():
+        console.print(f"[dim]refused[/] {kind}: {escape(reason)}", soft_wrap=True)
+    console.print(f"\n[dim]fields of its config[/] ({type(f.config).__name__}), besides those that all share")
+    for field, (default, reason) in f.fields.items():
+        console.print(
+            f"  {field} = {escape(repr(default))}" + (f"  [dim]{escape(reason)}[/]" if reason else ""), soft_wrap=True
+        )
+    console.print(f"\n[dim]tensors[/] on a layer of {SIZE}x{SIZE}")
+    for tensor, spec in f.tensors.items():
+        role = "trained" if spec.trainable else "fixed"
+        saved = f"file key {spec.key.removeprefix(ROOT_KEY)}" if spec.key else "not in files"
+        console.print(f"  {tensor} {escape(str(tuple(spec.shape)))}  [dim]{role}, {saved}[/]")

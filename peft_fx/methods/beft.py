@@ -1,0 +1,50 @@
+"""BEFT: Bias-Efficient Fine-Tuning of Language Models in Low-Data Regimes (2025, arXiv 2509.15974).
+
+    y = W x + b + v            v: (1, m), one number per output feature
+
+Only a bias is trained; where the base has none it gets one, in the forward and in a merge (PEFT refuses that merge). On
+embeddings v is added to every row. Starts as the identity, except with init_weights=False.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import LORA_ONLY, AdapterConfig
+from .base import OutputMap, Tensor
+from .inits import normal, zeros
+
+
+@dataclass(frozen=True)
+class BeftConfig(AdapterConfig):
+    peft_type = "BEFT"
+    absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
+
+    init_weights: bool = True
+
+
+class BEFT(OutputMap):
+    name = "BEFT"
+    Config = BeftConfig
+
+    def check(self, target, config):
+        if target.kind == "norm":
+            return "BEFT adds to a product's bias; train a norm's bias with LN_TUNING or bias='all'"
+        if target.kind == "expert":
+            return "BEFT adds to a module's bias; experts in one parameter have none"
+        return None
+
+    def tensors(self, target, config):
+        return {"beft_bias": Tensor((1, target.out_features), zeros if config.init_weights else normal, "beft_bias")}
+
+    def neutral(self, target, config):
+        return {"beft_bias": 0.0}
+
+    def map_output(self, y, theta, target, config):
+        return y + theta["beft_bias"].flatten()
+
+    def weight(self, W, b, theta, target, config):
+        v = theta["beft_bias"].flatten()
+        if target.kind == "embedding":  # has no bias: each token's column moves
+            return W + v.unsqueeze(1), b
+        return W, v if b is None else b + v

@@ -1,0 +1,90 @@
+"""Lily: Low-Rank Interconnected Adaptation across Layers (Zhong et al. 2024, arXiv 2407.09946).
+
+    h = A x,  p = mean over all tokens of softmax(R h)
+    y = W x + scaling * sum_e p_e B_eᵀ h           A: (r, n), B: (num_B * r, m), R: (num_B, r)
+
+Layers with the same name and shape share one B, runs of stride_A of them one A; the router R is each layer's own. Every layer
+files its copy of what it shares, and copies that differ are refused. Starts as the identity (B = 0). p depends on the input,
+so that nothing can be merged; it is a mean over the whole batch, as in PEFT: a sample's output depends on its neighbours.
+Deviations from PEFT: a second adapter shares too; "all-linear" and default targets share by the last part of their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ..config import LORA_ONLY, AdapterConfig, check_rank
+from ..errors import RecipeError
+from .base import Branch, Tensor, Together
+from .inits import constant, kaiming, zeros
+
+
+@dataclass(frozen=True)
+class LilyConfig(AdapterConfig):
+    peft_type = "LILY"
+    absent = LORA_ONLY | {"bias"}
+
+    r: int = 32
+    stride_A: int = 1
+    num_B: int = 2
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rank("r", self.r)
+        if self.stride_A < 1:
+            raise RecipeError(f"stride_A={self.stride_A}: expected at least 1")
+        if self.num_B < 2:
+            raise RecipeError(f"num_B={self.num_B}: expected at least 2, as the router has nothing to choose from one")
+
+    def with_rank(self, rank):
+        return replace(self, r=rank)
+
+
+class Lily(Branch):
+    name = "LILY"
+    Config = LilyConfig
+    no_weight = "an update that depends on the input"
+
+    def check(self, target, config):
+        return (
+            None if target.kind == "linear" else f"Lily routes the inputs of linear layers; this is kind {target.kind}"
+        )
+
+    def tensors(self, target, config):
+        return {
+            "lily_router": Tensor((config.num_B, config.r), kaiming, "lily_router.weight", pad=((1, 1),)),
+            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
+        }
+
+    def together(self, targets, config):
+        groups, grouped = {}, []
+        for t in targets:
+            groups.setdefault((suffix(t.path, config), t.shape), []).append(t.name)
+        for (_, (m, n)), members in groups.items():
+            B = Tensor(
+                (config.num_B * config.r, m), zeros if config.init_weights else kaiming, ".lily_B.weight",
+                pad=((0, config.num_B),),
+            )  # fmt: skip
+            grouped.append(({"lily_B": B}, tuple(members)))
+            for i in range(0, len(members), config.stride_A):
+                A = Tensor((config.r, n), kaiming, ".lily_A.weight", pad=((0, 1),))
+                grouped.append(({"lily_A": A}, tuple(members[i : i + config.stride_A])))
+        return Together(grouped=tuple(grouped))
+
+    def delta(self, x, theta, target, config):
+        h = x @ theta["lily_A"].mT
+        p = (h @ theta["lily_router"].mT).softmax(-1).reshape(-1, config.num_B).mean(0)
+        B = (theta["lily_B"].unflatten(0, (config.num_B, -1)) * p[:, None, None]).sum(0)
+        return h @ B * theta["scaling"]
+
+
+def suffix(path: str, config) -> str:
+    """The entry of target_modules that a layer goes by: the longest one, or the regex; else the last part of its name."""
+    wanted = config.target_modules
+    if isinstance(wanted, str) and wanted.lower() != "all-linear":
+        return wanted
+    fits = [w for w in (wanted if isinstance(wanted, list) else ()) if path.endswith(w)]
+    return max(fits, key=len) if fits else path.rpartition(".")[2]

@@ -1,0 +1,40 @@
+"""`Matrices`: the shape of updates that are a product of two matrices over the weight seen as one.
+
+    W' = W + B A        A: (r, n / groups * kernel...), B: (out, r), added to W.flatten(1)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..target import Target
+from .base import Additive, Factors, Theta, block_diagonal
+
+
+class Matrices(Additive):
+    def check(self, target, config):
+        if target.kind == "expert" or len(target.shape) - len(target.kernel) != 2:
+            return f"{self.name} adds a product of two matrices; this {target.kind} weight has shape {target.shape}"
+        return None
+
+    def matrices(self, theta: Theta, target: Target, config) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, every scale inside them."""
+        raise NotImplementedError
+
+    def factors(self, theta, target, config):
+        A, B = self.matrices(theta, target, config)
+        A = A.unflatten(1, target.shape[1:]) if target.kernel else A
+        if target.groups > 1:  # each group of outputs sees A on its own channels
+            A = block_diagonal(A.repeat(target.groups, *(1,) * (A.dim() - 1)), target.groups)
+        return Factors(A, B, B.new_ones(()))
+
+    def weight(self, W, b, theta, target, config):
+        A, B = self.matrices(theta, target, config)
+        return torch.addmm(W.flatten(1), B, A).reshape(W.shape), b
+
+
+def row_size(target: Target) -> int:
+    """Columns of the weight seen as a matrix."""
+    return math.prod(target.shape[1:])

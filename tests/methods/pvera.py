@@ -1,0 +1,15 @@
+"""PVeRA in PEFT: Linear, Conv1D. Here everything is the mean; tests/test_pvera.py has the noise."""
+
+PEFT = [
+    ({"r": 4}, "wide wide_without_bias square wide_Conv1D"),
+    ({"r": 4, "save_projection": False, "projection_prng_key": 7, "init_weights": False}, "wide"),
+    ({"r": 3, "d_initial": 0.5, "pvera_dropout": 0.2, "generator_seed": 1}, "wide"),
+    ({"r": 4, "target_modules": ["q_proj", "up_proj"]}, "llama"),
+    ({"r": 4, "target_modules": ["c_attn"], "save_projection": False}, "gpt2"),
+]
+REFUSED = [
+    ({"r": 4}, "wide_conv1d wide_conv2d wide_conv3d wide_norm", "matrices"),
+    ({"r": 4}, "wide_embedding", "noise for every token"),
+    ({"r": 4, "pvera_dropout": 1.0}, "wide", "0 <= p < 1"),
+    ({"r": 4, "sample_at_inference": True, "generator_seed": 3}, "wide", "torch.manual_seed"),
+]
