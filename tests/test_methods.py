@@ -176,7 +176,10 @@ def test_only_one_adapter_that_brings_its_own_numbers_can_be_active(cell, tmp_pa
 
 
 @every(
-    once([cell for cell in PEFT + DEFINED if cell[0] not in EXCLUSIVE and merges(cell)], lambda cell: len(c.SUBJECTS[cell[2]].inputs()))
+    once(
+        [cell for cell in PEFT + DEFINED if cell[0] not in EXCLUSIVE and merges(cell)],
+        lambda cell: len(c.SUBJECTS[cell[2]].inputs()),
+    )
 )
 def test_two_active_adapters_equal_their_merge_in_that_order(cell, tmp_path):
     _, _, subject = cell

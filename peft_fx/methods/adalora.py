@@ -4,7 +4,8 @@
     A: (r, n / groups * kernel...), E: (r, 1), B: (out, r)
 
 Starts as the identity (E = 0). Created with init_r components; training sets unimportant ones to zero, and `rank_pattern`
-("<module>.lora_E" -> a boolean per component) says which ones a file holds. The scale does not follow the rank.
+("<module>.lora_E" -> a boolean per component) says which ones a file holds. The scale does not follow the rank; LoRA's
+field r has no meaning here.
 Deviations from PEFT, which is wrong there: dilation and padding mode of a convolution apply to the update, and grouped
 convolutions work (there: an error in the forward); fields of LoRA that AdaLoRA ignores in silence are refused.
 Importance scores, budget and orthogonality are training, not adapter: peft_fx.training.adalora.

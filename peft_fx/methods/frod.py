@@ -11,7 +11,7 @@ positions with save_projection; U is made again from W and the file's V (PEFT ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -69,30 +69,32 @@ class FRoD(Rewrite):
         }
 
     def together(self, targets, config):
-        groups, grouped = {}, []
+        groups: dict[str, dict[int, list]] = {}
         for i, target in enumerate(targets):
             groups.setdefault(category(target.path), {}).setdefault(layer_number(target.path, i), []).append(target)
-        names = sorted(groups)
-        widths = []
-        for name in names:
-            sizes = {row_size(t) for layer in groups[name].values() for t in layer}
-            if len(sizes) > 1:
-                raise RecipeError(f"FROD: the targets of category {name!r} share one basis, but have {sorted(sizes)} inputs")
-            widths.append(sizes.pop())
-        for i, name in enumerate(names):
-            n, layers = widths[i], groups[name]
-            sources = tuple(layers[k][-1] for k in sorted(layers))  # PEFT files one weight per layer and category
-            key = [f"{k}.{name}" if config.save_projection else None for k in ("frod_V", "frod_s_indices", "frod_s_size")]
-            draw = partial(positions, config.projection_prng_key, tuple(widths[: i + 1]), config.sparse_rate)
-            basis = partial(shared_basis, config.regularization_alpha)
-            shape = (2, nonzeros(n, config.sparse_rate))
-            shared = {
-                "frod_V": Tensor((n, n), basis, key[0], trainable=False, like_base=True, sources=sources),
-                "frod_s_indices": Tensor(shape, draw, key[1], trainable=False, dtype=torch.int64),
-                "frod_s_size": Tensor((2,), partial(filled, n), key[2], trainable=False, dtype=torch.int64),
-            }
-            grouped.append((shared, tuple(t.name for t in targets if category(t.path) == name)))
+        grouped, widths = [], ()
+        for name, layers in sorted(groups.items()):
+            members = [t for layer in layers.values() for t in layer]
+            n, *others = sorted({row_size(t) for t in members})
+            if others:
+                raise RecipeError(
+                    f"FROD: the targets of category {name!r} share one basis, but have {[n, *others]} inputs"
+                )
+            widths += (n,)
+            sources = tuple(layers[i][-1] for i in sorted(layers))  # PEFT counts one weight per layer and category
+            grouped.append((self.shared(name, n, widths, sources, config), tuple(t.name for t in members)))
         return Together(grouped=tuple(grouped))
+
+    def shared(self, name: str, n: int, widths: tuple[int, ...], sources: tuple, config) -> dict[str, Tensor]:
+        """What a category shares. widths: of the categories up to this one, in the order in which positions are drawn."""
+        draw = partial(positions, config.projection_prng_key, widths, config.sparse_rate)
+        basis = partial(shared_basis, config.regularization_alpha)
+        spec = {
+            "frod_V": Tensor((n, n), basis, trainable=False, like_base=True, sources=sources),
+            "frod_s_indices": Tensor((2, nonzeros(n, config.sparse_rate)), draw, trainable=False, dtype=torch.int64),
+            "frod_s_size": Tensor((2,), partial(filled, n), trainable=False, dtype=torch.int64),
+        }
+        return {k: replace(t, key=f"{k}.{name}") for k, t in spec.items()} if config.save_projection else spec
 
     def weight(self, W, b, theta, target, config):
         U, V, (row, column) = theta["frod_U"], theta["frod_V"], theta["frod_s_indices"].unbind()
@@ -127,7 +129,7 @@ def positions(seed: int, widths: tuple[int, ...], rate: float, tensor, W=None):
     """Off-diagonal cells, drawn for every category up to this one."""
     generator = torch.Generator().manual_seed(seed)
     for n in widths:
-        drawn = torch.randperm(n * n - n, generator=generator) if nonzeros(n, rate) else torch.empty(0, dtype=torch.int64)
+        drawn = torch.randperm(n * n - n, generator=generator)
     cells = (~torch.eye(n, dtype=torch.bool)).nonzero()
     tensor.copy_(cells[drawn[: nonzeros(n, rate)]].mT)
 

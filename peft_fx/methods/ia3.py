@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch.nn import init
 
-from ..config import AdapterConfig
+from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
 from .base import InputMap, OutputMap, Tensor
 
@@ -22,6 +22,7 @@ from .base import InputMap, OutputMap, Tensor
 @dataclass(frozen=True)
 class IA3Config(AdapterConfig):
     peft_type = "IA3"
+    absent = LORA_ONLY | {"bias", "layers_pattern", "layers_to_transform"}
 
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False

@@ -1,6 +1,8 @@
 """`Matrices`: the shape of updates that are a product of two matrices over the weight seen as one.
 
     W' = W + B A        A: (r, n / groups * kernel...), B: (out, r), added to W.flatten(1)
+
+Serves every operator kind; in a grouped convolution all groups use the same A, each on its own channels.
 """
 
 from __future__ import annotations

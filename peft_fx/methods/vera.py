@@ -16,13 +16,14 @@ from functools import partial
 import torch
 from torch.nn import init
 
-from ..config import AdapterConfig, check_rank
+from ..config import LORA_ONLY, AdapterConfig, check_rank
 from .base import Additive, Factors, Tensor, Together
 
 
 @dataclass(frozen=True)
 class VeraConfig(AdapterConfig):
     peft_type = "VERA"
+    absent = LORA_ONLY | {"exclude_modules"}
 
     r: int = 256
     projection_prng_key: int = 0

@@ -165,7 +165,7 @@ def with_shared(together: Together, placements: list[Placement]) -> list[Placeme
 
 
 def shared_key(key: str | None, owner: bool) -> str | None:
-    """".suffix": each target files a copy; "name": the owner files it, without a module path."""
+    """A key that begins with a dot is filed by each target; any other by the owner alone, without a module path."""
     if key is None or key.startswith("."):
         return key and key[1:]
     return f"{ROOT_KEY}{key}" if owner else None

@@ -57,7 +57,7 @@ class RankAllocator:
         c, last = self.config, self.config.total_step - self.config.tfinal
         if step < last:
             self.update_importance()
-        if step == last or c.tinit < step < last and step % c.deltaT == 0:
+        if step == last or (c.tinit < step < last and step % c.deltaT == 0):
             self.choose(self.budget(step))
         elif step > last:
             self.zero()

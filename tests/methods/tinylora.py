@@ -1,7 +1,5 @@
 """TinyLoRA in PEFT: Linear, Conv1D, Embedding."""
 
-import torch
-
 SMALL = {"r": 3, "u": 5}
 PEFT = [
     (SMALL, "wide wide_without_bias square wide_Conv1D wide_embedding"),

@@ -1,5 +1,7 @@
 """Uni-LoRA in PEFT: Linear, Conv1D."""
 
+import torch
+
 SMALL = {"r": 3, "theta_d_length": 13}
 PEFT = [
     (SMALL, "wide wide_without_bias square wide_Conv1D"),
@@ -21,8 +23,6 @@ def definition(W, b, tensors, options):
     n = len(tensors["unilora_indices_A"].flatten())
     both = [*tensors["unilora_indices_A"].flatten().tolist(), *tensors["unilora_indices_B"].flatten().tolist()]
     values = [theta[i] / both.count(i) ** 0.5 for i in both]
-    import torch
-
     A = torch.stack(values[:n]).reshape(options["r"], -1)
     B = torch.stack(values[n:]).reshape(-1, options["r"])
     return W + (B @ A).reshape(W.shape), b
