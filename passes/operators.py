@@ -22,7 +22,8 @@ from torch.nn import functional as F
 class Operator:
     """kind: operator kind. x / weight: argument positions (weight: the possible ones). bias, groups: likewise, or None.
 
-    channels: axis of the result that holds the output features. align: number of bytes of which rows of both operands must be a multiple; the rank is padded to it.
+    channels: axis of the result that holds the output features. align: number of bytes of which rows of both operands
+    must be a multiple; the rank is padded to it.
     second: (replay, h, B, bias, groups) -> d, where replay(h, B) is the operator at this site with other operands.
     """
 

@@ -28,7 +28,7 @@ from .verbs.merge import merge, unmerge
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "delete_adapter", "disable_adapter", "explain", "export",
-    "hotswap", "load", "load_adapter", "merge", "method", "prepare_hotswap", "save_adapter", "set_adapter", "trainable_parameters",
-    "unmerge",
+    "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "delete_adapter", "disable_adapter", "explain",
+    "export", "hotswap", "load", "load_adapter", "merge", "method", "prepare_hotswap", "save_adapter",
+    "set_adapter", "trainable_parameters", "unmerge",
 ]  # fmt: skip

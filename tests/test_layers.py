@@ -14,7 +14,7 @@ LAYERS = (
     {"files"},
     {"passes"},
     {"verbs"},
-    {"", "cli"},
+    {"", "cli", "training"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "peft_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import nn
 
 from ..config import AdapterConfig, default_of
 from ..errors import RecipeError
 from ..methods import INTERNAL, METHODS, get_method
 from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrite, Substitute, Tensor
-from ..passes.lowering import form_of
+from ..passes.lowering import form_of, to_canonical
+from ..planning.kinds import stored_shape
 from ..planning.plan import ROOT_KEY, Placement, make_plan
 from ..target import ModuleRecord, ModuleTable
+from ..verbs.adapters import allocate
+from ..verbs.merge import theta_of
 
 SIZE = 256  # features of the targets that methods are asked about: what default block sizes divide
 KINDS = {
@@ -138,18 +142,20 @@ def table_of(kind: str) -> ModuleTable:
 
 def starts_as_identity(p: Placement) -> bool:
     """Whether a fresh adapter leaves a random weight and its bias as they are."""
+    method, model = get_method(p.method), nn.Module()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        W, theta = torch.randn(p.target.shape), {}
-        b = torch.randn(p.target.out_features) if p.target.has_bias else None
-        for name, spec in p.tensors.items():
-            theta[name] = torch.empty(spec.shape, dtype=spec.dtype or W.dtype)
-            spec.init(theta[name], W, *(theta[n] for n in spec.needs))
-        method = get_method(p.method)
+        W, b = torch.randn(stored_shape(p.target)), torch.randn(SIZE) if p.target.has_bias else None
+        model.layer = nn.Module()
+        model.layer.register_buffer(p.target.parameter, W)
+        model.peft_fx = nn.Module()
+        model.peft_fx.adapters = nn.Module()
+        allocate(model, p, None, trainable=False)
+        theta = theta_of(model, p)
         if method.no_weight:
             return not method.delta(torch.randn(4, p.target.in_features), theta, p.target, p.config).any()
-        new_W, new_b = method.weight(W, b, theta, p.target, p.config)
-    changed = [(new_W - W).abs().max() / W.abs().max()]
+        new_W, new_b = method.weight(to_canonical(W, p.target), b, theta, p.target, p.config)
+    changed = [(new_W - to_canonical(W, p.target)).abs().max() / W.abs().max()]
     if new_b is not None:
         changed.append((new_b - (0 if b is None else b)).abs().max())
     return max(changed).item() <= IDENTITY

@@ -67,7 +67,8 @@ class GLoRA(Rewrite):
         size = {"A": (*experts, m, n), "B": (*experts, m, n), "C": (n, 1), "D": (m,), "E": (m,)}
         spec = {}
         for term, shape in size.items():
-            for part, tensor in described(shape, config.r, config.init_weights)[self.form(term, target, config)].items():
+            forms = described(shape, config.r, config.init_weights)
+            for part, tensor in forms[self.form(term, target, config)].items():
                 spec[f"glora_{term}_{part}"] = replace(tensor, key=f"glora_{term}.{part}")
         return spec
 

@@ -83,7 +83,10 @@ class GraLoRA(Branch):
         }
         if h:
             start = partial(each, kaiming) if E else kaiming
-            general = {"A": ((*E, h, n), start, len(E)), "B": ((*E, m, h), zeros if config.init_weights else start, len(E) + 1)}
+            general = {
+                "A": ((*E, h, n), start, len(E)),
+                "B": ((*E, m, h), zeros if config.init_weights else start, len(E) + 1),
+            }
             for side, (shape, init, axis) in general.items():
                 name = f"gralora_{side}_general"
                 spec[name] = Tensor(shape, init, f"{name}.weight", pad=((axis, 1),))

@@ -8,8 +8,8 @@ small enough: w1 = w1_a w1_b (decompose_both and r < max(l, c) / 2), w2 = w2_a w
 use_effective_conv2d, on kernels larger than one, w2[p, q, *h] = sum_ij t2[i, j, *h] w2_a[i, p] w2_b[j, q].
 
 Starts as the identity (w1 = 0; init_weights="lycoris": w2 = 0). PEFT has linear weights, Conv1d and Conv2d; there the update
-ignores padding_mode, and the effective form of Conv1d raises. Conv1d with a whole w2 follows PEFT's files to the letter: kron of a matrix and a 3-d tensor, reshaped,
-which is not the Kronecker product tap by tap.
+ignores padding_mode, and the effective form of Conv1d raises. Conv1d with a whole w2 follows PEFT's files to the letter: kron
+of a matrix and a 3-d tensor, reshaped, which is not the Kronecker product tap by tap.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     W' = W + s dW(theta),  s = alpha / r        dW: the update, as a matrix (out, in / groups * kernel)
 
-While training, W' = W + k R s dW: rank_dropout zeroes rows of dW (R), module_dropout the whole update (k). Where LoHa's R keeps no
-row, PEFT divides 0 by the mean 0; here such an update is zero.
+While training, W' = W + k R s dW: rank_dropout zeroes rows of dW (R), module_dropout the whole update (k). Where LoHa's R
+keeps no row, PEFT divides 0 by the mean 0; here such an update is zero.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ PEFT = [
     ({"r": 3, "target_modules": ["q_proj", "up_proj"]}, "llama"),
 ]
 DEFINED = [
-    (R, "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d"),
+    (
+        R,
+        "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d",
+    ),
     (R, "wide_embedding"),
     (VECTOR, "wide_Conv1D wide_conv2d wide_embedding"),
     (CONSTANT, "wide_Conv1D wide_conv2d wide_embedding"),

@@ -12,7 +12,10 @@ PEFT = [
     ({**R, "target_modules": ["c_attn"]}, "gpt2"),
 ]
 DEFINED = [
-    (R, "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d wide_embedding"),
+    (
+        R,
+        "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d wide_embedding",
+    ),
     (HYBRID, "wide_conv2d wide_embedding"),
 ]
 REFUSED = [

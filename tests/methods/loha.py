@@ -3,11 +3,17 @@
 R = {"r": 3, "alpha": 5}
 EFFECTIVE = {**R, "use_effective_conv2d": True}
 PEFT = [
-    (R, "wide wide_without_bias square wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped"),
+    (
+        R,
+        "wide wide_without_bias square wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped",
+    ),
     (EFFECTIVE, "wide wide_conv2d_pointwise"),
     ({"r": 3, "rank_dropout": 0.2, "module_dropout": 0.3}, "wide wide_conv2d"),
     ({"r": 3, "init_weights": False}, "wide"),
-    ({"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3}}, "llama"),
+    (
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 3}},
+        "llama",
+    ),
 ]
 DEFINED = [
     (R, "wide_Conv1D wide_conv3d wide_embedding"),

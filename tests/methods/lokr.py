@@ -5,7 +5,10 @@ WHOLE = {"r": 4, "alpha": 5}
 EFFECTIVE = {**R, "use_effective_conv2d": True}
 BOTH = {**R, "decompose_both": True}
 PEFT = [
-    (R, "wide wide_without_bias square wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped"),
+    (
+        R,
+        "wide wide_without_bias square wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped",
+    ),
     (WHOLE, "wide wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped"),
     (EFFECTIVE, "wide wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped"),
     (BOTH, "wide wide_conv1d wide_conv2d"),
@@ -16,7 +19,15 @@ PEFT = [
     ({"r": 1, "init_weights": False}, "wide wide_conv2d"),
     ({"r": 1, "init_weights": "lycoris"}, "wide wide_conv2d"),
     ({"r": 4, "init_weights": "lycoris"}, "wide"),
-    ({"r": 4, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 1}, "alpha_pattern": {"up_proj": 3}}, "llama"),
+    (
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "up_proj"],
+            "rank_pattern": {"up_proj": 1},
+            "alpha_pattern": {"up_proj": 3},
+        },
+        "llama",
+    ),
 ]
 DEFINED = [
     (R, "wide_Conv1D wide_conv3d wide_embedding"),

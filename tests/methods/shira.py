@@ -8,7 +8,10 @@ PEFT = [
     ({"r": 4, "target_modules": ["q_proj", "up_proj"]}, "llama"),
 ]
 DEFINED = [
-    (R, "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d"),
+    (
+        R,
+        "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d",
+    ),
     (R, "wide_embedding"),
 ]
 REFUSED = [
@@ -23,6 +26,6 @@ def definition(W, b, tensors, options):
 
     delta = torch.zeros_like(W).reshape(len(W), -1)
     flat = [[delta[i, j] for j in range(delta.shape[1])] for i in range(len(delta))]
-    for value, (i, j) in zip(tensors["shira_weight"], tensors["shira_indices"].T.tolist()):
+    for value, (i, j) in zip(tensors["shira_weight"], tensors["shira_indices"].T.tolist(), strict=True):
         flat[i][j] = flat[i][j] + value
     return W + torch.stack([torch.stack(row) for row in flat]).reshape(W.shape), b
