@@ -3,7 +3,7 @@
     W' = W + s (A1 B1) * (A2 B2)        s = alpha / r;  A: (out, r), B: (r, in / groups * kernel)
 
 use_effective_conv2d (Proposition 3 of FedPara), on kernels larger than one:
-    W' = W + s P1 * P2,  P[p, q, *k] = sum_ij T[i, j, *k] A[i, p] B[j, q]      T: (r, r, *kernel), A: (r, out), B: (r, in / groups)
+    W' = W + s P1 * P2,  P[p, q, *k] = sum_ij T[i, j, *k] A[i, p] B[j, q]    T: (r, r, *kernel), A: (r, out), B: (r, in / groups)
 
 Starts as the identity (B2 = 0). PEFT has linear weights, Conv1d and Conv2d; there the update of a convolution ignores
 padding_mode, and the gradient of A1 in the effective form takes the other product's core in place of its own.
