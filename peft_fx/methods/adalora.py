@@ -88,8 +88,8 @@ class AdaLoRA(Matrices):
         kept = self.kept(target, config)
         return config.init_r if kept is None else sum(map(bool, kept))
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.lora_dropout
+    def dropout(self, config):
+        return config.lora_dropout
 
     def tensors(self, target, config):
         r = self.rank(target, config)

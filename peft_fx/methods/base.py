@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -87,6 +88,8 @@ class Method:
 
     name: str
     Config: type[AdapterConfig]
+    # operator kind -> why the method has no meaning there; {name} and {shape} are filled in
+    refuses: ClassVar[dict[str, str]] = {}
     # a Branch whose `delta` finds the base weight, in canonical layout, as theta["W"]; it writes `weight` itself
     reads_weight: bool = False
     no_weight: str = ""  # why no weight stands for the method, where none does: it cannot be merged then
@@ -100,7 +103,7 @@ class Method:
         return (chosen,)
 
     def check(self, target: Target, config: AdapterConfig) -> str | None:
-        """The reason why this target cannot be adapted, or None."""
+        """The reason why this target cannot be adapted, or None; `refuses` has been looked at."""
         return None
 
     def tensors(self, target: Target, config: AdapterConfig) -> dict[str, Tensor]:
@@ -121,9 +124,13 @@ class Method:
         """`weight` as graphs have it: a literal F.dropout(..., True) in it follows their mode. The same in evaluation."""
         return self.weight(W, b, theta, target, config)
 
-    def input_dropout(self, target: Target, config: AdapterConfig) -> float:
-        """Dropout on the branch's input while training; needs an activation form when positive."""
+    def dropout(self, config: AdapterConfig) -> float:
+        """The config's dropout on the branch's input."""
         return 0.0
+
+    def input_dropout(self, target: Target, config: AdapterConfig) -> float:
+        """Dropout on this branch's input while training; needs an activation form when positive. Ids are not dropped."""
+        return 0.0 if target.kind == "embedding" else self.dropout(config)
 
     def activation_only(self, target: Target, config: AdapterConfig) -> str | None:
         """What the weight form would lose; None if nothing. By default the dropout on the input."""

@@ -26,13 +26,10 @@ class BeftConfig(AdapterConfig):
 class BEFT(OutputMap):
     name = "BEFT"
     Config = BeftConfig
-
-    def check(self, target, config):
-        if target.kind == "norm":
-            return "BEFT adds to a product's bias; train a norm's bias with LN_TUNING or bias='all'"
-        if target.kind == "expert":
-            return "BEFT adds to a module's bias; experts in one parameter have none"
-        return None
+    refuses = {
+        "norm": "BEFT adds to a product's bias; train a norm's bias with LN_TUNING or bias='all'",
+        "expert": "BEFT adds to a module's bias; experts in one parameter have none",
+    }
 
     def tensors(self, target, config):
         return {"beft_bias": Tensor((1, target.out_features), zeros if config.init_weights else normal, "beft_bias")}

@@ -22,7 +22,7 @@ from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
 from .base import Rewrite, Tensor
 from .inits import ones, scaled_normal, zeros
-from .orthogonal import cayley, nearest_divisor, no_inputs, patch_size, rotate_blocks
+from .orthogonal import NO_INPUTS, cayley, nearest_divisor, patch_size, rotate_blocks
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class BOFTConfig(AdapterConfig):
 
 class BOFT(Rewrite):
     name = "BOFT"
+    refuses = NO_INPUTS
     Config = BOFTConfig
 
     def check(self, target, config):
@@ -65,7 +66,7 @@ class BOFT(Rewrite):
             twos = (D & -D).bit_length() if c % 2 == 0 else 1
             reason = f"needs blocks of even size, and a number of blocks to halve {N - 1} times, not {D} of size {c}"
             return f"boft_n_butterfly_factor={N} {reason}; nearest valid: {twos}"
-        return no_inputs(target, "BOFT")
+        return None
 
     def tensors(self, target, config):
         experts = target.shape[:-2] if target.experts else ()

@@ -47,13 +47,12 @@ class C3AConfig(AdapterConfig):
 class C3A(Branch):
     name = "C3A"
     Config = C3AConfig
+    refuses = {"norm": "C3A's blocks are parts of a matrix; this weight has shape {shape}"}
 
     def block_size(self, target, config) -> int:
         return by_pattern(config.block_size_pattern, target.pattern_path, config.block_size)
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return f"C3A's blocks are parts of a matrix; this weight has shape {target.shape}"
         (m, n), q = sizes(target), self.block_size(target, config)
         if m % q or n % q:
             common = math.gcd(m, n)

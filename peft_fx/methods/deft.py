@@ -54,10 +54,9 @@ class DeftConfig(AdapterConfig):
 class DEFT(Rewrite):
     name = "DEFT"
     Config = DeftConfig
+    refuses = {"norm": "DEFT projects a matrix; name the norm in modules_to_save to train it whole"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "DEFT projects a matrix; name the norm in modules_to_save to train it whole"
         if target.groups > 1:
             return f"DEFT mixes output channels, which groups={target.groups} keep apart; nearest valid: groups=1"
         return None

@@ -49,10 +49,9 @@ class DeloraConfig(AdapterConfig):
 class DeLoRA(Additive):
     name = "DELORA"
     Config = DeloraConfig
+    refuses = {"norm": "DeLoRA's factors need a matrix; name the norm in modules_to_save to train it whole"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "DeLoRA's factors need a matrix; name the norm in modules_to_save to train it whole"
         if target.groups > 1:
             return f"DeLoRA scales whole columns, which groups={target.groups} cut into parts; nearest valid: groups=1"
         return None
@@ -60,8 +59,8 @@ class DeLoRA(Additive):
     def rank(self, target, config) -> int:
         return by_pattern(config.rank_pattern, target.pattern_path, config.r)
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.module_dropout
+    def dropout(self, config):
+        return config.module_dropout
 
     def tensors(self, target, config):
         r, E = self.rank(target, config), experts(target)

@@ -22,11 +22,12 @@ from .lora import LoRA, LoraConfig
 class DoRA(Rewrite):
     name = "DORA"
     Config = LoraConfig
+    refuses = LoRA.refuses | {
+        "expert": "DoRA has no key for the magnitudes of experts in PEFT's files; set use_dora=False"
+    }
     lora = LoRA()
 
     def check(self, target, config):
-        if target.kind == "expert":
-            return "DoRA has no key for the magnitudes of experts in PEFT's files; set use_dora=False"
         if config.lora_bias:
             return "lora_bias is not part of DoRA; set one of lora_bias and use_dora to False"
         if self.lora.input_dropout(target, config):

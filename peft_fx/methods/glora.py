@@ -51,12 +51,8 @@ class GloraConfig(AdapterConfig):
 
 class GLoRA(Rewrite):
     name = "GLORA"
+    refuses = {"norm": "GLoRA rewrites matrices; this weight has shape {shape}"}
     Config = GloraConfig
-
-    def check(self, target, config):
-        if target.kind == "norm" or len(target.shape) < 2:
-            return f"GLoRA rewrites matrices; this weight has shape {target.shape}"
-        return None
 
     def form(self, term: str, target, config) -> str:
         return "none" if term in "CDE" and not target.has_bias else getattr(config, FIELD[term])

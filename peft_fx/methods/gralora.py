@@ -54,11 +54,10 @@ class GraloraConfig(AdapterConfig):
 
 class GraLoRA(Branch):
     name = "GRALORA"
+    refuses = {"norm": "GraLoRA divides matrices into blocks; this weight has shape {shape}"}
     Config = GraloraConfig
 
     def check(self, target, config):
-        if target.kind == "norm" or len(target.shape) < 2:
-            return f"GraLoRA divides matrices into blocks; this weight has shape {target.shape}"
         m, n, k = target.out_features, columns(target), config.gralora_k
         if m % k or n % k:
             common = math.gcd(m, n, config.r)
@@ -68,7 +67,7 @@ class GraLoRA(Branch):
             return f"gralora_dropout needs kind linear, this is {target.kind}; set it to 0"
         return None
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.gralora_dropout
 
     def tensors(self, target, config):

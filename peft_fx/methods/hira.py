@@ -48,6 +48,7 @@ class HiraConfig(AdapterConfig):
 
 class HiRA(Rewrite):
     name = "HIRA"
+    refuses = {"norm": "HiRA factors matrices; this weight has shape {shape}"}
     Config = HiraConfig
 
     NAMES = {"embedding": ("hira_embedding_A", "hira_embedding_B")}
@@ -60,8 +61,6 @@ class HiRA(Rewrite):
         return self.NAMES.get(target.kind, ("hira_A", "hira_B"))
 
     def check(self, target, config):
-        if target.kind == "norm" or len(target.shape) < 2:
-            return f"HiRA factors matrices; this weight has shape {target.shape}"
         if config.hira_dropout and target.kind not in ("linear", "embedding"):
             return f"hira_dropout={config.hira_dropout} needs kind linear, this is {target.kind}; set it to 0"
         return None
@@ -98,7 +97,7 @@ class HiRADropout(HiRA, Branch):
     name = "HIRA_DROPOUT"
     reads_weight = True
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.hira_dropout
 
     def delta(self, x, theta, target, config):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..config import LORA_ONLY, AdapterConfig, check_rank
 from .base import InputMap, Tensor
 from .inits import each, kaiming
-from .orthogonal import identity_like, no_inputs, patch_size, single
+from .orthogonal import NO_INPUTS, identity_like, patch_size, single
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,14 @@ class HRAConfig(AdapterConfig):
 
 class HRA(InputMap):
     name = "HRA"
+    refuses = NO_INPUTS
     Config = HRAConfig
 
     def check(self, target, config):
         n = patch_size(target)
         if config.apply_GS and config.r > n:
             return f"apply_GS: r={config.r} directions cannot be independent in {n} input features; nearest valid: {n}"
-        return no_inputs(target, "HRA")
+        return None
 
     def tensors(self, target, config):
         experts = target.shape[:-2] if target.experts else ()

@@ -44,15 +44,11 @@ def feeds_forward(path: str, config: IA3Config) -> bool:
 
 class IA3(OutputMap):
     name = "IA3"
+    refuses = {"norm": "IA3 scales the features of a product; a norm's weight does that already"}
     Config = IA3Config
 
     def at(self, target, config):
         return IA3Input() if feeds_forward(target.path, config) else self
-
-    def check(self, target, config):
-        return (
-            "IA3 scales the features of a product; a norm's weight does that already" if target.kind == "norm" else None
-        )
 
     def tensors(self, target, config):
         return {"ia3_l": Tensor(shape_of(target, target.out_features, axis=0), start(config), "ia3_l")}
@@ -64,7 +60,7 @@ class IA3(OutputMap):
 class IA3Input(InputMap):
     name = "IA3_INPUT"
     Config = IA3Config
-    check = IA3.check
+    refuses = IA3.refuses
 
     def tensors(self, target, config):
         return {"ia3_l": Tensor(shape_of(target, target.in_features, axis=1), start(config), "ia3_l")}

@@ -77,6 +77,7 @@ class LoraConfig(AdapterConfig):
 class LoRA(Additive):
     name = "LORA"
     Config = LoraConfig
+    refuses = {"norm": "LoRA has no form on a 1-d weight; name it in modules_to_save to train it whole"}
 
     # operator kind -> names of the two factors, suffix of their keys in the file
     NAMES = {"embedding": ("lora_embedding_A", "lora_embedding_B", "")}
@@ -91,8 +92,6 @@ class LoRA(Additive):
 
     def check(self, target, config):
         r = self.rank(target, config)
-        if target.kind == "norm":
-            return f"LoRA has no form on a {len(target.shape)}-d weight; name it in modules_to_save to train it whole"
         if r % target.groups:
             nearest = max(r // target.groups, 1) * target.groups
             return f"r={r} is not divisible by groups={target.groups}; nearest valid: {nearest}"
@@ -113,8 +112,8 @@ class LoRA(Additive):
     def dense_groups(self, target):
         return target.groups > 1
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.lora_dropout
+    def dropout(self, config):
+        return config.lora_dropout
 
     def tensors(self, target, config):
         r, E = self.rank(target, config), target.experts or 1

@@ -46,14 +46,11 @@ class LycorisConfig(AdapterConfig):
 class Lycoris(Method):
     """Gives `weight` from `update`."""
 
+    refuses = {"norm": "{name} factors matrices; this weight has shape {shape}"}
+
     def update(self, theta, target, config) -> torch.Tensor:
         """s dW: (experts?, out, in / groups * kernel)."""
         raise NotImplementedError
-
-    def check(self, target, config):
-        if target.kind == "norm" or len(target.shape) < 2:
-            return f"{self.name} factors matrices; this weight has shape {target.shape}"
-        return None
 
     def literals(self, target, config):
         return config.rank_dropout, config.module_dropout

@@ -49,13 +49,12 @@ class MissConfig(AdapterConfig):
 class MiSS(Branch):
     name = "MISS"
     Config = MissConfig
+    refuses = {"norm": "MiSS shares shards of a matrix's columns; a norm's weight has none"}
 
     def at(self, target, config):
         return MissBat() if config.init_weights == "bat" else self
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "MiSS shares shards of a matrix's columns; a norm's weight has none"
         n, m = columns(target), target.out_features
         if config.r > n:
             return f"r={config.r} is larger than the input features, {n}; nearest valid: {n}"
@@ -64,7 +63,7 @@ class MiSS(Branch):
             return f"mini_r={config.mini_r} does not divide the output features, {m}; nearest valid: {nearest}"
         return None
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.miss_dropout
 
     def tensors(self, target, config):
@@ -95,6 +94,7 @@ class MiSS(Branch):
 class MissBat(Rewrite):
     name = "MISS_BAT"
     Config = MissConfig
+    refuses = MiSS.refuses
 
     def check(self, target, config):
         if reason := MiSS().check(target, config):

@@ -25,7 +25,7 @@ from ..errors import RecipeError
 from . import get_method
 from .base import InputMap, Method, OutputMap, Tensor
 from .inits import scaled_normal, zeros
-from .orthogonal import cayley, identity_like, nearest_divisor, neumann, no_inputs, patch_size, rotate_blocks, skew
+from .orthogonal import NO_INPUTS, cayley, identity_like, nearest_divisor, neumann, patch_size, rotate_blocks, skew
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Rotating(Method):
 
 class OFT(Rotating, InputMap):
     name = "OFT"
+    refuses = NO_INPUTS
     KEY = "oft_R.weight"
 
     def at(self, target, config):
@@ -114,9 +115,6 @@ class OFT(Rotating, InputMap):
 
     def features(self, target):
         return patch_size(target)
-
-    def check(self, target, config):
-        return no_inputs(target, "OFT") or super().check(target, config)
 
     def map_input(self, x, theta, target, config):
         R = self.rotations(theta, target, config)

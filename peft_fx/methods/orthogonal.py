@@ -13,13 +13,11 @@ def patch_size(target) -> int:
     return math.prod(target.shape[-1 - len(target.kernel) :] if target.kernel else target.shape[-1:])
 
 
-def no_inputs(target, name: str) -> str | None:
-    """Why the inputs of this target cannot be mixed, or None."""
-    if target.kind == "norm":
-        return f"{name} mixes the input features of a matrix; a norm's weight is 1-d"
-    if target.kind == "embedding":
-        return f"{name} mixes input features; those of an embedding are token ids, without a meaning in between"
-    return None
+# Kinds whose inputs cannot be mixed (`Method.refuses`).
+NO_INPUTS = {
+    "norm": "{name} mixes the input features of a matrix; a norm's weight is 1-d",
+    "embedding": "{name} mixes input features; those of an embedding are token ids, without a meaning in between",
+}
 
 
 def nearest_divisor(n: int, wanted: int) -> int:

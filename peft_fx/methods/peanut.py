@@ -49,10 +49,9 @@ class PeanutConfig(AdapterConfig):
 class PEANuT(Rewrite):
     name = "PEANUT"
     Config = PeanutConfig
+    refuses = {"norm": "PEANuT reads the columns of a matrix; name the norm in modules_to_save to train it whole"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "PEANuT reads the columns of a matrix; name the norm in modules_to_save to train it whole"
         if target.groups > 1:
             return f"PEANuT mixes output channels, which groups={target.groups} keep apart; nearest valid: groups=1"
         return None

@@ -70,10 +70,9 @@ class PsoftConfig(AdapterConfig):
 class PSOFT(Additive):
     name = "PSOFT"
     Config = PsoftConfig
+    refuses = {"norm": "PSOFT adapts the principal subspace of a matrix; a norm's weight is 1-d"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "PSOFT adapts the principal subspace of a matrix; a norm's weight is 1-d"
         if target.groups > 1:
             return f"PSOFT: a convolution with groups={target.groups} is that many matrices, without a common subspace"
         largest = min(target.out_features, patch_size(target))
@@ -84,8 +83,8 @@ class PSOFT(Additive):
             return f"r={config.r}: one direction cannot rotate; nearest valid: 2"
         return None
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.psoft_dropout
+    def dropout(self, config):
+        return config.psoft_dropout
 
     def tensors(self, target, config):
         experts, r = target.shape[:-2] if target.experts else (), config.r

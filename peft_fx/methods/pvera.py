@@ -55,15 +55,16 @@ class PveraConfig(AdapterConfig):
 class PVeRA(Branch):
     name = "PVERA"
     Config = PveraConfig
+    refuses = {
+        "embedding": "PVeRA draws noise for every token, which an embedding's weight cannot hold; choose kind linear"
+    }
 
     def check(self, target, config):
         if len(target.shape) != 2:
             return f"PVeRA's shared projections are matrices; this weight has shape {target.shape}"
-        if target.kind == "embedding":
-            return "PVeRA draws noise for every token, which an embedding's weight cannot hold; choose kind linear"
         return None
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.pvera_dropout
 
     def activation_only(self, target, config):

@@ -60,7 +60,7 @@ class RandLora(Additive):
             return "randlora_dropout cannot drop token ids; set it to 0"
         return None
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.randlora_dropout
 
     def tensors(self, target, config):

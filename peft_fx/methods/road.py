@@ -46,10 +46,9 @@ class RoadConfig(AdapterConfig):
 class RoAd(OutputMap):
     name = "ROAD"
     Config = RoadConfig
+    refuses = {"norm": "RoAd rotates the output features of a product; a norm's weight is 1-d"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "RoAd rotates the output features of a product; a norm's weight is 1-d"
         m, g = target.out_features, config.group_size
         if m % g:
             valid = [d for d in range(2, m + 1, 2) if m % d == 0]

@@ -40,6 +40,7 @@ class SpectralConfig(AdapterConfig):
 
 
 class Spectral(Branch):
+    refuses = {"norm": "{name} transforms matrices; this weight has shape {shape}"}
     spectrum: str  # name and key of the spectrum
 
     def start(self, config):
@@ -54,8 +55,6 @@ class Spectral(Branch):
         return by_pattern(config.n_frequency_pattern, target.pattern_path, config.n_frequency)
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return f"{self.name} transforms matrices; this weight has shape {target.shape}"
         return too_many(target, self.count(target, config))
 
     def tensors(self, target, config):

@@ -19,9 +19,6 @@ from .base import Substitute, Tensor
 class Saved(Substitute):
     name = "SAVED"
 
-    def check(self, target, config):
-        return None
-
     def own_rows(self, target, config):
         return range(target.shape[0]) if target.shape else (0,)
 
@@ -34,9 +31,6 @@ class Saved(Substitute):
 
 class Tokens(Substitute):
     name = "TOKENS"
-
-    def check(self, target, config):
-        return None
 
     def own_rows(self, target, config):
         return token_ids(target, config)

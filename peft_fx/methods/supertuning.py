@@ -54,10 +54,9 @@ class SupertuningConfig(AdapterConfig):
 class SuperTuning(Rewrite):
     name = "SUPERTUNING"
     Config = SupertuningConfig
+    refuses = {"norm": "Super-Tuning picks entries of a matrix; name the norm in modules_to_save to train it whole"}
 
     def check(self, target, config):
-        if target.kind == "norm":
-            return "Super-Tuning picks entries of a matrix; name the norm in modules_to_save to train it whole"
         size = math.prod(target.shape)
         if size > MAX_SIZE:
             return f"{size} entries are more than int32 positions reach; nearest valid: {MAX_SIZE}"

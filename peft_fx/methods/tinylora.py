@@ -56,8 +56,8 @@ class TinyLoRA(Matrices):
     name = "TINYLORA"
     Config = TinyLoraConfig
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.tinylora_dropout
+    def dropout(self, config):
+        return config.tinylora_dropout
 
     def tensors(self, target, config):
         r, out, n = self.rank(target, config), target.out_features, row_size(target)

@@ -52,8 +52,8 @@ class UniLoRA(Matrices):
     name = "UNILORA"
     Config = UniLoraConfig
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.unilora_dropout
+    def dropout(self, config):
+        return config.unilora_dropout
 
     def tensors(self, target, config):
         return {}

@@ -66,8 +66,8 @@ class VBLoRA(Matrices):
                 return f"vector_length={v} does not divide the {what} features {size}; nearest valid: {nearest}"
         return None
 
-    def input_dropout(self, target, config):
-        return 0.0 if target.kind == "embedding" else config.vblora_dropout
+    def dropout(self, config):
+        return config.vblora_dropout
 
     def blocks(self, target, config) -> dict[str, tuple[int, int]]:
         v = config.vector_length

@@ -47,7 +47,7 @@ class VeRA(Additive):
             return f"VeRA's shared projections are matrices; this weight has shape {target.shape}"
         return None
 
-    def input_dropout(self, target, config):
+    def dropout(self, config):
         return config.vera_dropout
 
     def tensors(self, target, config):

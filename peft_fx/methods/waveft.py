@@ -48,7 +48,7 @@ class WaveFT(Spectral):
 
     def check(self, target, config):
         # shares can only be judged together
-        return super().check(target, config) if not config.proportional_parameters or target.kind == "norm" else None
+        return None if config.proportional_parameters else super().check(target, config)
 
     def start(self, config):
         return zeros if config.init_weights else partial(scaled_normal, 0.01)

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..methods import METHODS, get_method
-from ..methods.base import Tensor, Together
+from ..methods.base import Method, Tensor, Together
 from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
 from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
@@ -125,6 +125,12 @@ def check_adapter_name(adapter: str) -> None:
         raise RecipeError(f"adapter name {adapter!r} is reserved: a method, or an attribute of torch.nn.Module")
 
 
+def refused(method: Method, target: Target) -> str | None:
+    """Why the method has no meaning on this kind of operator, or None."""
+    reason = method.refuses.get(target.kind)
+    return reason and reason.format(name=method.name, shape=target.shape)
+
+
 def adapted_placements(
     table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
 ) -> tuple[list[Placement], list[Refusal]]:
@@ -132,7 +138,7 @@ def adapted_placements(
     general, placements, refusals = get_method(config.peft_type), [], []
     for target in (t for chosen in selection.targets for t in general.places(chosen, table[chosen.path], config)):
         method = general.at(target, config)
-        if reason := method.check(target, config):
+        if reason := refused(method, target) or method.check(target, config):
             refusals.append(Refusal(target.name, reason))
         else:
             placements.append(Placement(adapter, method.name, target, config, method.tensors(target, config)))
