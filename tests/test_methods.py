@@ -143,6 +143,18 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
     assert c.error(c.run(fx.merge(tuned), subject), [t.detach() for t in output]) <= TOLERANCE
 
 
+@every([x for x in once(PEFT, lambda cell: cell[0]) if merges(x)])
+def test_a_bf16_base_loses_no_more_by_merging_than_with_peft(cell, tmp_path):
+    _, options, subject = cell
+    theirs = c.peft_model(subject, options, torch.bfloat16)
+    folder = c.save_peft(theirs, tmp_path)
+    tuned = fx.load_adapter(c.captured(subject, torch.bfloat16), folder)
+    ours = c.rms_error(c.run(fx.merge(tuned), subject, torch.bfloat16), c.run(tuned, subject, torch.bfloat16))
+    before = c.run(theirs, subject, torch.bfloat16)
+    merged = c.run(c.quiet(theirs.merge_and_unload), subject, torch.bfloat16)
+    assert ours <= 1.25 * c.rms_error(merged, before)  # single roundings fall either way on a few numbers
+
+
 # Everywhere
 
 
