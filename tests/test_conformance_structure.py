@@ -143,6 +143,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["device", "cpu"])
 @pytest.mark.parametrize("name, options", KINDS, ids=[x[0] for x in KINDS])
 def test_merging_and_unmerging_in_bf16_changes_no_bit(name, options, keep):
@@ -237,6 +238,7 @@ SUBSETS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, first, second", SUBSETS, ids=[x[0] for x in SUBSETS])
 def test_merging_some_adapters_leaves_the_others_active(name, first, second):
     gm = adapted(name, adapter="second", base=adapted(name, adapter="first", **first), **second)

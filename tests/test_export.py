@@ -104,6 +104,7 @@ def test_a_program_shares_the_tensors_of_its_graph(case):
     assert all(program.state_dict[n].data_ptr() == p.data_ptr() for n, p in ours.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["every kind", "modules to save", "tied factors"])
 def test_a_program_can_be_decomposed(which):
     name, config = CASES[which]
@@ -217,6 +218,7 @@ def test_a_loaded_graph_can_be_swapped(case, tmp_path):
     torch.testing.assert_close(output(loaded, name), output(peft_fx.load_adapter(captured(name), other), name))
 
 
+@pytest.mark.slow
 def test_a_loaded_graph_is_exported_again_without_loss(case, tmp_path):
     name, graph, loaded = case
     again = there_and_back(loaded, tmp_path / "again.pt2")
