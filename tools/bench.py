@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import platform
 import statistics
 import tempfile
@@ -155,12 +156,12 @@ def swap_table(times: dict[int, list[float]]) -> Table:
 
 def write(tables: list[Table]) -> None:
     """docs/benchmarks.md: the machine, then the tables as text."""
-    paper = Console(width=140, record=True, quiet=True)
+    paper = Console(width=120, file=io.StringIO())
     for table in tables:
         paper.print(table)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
     head = f"# Benchmarks\n\nWritten by `python tools/bench.py`. {machine}, torch {torch.__version__}.\n\n"
-    text = f"{head}```\n{paper.export_text()}```\n"
+    text = f"{head}```\n{paper.file.getvalue()}```\n"
     (Path(__file__).parent.parent / "docs" / "benchmarks.md").write_text(text)
 
 
