@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..target import ModuleTable, Target
 from .operators import OPERATORS, SWAPS, Operator, full_args, keeps_axes, schema_name
 
 
@@ -81,7 +80,7 @@ def uses(node: fx.Node, of: fx.Node) -> int:
     return count
 
 
-def observed_kinds(graph: fx.Graph, table: ModuleTable) -> dict[str, list]:
+def observed_kinds(graph: fx.Graph) -> dict[str, list]:
     """Parameter name -> [operator kind, transposed, groups], for parameters that recognised operators alone read."""
     kinds = {}
     for name, node in parameter_nodes(graph).items():
@@ -96,6 +95,6 @@ def groups_of(site: Site) -> int:
     return full_args(site.node)[site.operator.groups] if site.operator.groups is not None else 1
 
 
-def describe(target: Target, found: list[Site], reason: str) -> str:
+def describe(found: list[Site], reason: str) -> str:
     """One line on how a target is read, for `explain`."""
     return reason or ", ".join(sorted({schema_name(s.node) for s in found})) or "not read by the graph"

@@ -32,7 +32,9 @@ def test_kernels_is_hugging_faces_from_the_repository_root(first):
 
 
 def test_every_package_imports_from_the_repository_root():
-    assert python(f"import {', '.join(PACKAGES)}, sys; print(*sorted(set({PACKAGES}) & set(sys.modules)))") == " ".join(sorted(PACKAGES))
+    assert python(f"import {', '.join(PACKAGES)}, sys; print(*sorted(set({PACKAGES}) & set(sys.modules)))") == " ".join(
+        sorted(PACKAGES)
+    )
 
 
 def test_our_kernels_are_the_folder_of_that_name():

@@ -12,11 +12,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch.nn import init
-
 from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
 from .base import InputMap, OutputMap, Tensor
+from .inits import normal, ones
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,3 @@ def shape_of(target, size: int, axis: int) -> tuple[int, ...]:
 
 def start(config):
     return ones if config.init_ia3_weights else normal
-
-
-def ones(tensor, W=None):
-    init.ones_(tensor)
-
-
-def normal(tensor, W=None):
-    init.normal_(tensor)

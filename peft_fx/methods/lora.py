@@ -16,12 +16,11 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch.nn import init
-
 from ..config import AdapterConfig, by_pattern, check_rank, pattern_field
 from ..errors import RecipeError
 from . import get_method
 from .base import Additive, Factors, Tensor
+from .inits import constant, kaiming, normal, scaled_normal, zeros
 
 INITS = (True, False, "gaussian")
 NEEDS_DATA = f"this initialisation is not part of this version; use one of {INITS}"
@@ -153,29 +152,6 @@ class LoRA(Additive):
         if E := target.experts:  # A: expert-major rows; B: column j belongs to expert j mod E
             A, B = A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 0, 1)
         return Factors(A, B, theta["scaling"], theta.get("lora_B_bias"))
-
-
-# Initialisers: (empty tensor, base weight or None) -> None, in place.
-
-
-def zeros(tensor, W=None):
-    init.zeros_(tensor)
-
-
-def normal(tensor, W=None):
-    init.normal_(tensor)
-
-
-def constant(value, tensor, W=None):
-    init.constant_(tensor, value)
-
-
-def kaiming(tensor, W=None):
-    init.kaiming_uniform_(tensor, a=math.sqrt(5))
-
-
-def scaled_normal(std, tensor, W=None):
-    init.normal_(tensor, std=std)
 
 
 # init_lora_weights -> rank -> initialisers of (A, B)

@@ -17,12 +17,12 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
-from torch.nn import init
 
 from ..config import LORA_ONLY, AdapterConfig, check_rank
 from ..errors import RecipeError
 from .base import Branch, Tensor, Together
 from .inits import constant, normal
+from .vera import projection
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,3 @@ class PVeRA(Branch):
     def weight(self, W, b, theta, target, config):
         A, B = self.factors(theta, target)
         return torch.addmm(W, B, A.chunk(2)[0]), b
-
-
-def projection(seed: int, A: tuple, B: tuple, which: int, tensor, W=None):
-    """Both are drawn in order; the one asked for is kept, rounded through the base's dtype as PEFT does."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in (A, B)]
-    tensor.copy_(drawn[which].to(tensor.dtype if W is None else W.dtype))

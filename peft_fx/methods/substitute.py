@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from .base import Substitute, Tensor
+from .inits import copy_base
 
 
 class Saved(Substitute):
@@ -66,10 +67,6 @@ def token_ids(target, config) -> list[int]:
 
 
 # Initialisers: (empty tensor, base weight in canonical layout) -> None, in place.
-
-
-def copy_base(tensor, W):
-    tensor.copy_(W)
 
 
 def copy_rows(ids, axis, tensor, W):

@@ -9,7 +9,6 @@ targets of the adapter.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +17,7 @@ from torch.nn import init
 
 from ..config import LORA_ONLY, AdapterConfig, check_rank
 from .base import Additive, Factors, Tensor, Together
+from .inits import constant, normal
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ class VeRA(Additive):
         return config.vera_dropout
 
     def tensors(self, target, config):
-        d, b = (constant(config.d_initial), constant(0.0)) if config.init_weights else (normal, constant(1.0))
+        d, b = (
+            (partial(constant, config.d_initial), partial(constant, 0.0))
+            if config.init_weights
+            else (normal, partial(constant, 1.0))
+        )
         return {
             "vera_lambda_b": Tensor((target.out_features,), b, "vera_lambda_b"),
             "vera_lambda_d": Tensor((config.r,), d, "vera_lambda_d"),
-            "scaling": Tensor((), constant(1.0), trainable=False),
+            "scaling": Tensor((), partial(constant, 1.0), trainable=False),
         }
 
     def together(self, targets, config):
@@ -76,20 +80,7 @@ class VeRA(Additive):
 
 
 def projection(seed: int, A: tuple, B: tuple, which: int, tensor, W=None):
-    """Both projections are drawn in order; the one asked for is kept."""
+    """Both are drawn in order; the one asked for is kept, rounded through the base's dtype as PEFT does."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        torch.empty(shape).uniform_(-math.sqrt(6 / shape[1]), math.sqrt(6 / shape[1]), generator=generator)
-        for shape in (A, B)
-    ]
-    tensor.copy_(
-        drawn[which].to(tensor.dtype if W is None else W.dtype)
-    )  # rounded through the base's dtype, as PEFT does
-
-
-def constant(value):
-    return lambda tensor, W=None: init.constant_(tensor, value)
-
-
-def normal(tensor, W=None):
-    init.normal_(tensor)
+    drawn = [init.kaiming_uniform_(torch.empty(shape), generator=generator) for shape in (A, B)]
+    tensor.copy_(drawn[which].to(tensor.dtype if W is None else W.dtype))

@@ -123,7 +123,7 @@ def possible_targets(graph: fx.GraphModule) -> Explanation:
         if found or target.kind != "norm":
             lowering = "weight" if reason else "activation"
             rows.append(Row("", target.name, target.kind, target.shape, "dense", "", lowering, 0, "possible",
-                            describe(target, found, reason)))  # fmt: skip
+                            describe(found, reason)))  # fmt: skip
     return Explanation(tuple(rows))
 
 
@@ -144,7 +144,7 @@ def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: s
     rows = []
     for x in lower(base, plan.placements):
         p = x.placement
-        read = describe(p.target, *sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
+        read = describe(*sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
         note = x.reason or read
         error = errors.get(p.target.name) if status == "merged" else None
         if error is not None:

@@ -103,7 +103,7 @@ def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list)
 def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device) -> fx.GraphModule:
     """The rest of normalisation; records kinds of weights of unknown classes and the base graph."""
     reports = run([NameParameters(table), Linearise(), MarkDevice(device), CheckInputs()], gm)
-    table = with_kinds(table, observed_kinds(gm.graph, table))
+    table = with_kinds(table, observed_kinds(gm.graph))
     state = gm.meta["peft_fx"]
     gm.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(gm.graph)), reports=reports)
     return gm
