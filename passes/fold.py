@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import GraphError
-from ..methods import get_method
 from ..planning.plan import Placement
 from ..store import get_tensor
 from .base import Pass
@@ -32,7 +31,7 @@ class PointAtFolded(Pass):
                 continue
             found, _ = sites(node)
             node.meta["val"] = fake_of(fake_mode, get_tensor(gm, target.name))
-            if get_method(p.method).dense_groups(target):
+            if p.rule.dense_groups(target):
                 drop_groups(found)
                 changed += 1
             if not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None:

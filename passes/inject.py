@@ -1,13 +1,14 @@
 """Splice adapters into a base graph: decide first (one `Lowering` per placement), then insert.
 
-Activation form where the method is additive and every reader of the target is a recognised operator; weight form at the
-parameter otherwise. Adapters on one target compose in the order given: once a placement needs the weight form, those
-before it take it too, so that the result equals merging them in that order.
+Activation form where the method has one and every reader of the target is a recognised operator, unless the weight form
+is counted to be much cheaper; weight form at the parameter otherwise. Adapters on one target compose in the order given:
+once a placement needs the weight form, those before it take it too, so that the result equals merging them in that order.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,22 +17,42 @@ from torch import fx
 
 from ..errors import RecipeError
 from ..methods import get_method
+from ..planning.kinds import stored_shape
 from ..planning.plan import Placement, Refusal, Shared, clashes
-from ..store import ADAPTERS, ROOT, get_tensor
+from ..store import ADAPTERS, GATES, ROOT, get_tensor
 from ..target import Target
 from .base import Pass, regions
+from .cost import cost
 from .fakes import fake_mode_of, fake_of
-from .lowering import activation_inputs, activation_signature, form_of, weight_function
+from .lowering import (
+    REPLAY,
+    Form,
+    activation_inputs,
+    activation_signature,
+    bias_of,
+    forms_of,
+    gated,
+    replayed,
+    weight_function,
+)
 from .match import Site, parameter_nodes, sites
 from .operators import full_args
-from .splice import TAG, Splicer
+from .splice import TAG, Splicer, signature
 
 aten = torch.ops.aten
 
 
+HALF = (torch.float16, torch.bfloat16)
+CHEAPER = 0.8  # the weight form is chosen below this share of the activation form's cost
+
+
 @dataclass(frozen=True)
 class Lowering:
-    """How one placement enters the graph. form: "activation", "weight", "none" (target not read), or "refused"."""
+    """How one placement enters the graph.
+
+    form: "activation", "weight", "replay" (the operator runs once more, on the dropped input), "none" (target not read),
+    or "refused". reason: why not the activation form.
+    """
 
     placement: Placement
     form: str
@@ -39,37 +60,90 @@ class Lowering:
     sites: tuple[Site, ...] = ()
 
 
-def lower(graph: fx.Graph, placements: Sequence[Placement]) -> list[Lowering]:
-    """Decides the form of every placement, in order; nothing is changed."""
+def lower(graph: fx.Graph, placements: Sequence[Placement], known: dict) -> list[Lowering]:
+    """Decides the form of every placement, in order; nothing is changed. known: costs counted before, by signature."""
     nodes = {name: node for name, node in parameter_nodes(graph).items() if node.users}
     found = {p.target.name: readable(nodes[p.target.name], p.target) for p in placements if p.target.name in nodes}
     reasons = [weight_reason(i, placements, found) for i in range(len(placements))]
+    together = Counter(p.target.name for p in placements)
+    keys = ConfigKeys()
+    for i, p in enumerate(placements):
+        if p.target.name in found and not reasons[i] and together[p.target.name] == 1:
+            reasons[i] = chosen_weight(p, found[p.target.name][0], known, keys)
     last_weight = {p.target.name: i for i, p in enumerate(placements) if reasons[i]}
     return [
-        lowering(p, found.get(p.target.name), reasons[i] or composed(i, last_weight.get(p.target.name, -1)))
+        lowering(p, found.get(p.target.name), reasons[i], composed(i, last_weight.get(p.target.name, -1)))
         for i, p in enumerate(placements)
     ]
 
 
 def weight_reason(i: int, placements: Sequence[Placement], found: dict) -> str:
-    """Why a placement by itself needs the weight form; "" if it does not."""
+    """Why a placement by itself cannot have the activation form; "" if it can."""
     p = placements[i]
-    form, (at, reason) = form_of(get_method(p.method)), found.get(p.target.name, ([], ""))
-    if form is None:
+    forms, (at, reason) = forms_of(p.rule), found.get(p.target.name, ([], ""))
+    if not forms:
         return "the method rewrites the weight"
     if reason:
         return reason
-    if form.kinds is not None and (other := {s.operator.kind for s in at} - form.kinds):
-        return f"the method has no other form on {', '.join(sorted(other))}"
-    if form.place == "input" and any(q.target.name == p.target.name for q in placements[:i]):
-        return "a map of the input has to come first"
-    if get_method(p.method).reads_weight and any(q.target.name == p.target.name for q in placements[:i]):
-        return "an update that reads the weight has to come first"
+    for form in forms:
+        if form.kinds is not None and (other := {s.operator.kind for s in at} - form.kinds):
+            return f"the method has no other form on {', '.join(sorted(other))}"
+    if any(q.target.name == p.target.name for q in placements[:i]):
+        if any(form.place == "input" for form in forms):
+            return "a map of the input has to come first"
+        if p.rule.reads:
+            return "an update that reads the weight has to come first"
     return ""
 
 
+def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKeys) -> str:
+    """Why the weight form is taken though there is the other one: it was asked for, or costs less. "" if it is not."""
+    if p.lowering == "weight":
+        return "lowering='weight' was asked for"
+    if p.lowering == "activation" or not at or p.target.reads_ids:  # a lookup reads few rows of the table
+        return ""
+    if p.rule.activation_only(p.target, p.config) or p.rule.input_dropout(p.target, p.config):
+        return ""
+    if p.rule.rounds_weight and at[0].parameter.meta["val"].dtype in HALF:
+        return "a half-precision weight rounds single entries as a merge does"
+    site = at[0]
+    static = ("cost", type(get_method(p.method)), keys(p), bare(p), activation_signature(site))
+    key = (static, signature(site.x.meta["val"]), signature(site.parameter.meta["val"]))
+    if key not in known:
+        known[key] = costs(p, site)
+    activation, weight = known[key]
+    return f"counted at {weight / activation:.2f} x the activation form's cost" if weight < CHEAPER * activation else ""
+
+
+def costs(p: Placement, site: Site) -> tuple[float, float]:
+    """Of the operator at a site with the adapter, forward and backward: in activation form, in weight form."""
+    method, names = p.rule, tuple(p.tensors)
+    W, b, x, *inputs = (None if n is None else n.meta["val"]
+                        for n in (site.parameter, bias_of(site), site.x, *activation_inputs(site)))  # fmt: skip
+    theta = [torch.empty(t.shape, dtype=t.dtype_on(W.dtype), device="meta") for t in p.tensors.values()]
+    maps = [(f.place, f.build(site, method, p.target, p.config, names)) for f in forms_of(method)]
+    changed, groups = weight_function(method, p.target, p.config, names), 1 if method.dense_groups(p.target) else None
+
+    def activation(x, W, b, *tensors):
+        theta, inputs = tensors[: len(names)], tensors[len(names) :]
+        old_x = x
+        for _, function in (m for m in maps if m[0] == "input"):
+            (x,) = function(x, *theta)
+        y = replayed(site, inputs, x, W, b)
+        for _, function in (m for m in maps if m[0] == "output"):
+            (y,) = function(y, old_x, W, b, *theta, *inputs)
+        return y
+
+    def weight(x, W, b, *tensors):
+        new_W, new_b = changed(W, b, *tensors[: len(names)])
+        return replayed(site, tensors[len(names) :], x, new_W, new_b, groups)
+
+    trained = [True, False, False, *(t.trainable for t in p.tensors.values()), *(False for _ in inputs)]
+    return tuple(cost(function, [x, W, b, *theta, *inputs], trained) for function in (activation, weight))
+
+
 def composed(i: int, last_weight: int) -> str:
-    return "composed with an adapter that needs the weight form" if i <= last_weight else ""
+    return "composed with an adapter that needs the weight form" if i < last_weight else ""
 
 
 def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
@@ -77,30 +151,42 @@ def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
     found, reason = sites(node)
     if not reason and any(s.stored_transposed != target.transposed for s in found):
         reason = "the operator reads the weight in another orientation than PEFT files it"
+    if not reason and node.meta["val"].shape != stored_shape(target):
+        reason = "a merge has changed the weight's shape"
     return found, reason
 
 
-def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str) -> Lowering:
-    """reason: why the weight form is needed, or ""."""
+def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str, order: str) -> Lowering:
+    """reason: why the weight form is needed by itself, order: because of others; "" if it is not."""
     if found is None:
         return Lowering(p, "none", "the graph does not read this parameter")
-    if not reason:
-        return Lowering(p, "activation", "", tuple(found[0]))
-    if lost := get_method(p.method).activation_only(p.target, p.config):
-        return Lowering(p, "refused", f"{lost} needs the activation form, but {reason}")
-    return Lowering(p, "weight", reason, tuple(found[0]))
+    at, because = tuple(found[0]), reason or order
+    if not because:
+        return Lowering(p, "activation", "", at)
+    if p.lowering == "activation":
+        return Lowering(p, "refused", f"lowering='activation' was asked for, but {because}")
+    if lost := p.rule.activation_only(p.target, p.config):
+        return Lowering(p, "refused", f"{lost} needs the activation form, but {because}")
+    if dropout := p.rule.input_dropout(p.target, p.config):
+        if order or p.lowering == "weight" or not at or sites(at[0].parameter)[1]:
+            return Lowering(p, "refused", f"dropout {dropout} on the input needs a form at the operator, but {because}")
+        return Lowering(p, "replay", because, at)
+    return Lowering(p, "weight", because, at)
 
 
 @dataclass(frozen=True)
 class Inject(Pass):
+    """gated: the buffer `peft_fx.gates.<adapter>` says how much of each adapter acts."""
+
     placements: tuple[Placement, ...]
+    gated: bool = False
 
     def call(self, gm):
-        decided = lower(gm.graph, self.placements)
+        decided = lower(gm.graph, self.placements, gm.meta[ROOT].base.traces)
         refused = [Refusal(x.placement.target.name, f"refused: {x.reason}") for x in decided if x.form == "refused"]
         if refused := [*refused, *clashes(self.placements)]:
             raise RecipeError("\n".join(map(str, refused)))
-        insert = Insert(gm)
+        insert = Insert(gm, self.gated)
         for x in decided:
             if x.form != "none":
                 getattr(insert, x.form)(x)
@@ -108,55 +194,60 @@ class Inject(Pass):
 
 
 class Insert:
-    """The two ways of inserting, over one graph module."""
+    """The ways of inserting, over one graph module."""
 
-    def __init__(self, gm: fx.GraphModule):
-        self.gm, self.graph = gm, gm.graph
+    def __init__(self, gm: fx.GraphModule, gated: bool):
+        self.gm, self.graph, self.gated = gm, gm.graph, gated
         self.nodes = parameter_nodes(gm.graph)
         self.fake_mode = fake_mode_of(gm)
         self.splice = Splicer(gm, self.fake_mode, gm.meta[ROOT].base.traces)
-        self.config_keys: dict[int, str] = {}  # id of a config -> its text: the same for equal configs of other runs
+        self.key = ConfigKeys()
         self.inputs: dict[fx.Node, fx.Node] = {}  # operator node -> the input that it has in the base graph
         self.heads: dict[fx.Node, fx.Node] = {}  # operator node or parameter node -> its latest adapted value
         self.splices = itertools.count()
 
     def activation(self, x: Lowering) -> None:
-        p, method = x.placement, get_method(x.placement.method)
+        for form in forms_of(x.placement.rule):
+            self.at_operators(x, form)
+
+    def replay(self, x: Lowering) -> None:
+        self.at_operators(x, REPLAY)
+
+    def at_operators(self, x: Lowering, form: Form) -> None:
+        p = x.placement
         theta, names = self.theta(p)
-        form = form_of(method)
         for site in x.sites:
             # the operator reads what weight forms before this one made of the parameter
             site = replace(site, parameter=self.heads.get(site.parameter, site.parameter))
-            function = form.build(site, method, p.target, p.config, names)
-            static = ("activation", type(method), self.key(p), bare(p), activation_signature(site))
+            function = form.build(site, p.rule, p.target, p.config, names)
+            static = (form.build, type(get_method(p.method)), self.key(p), bare(p), activation_signature(site))
             label = tag(p, next(self.splices))
             original = self.inputs.setdefault(site.node, site.x)
             if form.place == "input":
-                (mapped,) = self.splice(function, static, [original, *theta], site.node, label, after=False)
+                (mapped,) = self.traced(p, function, static, [original, *theta], site.node, label, after=False)
                 self.mark(original, mapped, label)
                 site.node.replace_input_with(original, mapped)
                 continue
             y = self.heads.get(site.node, site.node)
-            inputs = activation_inputs(site) if form.inputs else []
-            if method.reads_weight:
-                inputs = [*inputs, self.nodes[p.target.name]]
-            (result,) = self.splice(function, static, [y, original, *theta, *inputs], y, label)
+            inputs = [site.parameter, bias_of(site), *theta, *activation_inputs(site)]
+            (result,) = self.traced(p, function, static, [y, original, *inputs], y, label)
             self.replace(y, result, label)
             self.heads[site.node] = result
 
     def weight(self, x: Lowering) -> None:
-        p, method = x.placement, get_method(x.placement.method)
+        p, method = x.placement, x.placement.rule
         theta, names = self.theta(p)
         W = self.nodes[p.target.name]
         b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
-        static = ("weight", type(method), self.key(p), bare(p))
+        static = ("weight", type(get_method(p.method)), self.key(p), bare(p))
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
         label = tag(p, next(self.splices))
-        new_W, new_b = self.splice(function, static, [old_W, old_b, *theta], first, label, after=False)
-        self.replace(old_W, new_W, label)
-        self.heads[W] = new_W
+        new_W, new_b = self.traced(p, function, static, [old_W, old_b, *theta], first, label, after=False)
+        if new_W is not old_W:  # a method may change the bias alone
+            self.replace(old_W, new_W, label)
+            self.heads[W] = new_W
         if new_b is not None and new_b is not old_b:
             if old_b is None:
                 add_bias(x.sites, new_b)
@@ -167,22 +258,28 @@ class Insert:
         if method.dense_groups(p.target):
             drop_groups(x.sites)
 
-    def key(self, p: Placement) -> str:
-        if id(p.config) not in self.config_keys:
-            self.config_keys[id(p.config)] = repr(p.config)
-        return self.config_keys[id(p.config)]
+    def traced(self, p: Placement, function, static, arguments, like: fx.Node, label: dict, after: bool = True):
+        """Nodes for `function(*arguments)`, behind the adapter's gate where there are gates."""
+        if not self.gated:
+            return self.splice(function, static, arguments, like, label, after)
+        gate = self.stored(f"{GATES}.{p.adapter}")
+        return self.splice(gated(function), (gated, *static), [*arguments, gate], like, label, after)
 
     def theta(self, p: Placement) -> tuple[list[fx.Node], tuple[str, ...]]:
         """Nodes for the placement's tensors, ahead of the first operation, so that any site can use them."""
         return [self.tensor(p.resolve(name)) for name in p.tensors], tuple(p.tensors)
 
-    def tensor(self, shared: Shared) -> fx.Node:
-        name = f"{ADAPTERS}.{shared.name}"
+    def stored(self, name: str) -> fx.Node:
+        """The node that reads a tensor of ours, by its full name."""
         if name not in self.nodes:
             with self.graph.inserting_before(self.first_call):
                 node = self.nodes[name] = self.graph.get_attr(name)
             node.meta["val"] = fake_of(self.fake_mode, get_tensor(self.gm, name))
-        node = self.nodes[name]
+        return self.nodes[name]
+
+    def tensor(self, shared: Shared) -> fx.Node:
+        name = f"{ADAPTERS}.{shared.name}"
+        node = self.stored(name)
         if not shared.transposed:
             return node
         if (name, "t") not in self.nodes:
@@ -205,6 +302,18 @@ class Insert:
     def mark(self, old: fx.Node, new: fx.Node, label: dict) -> None:
         new.meta["custom"][TAG] = {**label, "role": "result"}
         add_tag(old, base_of=[*tag_of(old).get("base_of", ()), [label["splice"], label["target"]]])
+
+
+class ConfigKeys:
+    """The text of a placement's config: the same for equal configs of other runs. Made once per config."""
+
+    def __init__(self):
+        self.texts: dict[int, str] = {}
+
+    def __call__(self, p: Placement) -> str:
+        if id(p.config) not in self.texts:
+            self.texts[id(p.config)] = repr(p.config)
+        return self.texts[id(p.config)]
 
 
 def tag(p: Placement, splice: int) -> dict:

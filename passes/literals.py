@@ -233,7 +233,7 @@ class BakeLiterals(Pass):
     def call(self, gm):
         nodes = [n for n in gm.graph.nodes if n.op == "call_module" and n.target.startswith("peft_fx.")]
         for node in nodes:
-            value = None if node.target == INPUTS else gm.get_submodule(node.target)(*node.args)
+            value = None if node.target.startswith(INPUTS) else gm.get_submodule(node.target)(*node.args)
             for user in list(node.users):
                 put_literal(gm, user, node, value)
             gm.graph.erase_node(node)

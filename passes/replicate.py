@@ -61,19 +61,31 @@ class ReplicateLayers(Pass):
                 env[node] = new.node_copy(node)
         later = layers.depends_on_layers()
         for node in old.nodes:
-            if node not in env and node not in later and node.op not in ("output", "get_attr"):
-                env[node] = new.node_copy(node, env.__getitem__)
-        hidden = env[layers.entry(0)]
-        for index, source in enumerate(self.order):
-            hidden = self.emit(gm, new, layers, env, index, source, hidden)
-        env[layers.exit(layers.count - 1)] = hidden
-        for node in old.nodes:
-            if node in later and node not in layers.member and node.op != "output" and not shape_only(node):
+            if node.op == "output" or node in env or (node in later and (shape_only(node) or self.done(layers, env, node))):
+                continue
+            if node in layers.member:
+                self.emit_all(gm, new, layers, env, later)
+            elif node.op != "get_attr":
                 self.rest(new, layers, env, node)
         new.output(fx.map_arg(old.output_node().args[0], env.__getitem__)).meta = dict(old.output_node().meta)
         gm._graph = new
         new.owning_module = gm
         return len(self.order)
+
+    def done(self, layers: Layers, env, node: fx.Node) -> bool:
+        """Whether a layer's node comes after the layers have been copied."""
+        return node in layers.member and layers.exit(layers.count - 1) in env
+
+    def emit_all(self, gm, new: fx.Graph, layers: Layers, env, later) -> None:
+        """Copies the layers one after the other, where the first one's first node stands."""
+        for node in layers.member:
+            for needed in node.all_input_nodes:
+                if needed not in later and needed.op != "get_attr":
+                    self.rest(new, layers, env, needed)
+        hidden = env[layers.entry(0)]
+        for index, source in enumerate(self.order):
+            hidden = self.emit(gm, new, layers, env, index, source, hidden)
+        env[layers.exit(layers.count - 1)] = hidden
 
     def rest(self, new: fx.Graph, layers: Layers, env, node: fx.Node) -> fx.Node:
         """Copies a node that comes after the layers, with the sizes it needs."""

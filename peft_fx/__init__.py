@@ -16,19 +16,24 @@ from .errors import (
     PeftFxError,
     RecipeError,
 )
+from .kernels import butterfly, circulant, householder, noise  # noqa: F401  registers the operators that saved graphs call
 from .methods.lora import LoraConfig
 from .methods.own import method
 from .recipe import Recipe
 from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .verbs.capture.model import capture
+from .verbs.compile import compile, inline, outline
 from .verbs.explain import explain, trainable_parameters
 from .verbs.export import export, load
 from .verbs.hotswap import hotswap, prepare_hotswap
 from .verbs.merge import merge, unmerge
+from .verbs.mixed import mixed_batch
+from .verbs.package import load_package, package
+from .verbs.switch import reserve, switch
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "delete_adapter", "disable_adapter", "explain",
-    "export", "hotswap", "load", "load_adapter", "merge", "method", "prepare_hotswap", "save_adapter",
-    "set_adapter", "trainable_parameters", "unmerge",
+    "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "compile", "delete_adapter", "disable_adapter", "explain",
+    "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge", "method", "mixed_batch", "outline",
+    "package", "prepare_hotswap", "reserve", "save_adapter", "set_adapter", "switch", "trainable_parameters", "unmerge",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,6 +50,10 @@ class AdapterConfig:
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     # shared fields that PEFT's config of this type lacks: files name them only where they are set
     absent: ClassVar[frozenset[str]] = frozenset()
+    # two sizes of which one has to be given, the other being 0
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    # the field that holds the rank, where an adapter fits into a wider one; a rank_pattern overrides it
+    ranked: ClassVar[str] = ""
 
     task_type: str | None = None
     auto_mapping: dict | None = None
@@ -79,6 +84,8 @@ class AdapterConfig:
             check_type(f"{type(self).__name__}: {f.name}", value, f.type)
             if f.default_factory is dict:
                 check_dict(self, f.name)
+            if (check := f.metadata.get("check")) and not (value is None and default_of(f) is None):
+                check(f.name, value)
         for name, string in NAME_FIELDS.items():
             check_names(name, getattr(self, name), string)
         if not isinstance(self.layers_to_transform, (int, list, type(None))) or any(
@@ -97,13 +104,20 @@ class AdapterConfig:
         if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
             raise RecipeError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'")
 
+        sizes = [getattr(self, name) for name in self.alternatives]
+        if sizes and (min(sizes) < 0 or sizes.count(0) != 1):
+            raise RecipeError(f"({', '.join(self.alternatives)})={(*sizes,)}: one has to be positive, the other 0")
+
     def fallback_targets(self, table) -> list[str] | str | None:
         """What target_modules=None means for a model (its ModuleTable) whose type has no default; None: it must be named."""
         return None
 
     def with_rank(self, rank: int):
         """The same config with every rank set to `rank`. Raises RecipeError for methods that have no rank."""
-        raise RecipeError(f"{self.peft_type} has no rank to set")
+        if not self.ranked:
+            raise RecipeError(f"{self.peft_type} has no rank to set")
+        patterns = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
+        return dataclasses.replace(self, **{self.ranked: rank}, **patterns)
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's on-disk dict, `peft_type` included."""
@@ -173,6 +187,64 @@ def check_rank(what: str, value) -> None:
         raise RecipeError(f"{what}: expected an integer from 1 to {MAX_RANK}, got {value!r}")
 
 
+def check_count(what: str, value) -> None:
+    """Raises RecipeError unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise RecipeError(f"{what}: expected a positive integer, got {value!r}; nearest valid: 1")
+
+
+def number_that(holds: Callable[[Any], bool], expected: str):
+    """A check of numbers: raises RecipeError unless `holds` is true of the value."""
+
+    def check(what: str, value) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise RecipeError(f"{what}: expected {expected}, got {value!r}")
+
+    return check
+
+
+check_positive = number_that(lambda v: v > 0, "a number above 0")
+
+# Fields that check themselves: `r: int = rank(8)`. A default of None allows None.
+
+
+def rank(default: int | None):
+    """An integer from 1 to MAX_RANK."""
+    return field(default=default, metadata={"check": check_rank})
+
+
+def count(default: int):
+    """An integer of 1 or more."""
+    return field(default=default, metadata={"check": check_count})
+
+
+def checked(default, holds: Callable[[Any], bool], expected: str):
+    """A field whose value must make `holds` true."""
+    return field(default=default, metadata={"check": number_that(holds, expected)})
+
+
+def probability(default: float = 0.0):
+    return checked(default, lambda p: 0.0 <= p < 1.0, "0 <= p < 1")
+
+
+def positive(default: float | None):
+    return field(default=default, metadata={"check": check_positive})
+
+
+def nonnegative(default: float | None):
+    return checked(default, lambda v: v >= 0, "0 or more")
+
+
+def one_of(*choices):
+    """A field with one of these values; the first is the default."""
+
+    def check(what: str, value) -> None:
+        if not any(value is c or (value == c and type(value) is type(c)) for c in choices):
+            raise RecipeError(f"{what}={value!r}: expected one of {choices}")
+
+    return field(default=choices[0], metadata={"check": check})
+
+
 def by_pattern(pattern: dict[str, Any] | None, path: str, default):
     """PEFT's rank_pattern / alpha_pattern lookup: first key that, as a regex, ends the path at a component border."""
     for key, value in (pattern or {}).items():
@@ -181,6 +253,11 @@ def by_pattern(pattern: dict[str, Any] | None, path: str, default):
     return default
 
 
-def pattern_field():
-    """A name-regex -> value dict field."""
-    return field(default_factory=dict)
+def pattern_field(check: Callable[[str, Any], None] | None = None, **default):
+    """A name-regex -> value dict field. check: of each value, with what to call it. default: `field`'s, where not {}."""
+
+    def check_values(what: str, values) -> None:
+        for key, value in (values or {}).items():
+            check(f"{what}[{key!r}]", value)
+
+    return field(**(default or {"default_factory": dict}), metadata={"check": check_values} if check else {})

@@ -1,4 +1,4 @@
-"""peft_fx.kernels: custom operators, a reference and a Triton form of each.
+"""peft_fx.kernels: custom operators.
 
 The files lie in the repository's kernels/ folder, which has no __init__.py so that Hugging Face's installed `kernels`
 package stays importable from the repository root (setup.cfg tells the whole story). A module with a `__path__` is a

@@ -1,10 +1,12 @@
 """What a captured graph module carries besides the model: one submodule, `gm.peft_fx`, and plain data in `gm.meta`.
 
     gm.peft_fx.adapters.<adapter>.<target>.<tensor>    parameters and buffers of the resident adapters
+    gm.peft_fx.gates.<adapter>                         how much of an adapter acts, where a graph switches them as data
     gm.peft_fx.replaced.<target>                       weights that a merge replaced, for unmerge (not in state_dict)
     gm.peft_fx.mode(train_value, eval_value)           literals that differ between train() and eval()
     gm.peft_fx.device()                                the device the captured literals mean
     gm.peft_fx.inputs(x, ...)                          checks what capture fixed of a call: constants, sizes
+    gm.peft_fx.sharing                                 the lock between calls and swaps, for all graphs over the same tensors
     gm.meta["peft_fx"]: State                          module table, recipe, active adapters, base fx.Graph; no tensors
 
 A GraphModule subclass would be lost by the next pass; a submodule and `meta` are not.
@@ -20,11 +22,13 @@ from torch import fx, nn
 
 from .config import AdapterConfig
 from .errors import GraphError
+from .sharing import Shared, Sharing
 from .target import ModuleTable
 
 ROOT = "peft_fx"
 ADAPTERS = f"{ROOT}.adapters"
 REPLACED = f"{ROOT}.replaced"
+GATES = f"{ROOT}.gates"
 MODE = f"{ROOT}.mode"
 DEVICE = f"{ROOT}.device"
 INPUTS = f"{ROOT}.inputs"
@@ -100,7 +104,8 @@ class Store(nn.Module):
         super().__init__()
         self.training = mode.training
         self.mode, self.device, self.inputs = mode, device, FixedInputs()
-        self.adapters, self.replaced = nn.Module(), nn.Module()
+        self.adapters, self.gates, self.replaced = nn.Module(), nn.Module(), nn.Module()
+        self.sharing = Sharing()
 
     def train(self, mode: bool = True):
         self.mode.train(mode)  # first, since it may refuse
@@ -143,9 +148,13 @@ class BaseGraph:
 
 @dataclass
 class Resident:
-    """A resident adapter's config, shared by all graphs derived from one another, since they share its tensors."""
+    """A resident adapter's config, shared by all graphs derived from one another, since they share its tensors.
+
+    lowering: the form in which its methods enter the graph, "activation" or "weight", or "auto".
+    """
 
     config: AdapterConfig
+    lowering: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,9 @@ class State:
 
     recipe: resident adapters in the order they were added. active: those in the graph, in order. merged: those folded
     into the weights, in order; before_merge: what was active then. merge_report: one dict per merged target. reports: what
-    the passes did that made this graph.
+    the passes did that made this graph. slots: the names that callers gave to adapters of a graph that switches them as
+    data: slot, which is the adapter's name here -> name, or None while it is free; {} on other graphs. mixed: each row of a
+    batch chooses among the active adapters.
     """
 
     table: ModuleTable
@@ -166,6 +177,8 @@ class State:
     before_merge: tuple[str, ...] = ()
     merge_report: tuple[dict, ...] = ()
     reports: tuple = ()
+    slots: dict[str, str | None] = field(default_factory=dict)
+    mixed: bool = False
 
     def update(self, **changes) -> State:
         return replace(self, **changes)
@@ -192,7 +205,7 @@ def build(
     modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State
 ) -> fx.GraphModule:
     """A GraphModule that owns the given root entries (objects, not copies); it runs `graph` once passes have run on it."""
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name="GraphModule")
+    gm = Shared(nn.Module(), fx.Graph(), class_name="GraphModule")
     for name, module in modules.items():
         gm.add_module(name, module)
     for name, parameter in parameters.items():
@@ -212,7 +225,9 @@ def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
     modules = {name: shell(module, copies) for name, module in gm._modules.items()}
     modules = {ROOT: modules.pop(ROOT), **modules}
     buffers = {n: (b, n not in gm._non_persistent_buffers_set) for n, b in gm._buffers.items()}
-    return build(modules, dict(gm._parameters), buffers, graph, state)
+    new = build(modules, dict(gm._parameters), buffers, graph, state)
+    new.peft_fx.sharing.add(gm, new)
+    return new
 
 
 def shell(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -> nn.Module:

@@ -104,6 +104,7 @@ class Target:
     file_path: the path under which PEFT files this target; differs from `path` where PEFT wraps a parent module.
     by_parameter: chosen by `target_parameters`, so that patterns match the parameter's name, not its module's.
     wrapper: the module that was chosen, where it is not `path`: patterns match it (MultiheadAttention's out_proj).
+    expert: which expert of a stack of weights, where the target is one of them.
     """
 
     path: str
@@ -117,6 +118,7 @@ class Target:
     file_path: str = ""
     by_parameter: bool = False
     wrapper: str = ""
+    expert: int | None = None
 
     @property
     def pattern_path(self) -> str:
@@ -126,11 +128,21 @@ class Target:
     @property
     def name(self) -> str:
         """Fully qualified parameter name, e.g. `model.layers.0.self_attn.q_proj.weight`."""
+        return self.tensor_name if self.expert is None else f"{self.tensor_name}[{self.expert}]"
+
+    @property
+    def tensor_name(self) -> str:
+        """Name of the parameter that holds the weight: a stack's, for one expert of it."""
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
     @property
     def bias_name(self) -> str:
         return f"{self.path}.{self.bias}" if self.path else self.bias
+
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the operator's input is indices, not numbers."""
+        return self.kind == "embedding"
 
     @property
     def experts(self) -> int | None:

@@ -10,7 +10,13 @@ SUBJECTS = pytest.mark.parametrize("subject", ["wide", "wide_Conv1D", "wide_conv
 # method, options, whether the rows that are kept are divided by their share
 METHODS = pytest.mark.parametrize(
     "method, options, scaled",
-    [("LOHA", {}, True), ("LOKR", {}, False), ("LOKR", {"rank_dropout_scale": True}, True)],
+    [
+        ("LOHA", {}, True),
+        ("LOHA", {"use_effective_conv2d": True}, True),
+        ("LOKR", {}, False),
+        ("LOKR", {"rank_dropout_scale": True}, True),
+        ("LOKR", {"r": 1, "use_effective_conv2d": True}, False),
+    ],
 )
 
 

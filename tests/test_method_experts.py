@@ -5,6 +5,7 @@ import torch
 
 import peft_fx as fx
 from peft_fx.methods import get_config, get_method
+from peft_fx.methods.stacked import on_target
 from peft_fx.target import Target
 
 STACK = Target("m", "experts", "expert", (3, 12, 8), file_path="m", by_parameter=True)
@@ -17,6 +18,18 @@ CASES = [
     ("DEFT", {"r": 4}),
     ("DEFT", {"r": 4, "decomposition_method": "qr"}),
     ("PEANUT", {"r": 4, "depth": 1}),
+    ("OSF", {"effective_rank": 3}),
+    ("GLORA", {"r": 3}),
+    ("GLORA", {"config_A_B": "vector"}),
+    ("FOURIERFT", {"n_frequency": 20}),
+    ("WAVEFT", {"n_frequency": 20, "wavelet_family": "db2", "init_weights": False}),
+    ("ADALORA", {"init_r": 3, "total_step": 10}),
+    ("LORA", {"r": 3, "use_dora": True}),
+    ("HIRA", {"r": 3}),
+    ("GRALORA", {"r": 4, "hybrid_r": 3}),
+    ("LOHA", {"r": 3}),
+    ("LOKR", {"r": 4}),
+    ("LOKR", {"r": 1, "decompose_both": True}),
 ]
 
 
@@ -24,19 +37,20 @@ CASES = [
 def test_a_stack_of_experts_is_adapted_one_by_one(name, options):
     torch.manual_seed(0)
     config = get_config(name)(**options)
-    method = get_method(name).at(STACK, config)
+    alone = get_method(name).at(ALONE, config)
+    specs = on_target(alone, STACK).tensors(STACK, config)
+    method = on_target(alone, STACK, specs)
     assert method.check(STACK, config) is None
     W = torch.randn(STACK.shape, dtype=torch.float64)
-    theta, specs = {}, method.tensors(STACK, config)
+    theta = {}
     for key, spec in specs.items():
-        theta[key] = torch.empty(spec.shape, dtype=torch.float64)
+        theta[key] = torch.empty(spec.shape, dtype=spec.dtype or torch.float64)
         spec.init(theta[key], W, *(theta[n] for n in spec.needs))
         theta[key] += 0.1 * torch.randn(spec.shape, dtype=torch.float64) if spec.trainable else 0
     stacked, _ = method.weight(W, None, theta, STACK, config)
-    alone = method.tensors(ALONE, config)
     for e in range(3):
-        one = {k: t if t.shape == alone[k].shape else t[e] for k, t in theta.items()}
-        expected, _ = method.weight(W[e], None, one, ALONE, config)
+        one = {k: t[e] if specs[k].stacked else t for k, t in theta.items()}
+        expected, _ = alone.weight(W[e], None, one, ALONE, config)
         assert torch.allclose(stacked[e], expected, atol=1e-12)
 
 

@@ -113,8 +113,8 @@ def test_it_is_exported_and_loaded_adapted_and_merged(page, tmp_path):
 
 
 def test_its_check_and_its_fields_are_enforced(page):
-    with pytest.raises(fx.RecipeError, match="not on embedding"):
-        fx.apply(c.captured("llama"), {**RECIPE, "target_modules": ["embed_tokens"]})
+    with pytest.raises(fx.RecipeError, match="defined on matrices, this weight is"):
+        fx.apply(c.captured("llama"), {**RECIPE, "target_modules": ["input_layernorm"]})
     with pytest.raises(fx.RecipeError, match="r: expected int, got 'two'"):
         fx.apply(c.captured("llama"), {**RECIPE, "r": "two"})
     with pytest.raises(fx.RecipeError, match="unknown config field 'rank' = 3"):

@@ -24,7 +24,7 @@ COLOURS = {
     "planned": "green", "active": "green", "merged": "cyan", "resident": "dim", "possible": "dim", "refused": "red",
     "unmatched": "yellow",
 }  # fmt: skip
-FORMS = {"weight": "weight form", "none": "not read"}
+FORMS = {"weight": "weight form", "replay": "runs once more", "none": "not read"}
 FREE = ("target", "difference", "inputs", "value")  # columns that may wrap
 HINT = 'choose among them with --recipe, e.g. --recipe \'{"peft_type": "LORA", "target_modules": ["%s"]}\''
 
@@ -112,7 +112,7 @@ def numbers_dimmed(name: str) -> Text:
 def noteworthy(row: Row) -> bool:
     """A target that its graph does not read, or an additive update that needs the weight form."""
     additive = not row.method or isinstance(get_method(row.method), Additive)
-    return row.lowering == "none" or (row.lowering == "weight" and additive)
+    return row.lowering == "none" or row.lowering == "replay" or (row.lowering == "weight" and additive)
 
 
 def notes(console: Console, groups: list[Group]) -> None:

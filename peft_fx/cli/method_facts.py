@@ -15,7 +15,7 @@ from ..config import AdapterConfig, default_of
 from ..errors import RecipeError
 from ..methods import INTERNAL, METHODS, get_method
 from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrite, Substitute, Tensor
-from ..passes.lowering import form_of, to_canonical
+from ..passes.lowering import forms_of, to_canonical
 from ..planning.kinds import stored_shape
 from ..planning.plan import ROOT_KEY, Placement, make_plan
 from ..target import ModuleRecord, ModuleTable
@@ -105,11 +105,11 @@ def facts(name: str) -> Facts:
         if isinstance(found, str):
             kinds[kind], refused[kind] = "", found
             continue
-        form = form_of(get_method(found[0].method))
-        kinds[kind] = "activation" if form and (form.kinds is None or kind in form.kinds) else "weight"
+        forms = forms_of(found[0].rule)
+        kinds[kind] = "activation" if forms and all(f.kinds is None or kind in f.kinds for f in forms) else "weight"
         first = first or found
     merge = not method.no_weight
-    neutral = [get_method(p.method).neutral(p.target, p.config) for p in first]
+    neutral = [p.rule.neutral(p.target, p.config) for p in first]
     several = len(first) > 1
     tensors = {f"{p.target.parameter}.{n}" if several else n: t for p in first for n, t in p.tensors.items()}
     return Facts(
@@ -142,12 +142,14 @@ def table_of(kind: str) -> ModuleTable:
 
 def starts_as_identity(p: Placement) -> bool:
     """Whether a fresh adapter leaves a random weight and its bias as they are."""
-    method, model = get_method(p.method), nn.Module()
+    method, model = p.rule, nn.Module()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         W, b = torch.randn(stored_shape(p.target)), torch.randn(SIZE) if p.target.has_bias else None
         model.layer = nn.Module()
         model.layer.register_buffer(p.target.parameter, W)
+        if p.target.has_bias:
+            model.layer.register_buffer(p.target.bias, b)
         model.peft_fx = nn.Module()
         model.peft_fx.adapters = nn.Module()
         allocate(model, p, None, trainable=False)

@@ -70,4 +70,5 @@ def show_one(f: Facts, console: Console) -> None:
     for tensor, spec in f.tensors.items():
         role = "trained" if spec.trainable else "fixed"
         saved = f"file key {spec.key.removeprefix(ROOT_KEY)}" if spec.key else "not in files"
-        console.print(f"  {tensor} {escape(str(tuple(spec.shape)))}  [dim]{role}, {saved}[/]")
+        pieces = f", in {spec.pieces.count} pieces" if spec.pieces else ""
+        console.print(f"  {tensor} {escape(str(tuple(spec.shape)))}  [dim]{role}, {saved}{pieces}[/]")

@@ -17,15 +17,17 @@ SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
 
 
-def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -> dict[str, torch.Tensor]:
+def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -> dict[str, torch.Tensor | tuple]:
     """File key -> tensor becomes state name -> tensor, one entry per tensor that some placement owns.
+
+    Of a tensor that files hold in pieces the entry is the tuple of them; whether they fit depends on the base's numbers.
 
     where: what to call the file in messages. Ignored: the base weights (`<path>.base_layer.weight`) that PEFT writes
     along with adapted embeddings and heads, if they have the base's shape; the second copies of biases that it writes
     inside modules to save, and of shared tensors under each module. Raises AdapterFileError with what is missing, left
     over, or of the wrong shape or dtype.
     """
-    wanted = {key: (p, name) for p in plan.placements for name, key, _ in p.saved()}
+    wanted = {key: (p, name) for p in plan.placements for name, _, _ in p.saved() for key in p.file_keys(name)}
     missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
     known = wanted.keys() | needless(tensors, plan)
     extra = [k for k in tensors if k not in known]
@@ -35,8 +37,12 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
         *bare_suffixes(extra, plan),
         *(f for key, (p, name) in wanted.items() if key in tensors for f in faults_of(key, tensors[key], p, name)),
     ]
-    found = {p.state_name(n): tensors[k] for k, (p, n) in wanted.items() if k in tensors and n not in p.shared}
+    found = {}
     if not faults:
+        owned = [(p, n, spec) for p in plan.placements for n, _, spec in p.saved() if n not in p.shared]
+        for p, name, spec in owned:
+            values = tuple(tensors[key] for key in p.file_keys(name))
+            found[p.state_name(name)] = values if spec.pieces else values[0]
         faults = untied(wanted, tensors, found)
     if faults:
         more = [f"... and {len(faults) - 2 * SHOWN} more"] if len(faults) > 2 * SHOWN else []
@@ -72,10 +78,15 @@ def task_heads(config: AdapterConfig) -> tuple[str, ...]:
 
 def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -> list[str]:
     spec, faults = placement.tensors[name], []
-    if tuple(tensor.shape) != tuple(spec.shape):
+    if spec.pieces is None and tuple(tensor.shape) != tuple(spec.shape):
         faults.append(f"{key}: expected shape {tuple(spec.shape)}, got {tuple(tensor.shape)}")
-    if spec.trainable and not tensor.is_floating_point():
+    if spec.pieces is None and spec.trainable and not tensor.is_floating_point():
         faults.append(f"{key}: expected floating-point numbers, got {tensor.dtype}")
+    if spec.below is not None and not faults:
+        outside = (tensor < 0) | (tensor >= torch.tensor(spec.below))
+        if tensor.is_floating_point() or outside.any():
+            found = tensor[outside][0].item() if outside.any() else tensor.dtype
+            faults.append(f"{key}: expected integers from 0 to less than {spec.below}, got {found}")
     return faults
 
 

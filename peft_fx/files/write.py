@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
-from ..methods import get_method
 from ..planning.plan import Plan
 from .read import CONFIG, TENSORS
 
@@ -55,7 +54,7 @@ def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
     if "fan_in_fan_out" not in {f.name for f in fields(config)}:
         return config
     # methods of this config, whichever variant it chose; not what all configs share
-    adapted = [p.target for p in plan.placements if isinstance(config, getattr(get_method(p.method), "Config", ()))]
+    adapted = [p.target for p in plan.placements if isinstance(config, getattr(p.rule, "Config", ()))]
     return replace(config, fan_in_fan_out=any(t.kind == "linear" and t.transposed for t in adapted))
 
 

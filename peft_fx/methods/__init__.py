@@ -13,6 +13,7 @@ from .base import Method
 
 METHODS = {
     "ADALORA": ("adalora", "AdaLoRA"),
+    "ADAMSS": ("adamss", "AdaMSS"),
     "BEFT": ("beft", "BEFT"),
     "BOFT": ("boft", "BOFT"),
     "C3A": ("c3a", "C3A"),
@@ -24,7 +25,6 @@ METHODS = {
     "GLORA": ("glora", "GLoRA"),
     "GRALORA": ("gralora", "GraLoRA"),
     "HIRA": ("hira", "HiRA"),
-    "HIRA_DROPOUT": ("hira", "HiRADropout"),
     "HRA": ("hra", "HRA"),
     "IA3": ("ia3", "IA3"),
     "IA3_INPUT": ("ia3", "IA3Input"),
@@ -34,7 +34,7 @@ METHODS = {
     "LOKR": ("lokr", "LoKr"),
     "LORA": ("lora", "LoRA"),
     "MISS": ("miss", "MiSS"),
-    "MISS_BAT": ("miss", "MissBat"),
+    "MISS_BAT": ("miss_bat", "MissBat"),
     "OFT": ("oft", "OFT"),
     "OFT_OUTPUT": ("oft", "OFTOutput"),
     "OSF": ("osf", "OSF"),
@@ -51,12 +51,11 @@ METHODS = {
     "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens"),
     "UNILORA": ("unilora", "UniLoRA"),
     "VBLORA": ("vblora", "VBLoRA"),
-    "VBLORA_TOPK": ("vblora", "VBLoRATopK"),
     "VERA": ("vera", "VeRA"),
     "WAVEFT": ("waveft", "WaveFT"),
 }
 # Chosen by a method's `at`, or placed by the fields that all configs share; not a `peft_type` that a config can have.
-INTERNAL = frozenset({"DORA", "HIRA_DROPOUT", "IA3_INPUT", "MISS_BAT", "OFT_OUTPUT", "SAVED", "TOKENS", "VBLORA_TOPK"})
+INTERNAL = frozenset({"DORA", "IA3_INPUT", "MISS_BAT", "OFT_OUTPUT", "SAVED", "TOKENS"})
 
 
 def get_method(peft_type: str) -> Method:
@@ -80,4 +79,7 @@ def get_config(peft_type: str) -> type[AdapterConfig]:
 
 def unknown(peft_type) -> RecipeError:
     public = ", ".join(sorted(METHODS.keys() - INTERNAL))
-    return RecipeError(f"peft_type {peft_type!r} is unknown; this version has: {public}")
+    return RecipeError(
+        f"peft_type {peft_type!r} is unknown; if it is a method of your own, import the module that registers it with "
+        f"@peft_fx.method first; this version has: {public}"
+    )

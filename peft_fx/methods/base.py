@@ -32,6 +32,22 @@ Theta = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """How files hold one tensor in pieces, `<key>.0`, `<key>.1`, ..., whose shapes may depend on numbers.
+
+    join: (empty tensor, pieces, *needed) -> None, or why they do not fit; needed: what `Tensor.needs` names, as for `init`.
+    split: (tensor, *others) -> `count` pieces; others: the tensors of the target that `reads` names.
+    ends: what stands behind the key, where not .0, .1, ...
+    """
+
+    count: int
+    join: Callable[..., str | None]
+    split: Callable[..., Sequence[torch.Tensor]]
+    reads: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor that a method keeps for one target.
 
@@ -43,6 +59,9 @@ class Tensor:
     dtype: None means fp32 for half-precision bases and the base's dtype otherwise. like_base: always the base's dtype.
     pad: (axis, blocks) for axes that grow with the method's rank: a smaller adapter fits into a larger one with zeros at
         the end of each of `blocks` equal parts of the axis.
+    stacked: the first axis counts experts.
+    pieces: how a file holds it, where not as one tensor.
+    below: a file's numbers are integers from 0 to less than this; nested tuples stand for limits that broadcast.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +73,13 @@ class Tensor:
     pad: tuple[tuple[int, int], ...] = ()
     needs: tuple[str, ...] = ()
     sources: tuple[Target, ...] = ()
+    stacked: bool = False
+    pieces: Pieces | None = None
+    below: int | tuple | None = None
+
+    def dtype_on(self, base: torch.dtype) -> torch.dtype:
+        """The dtype it has for a base weight of dtype `base`."""
+        return self.dtype or (base if self.like_base or base == torch.float64 else torch.float32)
 
 
 @dataclass(frozen=True)
@@ -90,12 +116,26 @@ class Method:
     Config: type[AdapterConfig]
     # operator kind -> why the method has no meaning there; {name} and {shape} are filled in
     refuses: ClassVar[dict[str, str]] = {}
-    # a Branch whose `delta` finds the base weight, in canonical layout, as theta["W"]; it writes `weight` itself
-    reads_weight: bool = False
+    # operator kind -> the registered method to use there
+    variants: ClassVar[dict[str, str]] = {}
+    # what an activation form finds in theta besides the tensors: "W", the base weight in canonical layout; "y" (a Branch
+    # only), the base's product x Wᵀ without the bias, of the dropped x where there is input dropout
+    reads: ClassVar[tuple[str, ...]] = ()
+    # what of the update sees the input before the dropout, "y" too: like `weight`, without the rest; None: nothing
+    undropped: ClassVar[Callable | None] = None
+    # True: in half precision the weight form is taken, so that a merge rounds nothing that the forward did not
+    rounds_weight: bool = False
+    # True: takes weights with an axis for experts as they are; else it sees each expert as a linear weight of its own
+    stacks: bool = False
+    drops: ClassVar[str] = ""  # the field of the config with the dropout on the update's input
+    written: ClassVar[tuple[str, ...]] = ()  # fields that are written into the graph, not held in tensors
+    # tensors and the values at which the method acts as if it were absent, whether or not a target has them all; None:
+    # there are none
+    off: ClassVar[dict[str, float] | None] = None
     no_weight: str = ""  # why no weight stands for the method, where none does: it cannot be merged then
 
     def at(self, target: Target, config: AdapterConfig) -> Method:
-        """The method to use on this target, where a config stands for several: another registered one, or itself."""
+        """The method to use, where a config stands for several: another registered one, or itself."""
         return self
 
     def places(self, chosen: Target, record: ModuleRecord, config: AdapterConfig) -> Sequence[Target]:
@@ -125,25 +165,24 @@ class Method:
         return self.weight(W, b, theta, target, config)
 
     def dropout(self, config: AdapterConfig) -> float:
-        """The config's dropout on the branch's input."""
-        return 0.0
+        """The config's dropout on the update's input."""
+        return getattr(config, self.drops) if self.drops else 0.0
 
     def input_dropout(self, target: Target, config: AdapterConfig) -> float:
-        """Dropout on this branch's input while training; needs an activation form when positive. Ids are not dropped."""
-        return 0.0 if target.kind == "embedding" else self.dropout(config)
+        """Dropout on the update's input while training, which the weight form cannot have. Ids are not dropped."""
+        return 0.0 if target.reads_ids else self.dropout(config)
 
     def activation_only(self, target: Target, config: AdapterConfig) -> str | None:
-        """What the weight form would lose; None if nothing. By default the dropout on the input."""
-        dropout = self.input_dropout(target, config)
-        return self.no_weight or (f"dropout {dropout} on the input" if dropout else None)
+        """What the weight form would lose, besides the dropout on the input; None if nothing."""
+        return self.no_weight or None
 
     def literals(self, target: Target, config: AdapterConfig) -> tuple:
-        """What of the config is written into the graph, not held in tensors: a hotswap needs the same."""
-        return ()
+        """What of the config is written into the graph: a hotswap needs the same."""
+        return tuple(getattr(config, name) for name in self.written)
 
     def neutral(self, target: Target, config: AdapterConfig) -> dict[str, float] | None:
         """Tensor name -> value that makes the method act as if it were absent; None if nothing does."""
-        return None
+        return self.off
 
     def own_rows(self, target: Target, config: AdapterConfig) -> Sequence[int]:
         """Rows of the stored weight that the adapter's own numbers stand for, whatever was there; () for updates."""
@@ -170,7 +209,8 @@ class Branch(Method):
 
     def weight(self, W, b, theta, target, config):
         flat = W.flatten(-1 - len(target.kernel)) if target.kernel else W
-        return W + self.delta(unit_vectors(flat), theta, target, config).mT.reshape(W.shape), b
+        found = {name: {"W": flat, "y": flat.mT}[name] for name in self.reads}
+        return W + self.delta(unit_vectors(flat), theta | found, target, config).mT.reshape(W.shape), b
 
 
 class InputMap(Method):
@@ -209,8 +249,12 @@ class Additive(Method):
     def factors(self, theta: Theta, target: Target, config: AdapterConfig) -> Factors:
         raise NotImplementedError
 
+    def between(self, h: torch.Tensor, axis: int, theta: Theta, target: Target, config: AdapterConfig) -> torch.Tensor:
+        """What B is applied to in the activation form: h = scale * A x, its features on `axis`, or what becomes of them."""
+        return h
+
     def weight(self, W, b, theta, target, config):
-        f = self.factors(theta, target, config)
+        f = self.factors(theta | {"W": W} if self.reads else theta, target, config)
         groups = f.A.shape[-2 - len(target.kernel)] // f.B.shape[-1]
         B = block_diagonal(f.B, groups) if groups > 1 else f.B
         A, flat = (t.flatten(-1 - len(target.kernel)) if target.kernel else t for t in (f.A, W))

@@ -3,7 +3,7 @@
     y = W x + b + v            v: (1, m), one number per output feature
 
 Only a bias is trained; where the base has none it gets one, in the forward and in a merge (PEFT refuses that merge). On
-embeddings v is added to every row. Starts as the identity, except with init_weights=False.
+embeddings v is added to every row; a norm needs a bias of its own. Starts as the identity, except with init_weights=False.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class BeftConfig(AdapterConfig):
 class BEFT(OutputMap):
     name = "BEFT"
     Config = BeftConfig
-    refuses = {
-        "norm": "BEFT adds to a product's bias; train a norm's bias with LN_TUNING or bias='all'",
-        "expert": "BEFT adds to a module's bias; experts in one parameter have none",
-    }
+    refuses = {"expert": "BEFT adds to a module's bias; experts in one parameter have none"}
+    off = {"beft_bias": 0.0}
+
+    def check(self, target, config):
+        if len(target.shape) == 1 and not target.has_bias:
+            return "BEFT adds to a bias, which this norm does not have; train its weight with LN_TUNING"
+        return None
 
     def tensors(self, target, config):
         return {"beft_bias": Tensor((1, target.out_features), zeros if config.init_weights else normal, "beft_bias")}
-
-    def neutral(self, target, config):
-        return {"beft_bias": 0.0}
 
     def map_output(self, y, theta, target, config):
         return y + theta["beft_bias"].flatten()
 
     def weight(self, W, b, theta, target, config):
         v = theta["beft_bias"].flatten()
-        if target.kind == "embedding":  # has no bias: each token's column moves
+        if target.reads_ids:  # a table has no bias: each token's column moves
             return W + v.unsqueeze(1), b
         return W, v if b is None else b + v

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import init
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, pattern_field
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, one_of, pattern_field, rank
+from ..kernels.circulant import circulant
 from .base import Branch, Tensor
-from .inits import normal, zeros
-
-INITS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
+from .inits import normal, uniform, zeros
+from .matrices import row_size
+from .shapes import nearest_divisor
 
 
 @dataclass(frozen=True)
@@ -30,65 +29,44 @@ class C3AConfig(AdapterConfig):
     peft_type = "C3A"
     absent = LORA_ONLY | {"exclude_modules"}
 
-    block_size: int = 256
+    block_size: int = rank(256)
     block_size_pattern: dict = pattern_field()
-    init_weights: bool | str = "xavier_uniform"
+    init_weights: bool | str = one_of("xavier_uniform", True, False, "gaussian", "kaiming_uniform")
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = {f"block_size_pattern[{k!r}]": v for k, v in self.block_size_pattern.items()}
-        for what, size in {"block_size": self.block_size, **sizes}.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise RecipeError(f"{what}: expected a positive integer, got {size!r}; nearest valid: 1")
-        if self.init_weights not in INITS:
-            raise RecipeError(f"init_weights={self.init_weights!r}: expected one of {INITS}")
+        for key, size in self.block_size_pattern.items():
+            check_rank(f"block_size_pattern[{key!r}]", size)
 
 
 class C3A(Branch):
     name = "C3A"
     Config = C3AConfig
     refuses = {"norm": "C3A's blocks are parts of a matrix; this weight has shape {shape}"}
+    off = {"c3a_kernel": 0.0}
 
     def block_size(self, target, config) -> int:
         return by_pattern(config.block_size_pattern, target.pattern_path, config.block_size)
 
     def check(self, target, config):
-        (m, n), q = sizes(target), self.block_size(target, config)
+        m, n, q = target.out_features, row_size(target), self.block_size(target, config)
         if m % q or n % q:
-            common = math.gcd(m, n)
-            valid = min((d for d in range(1, common + 1) if common % d == 0), key=lambda d: abs(d - q))
+            valid = nearest_divisor(q, math.gcd(m, n))
             return f"block_size={q} must divide the weight's {m} rows and {n} columns; nearest valid: {valid}"
         return None
 
     def tensors(self, target, config):
-        (m, n), q = sizes(target), self.block_size(target, config)
-        experts = (target.experts,) if target.experts else ()
+        m, n, q = target.out_features, row_size(target), self.block_size(target, config)
         starts = {True: zeros, "gaussian": normal, "kaiming_uniform": partial(uniform, n**-0.5)}
         start = starts.get(config.init_weights, partial(uniform, math.sqrt(6 / (m + n))))  # Xavier
-        return {"c3a_kernel": Tensor((*experts, m // q, n // q, q), start, "c3a_kernel")}
-
-    def neutral(self, target, config):
-        return {"c3a_kernel": 0.0}
+        return {"c3a_kernel": Tensor((m // q, n // q, q), start, "c3a_kernel")}
 
     def delta(self, x, theta, target, config):
-        k = theta["c3a_kernel"]
-        q = k.shape[-1]
-        wide = torch.promote_types(x.dtype, torch.float32)  # transforms have no half precision
-        X, K = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, q))), torch.fft.rfft(k.to(wide))
-        return torch.fft.irfft(torch.einsum("...ef,aef->...af", X, K.conj()), n=q).flatten(-2) / x.shape[-1]
+        return circulant(x, theta["c3a_kernel"]) / x.shape[-1]
 
     def weight(self, W, b, theta, target, config):
         k = theta["c3a_kernel"]
-        s = k.new_ones(k.shape[-1], dtype=torch.int64).cumsum(0)
-        D = k[..., (s - s.unsqueeze(-1)) % k.shape[-1]].transpose(-3, -2)  # (a, e, t, s) -> (a, t, e, s)
-        return W + D.reshape(W.shape) / (k.shape[-2] * k.shape[-1]), b
-
-
-def sizes(target) -> tuple[int, int]:
-    """Rows and columns of the weight, of one expert."""
-    m = target.out_features
-    return m, math.prod(target.shape) // ((target.experts or 1) * m)
-
-
-def uniform(bound, tensor, W=None):
-    init.uniform_(tensor, -bound, bound)
+        _, blocks, q = k.shape
+        s = k.new_ones(q, dtype=torch.int64).cumsum(0)
+        D = k.index_select(-1, ((s - s.unsqueeze(-1)) % q).flatten()).unflatten(-1, (q, q))  # (a, e, t, s)
+        return W + D.transpose(1, 2).reshape(W.shape) / (blocks * q), b

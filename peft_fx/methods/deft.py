@@ -1,27 +1,27 @@
 """DEFT: Decompositional Efficient Fine-Tuning (2025, NeurIPS); with para=True PaRa, Parameter Rank Reduction (2025, ICLR).
 
     W' = (I - Q Zᵀ) W + s Q R        s = alpha / r', 1 without alpha; r' = min(r, m)
+    y' = y + Q (s R dropout(x) - Zᵀ W x)
     relu: Q = P, Z = relu(P)         qr: Q = Z = qr(P).Q              P: (m, r'), R: (r', n); no R with para
 
-The removal depends on W: the weight is rewritten. On convolutions it is flattened to (m, patch). R starts as Zᵀ W / s, so that
-nothing changes; not so with init_weights=False, nor with para. Several adapters compose one after the other, where PEFT sums
-their changes of the base weight. deft_dropout is refused: it drops the input of s Q R alone, which has no product of its own.
+On convolutions W is the matrix (m, patch). Starts as the identity, R = Zᵀ W / s, except with init_weights=False or para.
+Several adapters compose one after the other, where PEFT sums their changes of the base weight.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import init
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
-from .base import Rewrite, Tensor
+from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from .base import Branch, Tensor
 from .inits import constant, scaled_normal
-from .shapes import as_matrix, columns, experts
+from .matrices import row_size
 
-PROJECTIONS = ("relu", "qr")
 STD = 0.02
 
 
@@ -29,73 +29,63 @@ STD = 0.02
 class DeftConfig(AdapterConfig):
     peft_type = "DEFT"
     absent = LORA_ONLY
-    refused = {
-        "deft_dropout": "the weight is rewritten, there is no product whose input could be dropped out; set it to 0"
-    }
 
-    r: int = 8
-    decomposition_method: str = "relu"
+    r: int = rank(8)
+    decomposition_method: str = one_of("relu", "qr")
     init_scale: float = 1.0
-    alpha: int | None = None
+    alpha: int | None = checked(None, math.isfinite, "a number")
     para: bool = False
     fan_in_fan_out: bool = False
-    deft_dropout: float = 0.0
+    deft_dropout: float = probability()
     init_weights: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_rank("r", self.r)
-        if self.decomposition_method not in PROJECTIONS:
-            raise RecipeError(f"decomposition_method={self.decomposition_method!r}: expected one of {PROJECTIONS}")
-        if not isinstance(self.alpha, (int, float, type(None))):
-            raise RecipeError(f"alpha: expected a number or None, got {self.alpha!r}")
 
-
-class DEFT(Rewrite):
+class DEFT(Branch):
     name = "DEFT"
     Config = DeftConfig
     refuses = {"norm": "DEFT projects a matrix; name the norm in modules_to_save to train it whole"}
+    reads = ("y",)
+    written = ("decomposition_method",)
 
-    def check(self, target, config):
-        if target.groups > 1:
-            return f"DEFT mixes output channels, which groups={target.groups} keep apart; nearest valid: groups=1"
-        return None
+    def dropout(self, config):
+        return 0.0 if config.para else config.deft_dropout
 
     def tensors(self, target, config):
         r = min(config.r, target.out_features)
         s = config.alpha / r if config.alpha else 1.0
-        P = Tensor((*experts(target), target.out_features, r), partial(scaled_normal, STD), "deft_P")
+        P = Tensor((target.out_features, r), partial(scaled_normal, STD), "deft_P")
         if config.para:
             return {"deft_P": P}
-        shape = (*experts(target), r, columns(target))
-        if config.init_weights:
-            R = Tensor(shape, partial(cancel, target, config, s), "deft_R", needs=("deft_P",))
-        else:
-            R = Tensor(shape, partial(scaled_normal, STD * config.init_scale), "deft_R")
+        R = Tensor((r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",))
         return {"deft_P": P, "deft_R": R, "scaling": Tensor((), partial(constant, s), trainable=False)}
-
-    def literals(self, target, config):
-        return (config.decomposition_method,)
 
     def neutral(self, target, config):
         return {"deft_P": 0.0} if config.decomposition_method == "relu" else None
 
+    def delta(self, x, theta, target, config):
+        Q, Z = projection(theta["deft_P"], config)
+        added = 0 if config.para else (x @ theta["deft_R"].mT) * theta["scaling"]
+        return (added - theta["y"] @ Z) @ Q.mT
+
     def weight(self, W, b, theta, target, config):
-        flat, (Q, Z) = as_matrix(W, target), projection(theta["deft_P"], config)
-        change = -(Z.mT @ flat)
-        if not config.para:
-            change = change + theta["scaling"] * theta["deft_R"]
-        return (flat + Q @ change).reshape(W.shape), b
+        Q, Z = projection(theta["deft_P"], config)
+        added = theta["scaling"] * theta["deft_R"] if "deft_R" in theta else 0
+        return W + (Q @ (added - Z.mT @ W.flatten(1))).reshape(W.shape), b
+
+    def undropped(self, W, b, theta, target, config):
+        return self.weight(W, b, {"deft_P": theta["deft_P"]}, target, config)
 
 
 def projection(P, config):
     """Q and Z of the projection Q Zᵀ."""
     if config.decomposition_method == "relu":
         return P, P.relu()
-    Q, _ = torch.linalg.qr(P)
+    Q = torch.linalg.qr(P).Q
     return Q, Q
 
 
-def cancel(target, config, s, R, W, P):
+def inject(config, s, R, W, P):
+    if not config.init_weights:
+        return init.normal_(R, std=STD * config.init_scale)
     _, Z = projection(P.to(R.dtype), config)
-    R.copy_(Z.mT @ as_matrix(W, target).to(R.dtype) / s)
+    return R.copy_(Z.mT @ W.flatten(1).to(R.dtype) / s)

@@ -2,11 +2,14 @@
 
     V  = W + s B A                                       A, B, s: as in LoRA
     W' = m * V / ||V||                                   m: (out,), one magnitude per row; the norm is over all other axes
+    y' = y + (c - 1) W x + c s B (A x)                   c = m / ||V||
+    ||V||² = ||W||² + 2 s <W Aᵀ, B> + s² <B (A Aᵀ), B>   row by row, so that B A is never made
 
 The norm counts as a constant in the gradient (section 4.3 of the paper). m starts as the norms of V, so that the method
-starts where LoRA does, as the identity. Files hold m as (out,), on convolutions as (1, out, 1, ...).
+starts where LoRA does, as the identity. Files hold m as (out,), on convolutions as (1, out, 1, ...). Experts, which PEFT
+refuses: A (experts, r, in), B (experts, out, r) and m (experts, out).
 Deviations from PEFT: grouped and dilated convolutions work; a row of zeros stays zero, where PEFT has 0 / 0. Input dropout
-would reach W x too, whose weight is rewritten here, and is refused.
+reaches W x too, as in PEFT: y' = y + (W' - W) dropout(x).
 """
 
 from __future__ import annotations
@@ -15,25 +18,21 @@ from functools import partial
 
 import torch
 
-from .base import Rewrite, Tensor, block_diagonal
+from .base import Branch, Tensor, block_diagonal
 from .lora import LoRA, LoraConfig
 
 
-class DoRA(Rewrite):
+class DoRA(Branch):
     name = "DORA"
     Config = LoraConfig
-    refuses = LoRA.refuses | {
-        "expert": "DoRA has no key for the magnitudes of experts in PEFT's files; set use_dora=False"
-    }
+    refuses = LoRA.refuses
+    reads = ("W", "y")
+    drops = "lora_dropout"
     lora = LoRA()
 
     def check(self, target, config):
         if config.lora_bias:
             return "lora_bias is not part of DoRA; set one of lora_bias and use_dora to False"
-        if self.lora.input_dropout(target, config):
-            return (
-                f"DoRA rewrites the weight, which has no input to drop: lora_dropout={config.lora_dropout}; set it to 0"
-            )
         return self.lora.check(target, config)
 
     def dense_groups(self, target):
@@ -47,14 +46,29 @@ class DoRA(Rewrite):
 
     def weight(self, W, b, theta, target, config):
         V, _ = self.lora.weight(W, None, theta, target, config)
-        norm = row_norms(V).detach().clamp_min(torch.finfo(V.dtype).tiny)
-        factor = theta["lora_magnitude_vector"].flatten() / norm
-        return V * factor.reshape(-1, *(1,) * (V.dim() - 1)), b
+        return V * share(theta, row_norms(V).detach()).reshape(-1, *(1,) * (V.dim() - 1)), b
+
+    def delta(self, x, theta, target, config):
+        f = self.lora.factors(theta, target, config)
+        c = share(theta, norms_of_sum(*(t.detach() for t in (theta["W"], f.A, f.scale * f.B))).to(x.dtype))
+        return (c - 1) * theta["y"] + c * (x @ f.A.mT @ (f.scale * f.B).mT)
+
+
+def share(theta, norms):
+    """c = m / ||V||, finite on rows of zeros."""
+    return theta["lora_magnitude_vector"].flatten() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def row_norms(W):
     """(out,): the norm of everything that leads to one output feature."""
     return torch.linalg.vector_norm(W, dim=tuple(range(1, W.dim())))
+
+
+def norms_of_sum(W, A, B):
+    """`row_norms` of W + B A, in fp32 at least: the terms may cancel."""
+    W, A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (W, A, B))
+    update = 2 * (W @ A.mT) + B @ (A @ A.mT)
+    return (row_norms(W).square() + (update * B).sum(-1)).clamp_min(0).sqrt()
 
 
 def norms_at_start(lora, target, config, names, tensor, W, *values):

@@ -1,6 +1,7 @@
 """FourierFT: discrete Fourier transform of a sparse spectrum (Gao et al. 2024, arXiv 2405.03003).
 
     W' = W + scaling * Re(ifft2(C))        C[p] = spectrum, zero elsewhere; ifft2 carries 1 / (out * in)
+    y' = y + scaling * Re(ifft(C ifft(x)))
 
 Not the identity at the start: as in PEFT the spectrum is normal, unless init_weights is set. n_frequency_pattern also matches
 modules at the top of the model, which PEFT passes over. PEFT has linear weights only.
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from .inits import normal, zeros
 from .spectral import Spectral, SpectralConfig
 
 
@@ -27,9 +27,11 @@ class FourierFT(Spectral):
     name = "FOURIERFT"
     Config = FourierFTConfig
     spectrum = "fourierft_spectrum"
+    std = 1.0
+    off = {"fourierft_spectrum": 0.0}
 
-    def start(self, config):
-        return zeros if config.init_weights else normal
+    def analysis(self, x, theta, config):
+        return torch.fft.ifft(x)
 
-    def transform(self, C, theta, config):
-        return torch.fft.ifft2(C).real
+    def synthesis(self, c, size, theta, config):
+        return torch.fft.ifft(c)

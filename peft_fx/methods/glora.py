@@ -10,20 +10,14 @@ experts as well. Several active adapters compose in their order, where PEFT sums
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, one_of, rank
 from .base import Rewrite, Tensor
-from .inits import each, kaiming, scaled_normal, zeros
+from .inits import kaiming, scaled_normal, zeros
+from .matrices import row_size
 
-FORMS = {
-    "config_A_B": ("lora", "vector", "constant", "none"),
-    "config_C": ("lora", "vector", "none"),
-    "config_D_E": ("constant", "none", "vector"),
-}
 FIELD = dict(A="config_A_B", B="config_A_B", C="config_C", D="config_D_E", E="config_D_E")
 
 
@@ -31,82 +25,54 @@ FIELD = dict(A="config_A_B", B="config_A_B", C="config_C", D="config_D_E", E="co
 class GloraConfig(AdapterConfig):
     peft_type = "GLORA"
     absent = LORA_ONLY | {"exclude_modules", "layers_pattern", "layers_to_transform"}
+    ranked = "r"
 
-    r: int = 8
-    config_A_B: str = "lora"
-    config_C: str = "lora"
-    config_D_E: str = "constant"
+    r: int = rank(8)
+    config_A_B: str = one_of("lora", "vector", "constant", "none")
+    config_C: str = one_of("lora", "vector", "none")
+    config_D_E: str = one_of("constant", "none", "vector")
     init_weights: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_rank("r", self.r)
-        for field, forms in FORMS.items():
-            if getattr(self, field) not in forms:
-                raise RecipeError(f"{field}={getattr(self, field)!r}: expected one of {forms}")
-
-    def with_rank(self, rank):
-        return replace(self, r=rank)
 
 
 class GLoRA(Rewrite):
     name = "GLORA"
-    refuses = {"norm": "GLoRA rewrites matrices; this weight has shape {shape}"}
     Config = GloraConfig
-
-    def form(self, term: str, target, config) -> str:
-        return "none" if term in "CDE" and not target.has_bias else getattr(config, FIELD[term])
+    refuses = {"norm": "GLoRA rewrites matrices; this weight has shape {shape}"}
+    off = {f"glora_{term}_{part}": 0.0 for term in FIELD for part in ("Xd", "X")}
 
     def tensors(self, target, config):
-        experts = target.shape[:1] if target.experts else ()
-        m, n = target.out_features, target.in_features // target.groups * math.prod(target.kernel)
-        size = {"A": (*experts, m, n), "B": (*experts, m, n), "C": (n, 1), "D": (m,), "E": (m,)}
-        spec = {}
-        for term, shape in size.items():
-            forms = described(shape, config.r, config.init_weights)
-            for part, tensor in forms[self.form(term, target, config)].items():
+        m, n, spec = target.out_features, row_size(target), {}
+        for term, shape in {"A": (m, n), "B": (m, n), "C": (n, 1), "D": (m,), "E": (m,)}.items():
+            form = "none" if term in "CDE" and not target.has_bias else getattr(config, FIELD[term])
+            for part, tensor in parts(form, shape, config).items():
                 spec[f"glora_{term}_{part}"] = replace(tensor, key=f"glora_{term}.{part}")
         return spec
 
-    def neutral(self, target, config):
-        forms = {term: self.form(term, target, config) for term in FIELD}
-        return {f"glora_{t}_{'Xd' if f == 'lora' else 'X'}": 0.0 for t, f in forms.items() if f != "none"}
-
-    def term(self, name: str, theta, target, config):
-        """The matrix, vector or number of one term; None if it is zero."""
-        form = self.form(name, target, config)
-        if form == "none":
-            return None
-        return theta[f"glora_{name}_Xd"] @ theta[f"glora_{name}_Xu"] if form == "lora" else theta[f"glora_{name}_X"]
-
     def weight(self, W, b, theta, target, config):
-        A, B, C, D, E = (self.term(name, theta, target, config) for name in FIELD)
-        flat = W.flatten(1) if target.kernel else W
-        new = flat if A is None else flat + flat * A
-        new = new if B is None else new + B
-        if b is not None:
-            new_b = b if D is None else b + b * D
-            new_b = new_b if E is None else new_b + E
-            b = new_b if C is None else new_b + (flat @ C).squeeze(-1)
-        return new.reshape(W.shape), b
+        A, B, C, D, E = (value(theta, f"glora_{term}_") for term in FIELD)
+        flat = W.flatten(1)
+        b = None if b is None else affine(b, D, E)
+        b = b if C is None else b + (flat @ C).squeeze(-1)
+        return affine(flat, A, B).reshape(W.shape), b
 
 
-def described(shape: tuple[int, ...], r: int, identity: bool) -> dict[str, dict[str, Tensor]]:
-    """Form of a term of this shape -> its tensors, still without keys."""
-    *rows, n = shape if len(shape) > 1 else (*shape, 1)
-    stack, m, axis = tuple(rows[:-1]), rows[-1], len(rows) - 1
-    start = partial(each, kaiming) if stack else kaiming
-    row = kaiming if len(shape) == 2 else partial(each, kaiming) if stack else kaiming_row
-    return {
-        "lora": {
-            "Xd": Tensor((*stack, m, r), zeros if identity else start, pad=((axis + 1, 1),)),
-            "Xu": Tensor((*stack, r, n), start, pad=((axis, 1),)),
-        },
-        "vector": {"X": Tensor((m,) if len(shape) == 1 else (*stack, m, 1), zeros if identity else row)},
-        "constant": {"X": Tensor((1,), zeros if identity else partial(scaled_normal, 0.02))},
-        "none": {"zeros": Tensor(shape, zeros, trainable=False)},
-    }
+def parts(form: str, shape: tuple[int, ...], config) -> dict[str, Tensor]:
+    """The tensors of a term of this form and shape."""
+    start = zeros if config.init_weights else partial(scaled_normal, 0.02) if form == "constant" else kaiming
+    if form == "none":
+        return {"zeros": Tensor(shape, zeros, trainable=False)}
+    if form == "lora":
+        Xu = Tensor((config.r, *shape[1:]), kaiming, pad=((0, 1),))
+        return {"Xd": Tensor((shape[0], config.r), start, pad=((1, 1),)), "Xu": Xu}
+    return {"X": Tensor((1,) if form == "constant" else (shape[0], 1)[: len(shape)], start)}
 
 
-def kaiming_row(tensor, W=None):
-    kaiming(tensor.unsqueeze(0))
+def value(theta, name: str):
+    """The matrix, vector or number of a term; None if it is zero."""
+    return theta[f"{name}Xd"] @ theta[f"{name}Xu"] if f"{name}Xd" in theta else theta.get(f"{name}X")
+
+
+def affine(value, factor, term):
+    """value (1 + factor) + term, where there are such."""
+    value = value if factor is None else value + value * factor
+    return value if term is None else value + term

@@ -33,24 +33,23 @@ class IA3Config(AdapterConfig):
         if isinstance(inner, list) and isinstance(targets, list) and (extra := set(inner) - set(targets)):
             raise RecipeError(f"feedforward_modules: {sorted(extra)} are not in target_modules {targets}")
 
-
-def feeds_forward(path: str, config: IA3Config) -> bool:
-    names = config.feedforward_modules or ()
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == n or path.endswith(f".{n}") for n in names)
+    def feeds_forward(self, path: str) -> bool:
+        names = self.feedforward_modules or ()
+        if isinstance(names, str):
+            return re.fullmatch(names, path) is not None
+        return any(path == n or path.endswith(f".{n}") for n in names)
 
 
 class IA3(OutputMap):
     name = "IA3"
-    refuses = {"norm": "IA3 scales the features of a product; a norm's weight does that already"}
     Config = IA3Config
+    refuses = {"norm": "IA3 scales the features of a product; a norm's weight does that already"}
 
     def at(self, target, config):
-        return IA3Input() if feeds_forward(target.path, config) else self
+        return IA3Input() if config.feeds_forward(target.path) else self
 
     def tensors(self, target, config):
-        return {"ia3_l": Tensor(shape_of(target, target.out_features, axis=0), start(config), "ia3_l")}
+        return {"ia3_l": factors((target.out_features, 1), target, config)}
 
     def map_output(self, y, theta, target, config):
         return y * theta["ia3_l"].flatten()
@@ -62,25 +61,17 @@ class IA3Input(InputMap):
     refuses = IA3.refuses
 
     def tensors(self, target, config):
-        return {"ia3_l": Tensor(shape_of(target, target.in_features, axis=1), start(config), "ia3_l")}
+        return {"ia3_l": factors((1, target.in_features), target, config)}
 
     def map_input(self, x, theta, target, config):
         return x * theta["ia3_l"].flatten()
 
-    def weight(self, W, b, theta, target, config):  # channels, not patches, are scaled on convolutions
-        scale = theta["ia3_l"].flatten()
-        if target.groups > 1:  # row block g reads the g-th part of the channels
-            scale = scale.unflatten(0, (target.groups, -1)).repeat_interleave(W.shape[0] // target.groups, 0)
-            return W * scale.reshape(*scale.shape, *(1,) * len(target.kernel)), b
-        return W * scale.reshape(-1, *(1,) * len(target.kernel)), b
+    def weight(self, W, b, theta, target, config):  # of convolutions the channels are scaled, not the patch
+        scale = theta["ia3_l"].reshape(target.groups, 1, -1, *(1,) * len(target.kernel))
+        return (W.unflatten(0, (target.groups, -1)) * scale).flatten(0, 1), b  # row block g reads channels of group g
 
 
-def shape_of(target, size: int, axis: int) -> tuple[int, ...]:
-    """PEFT's shapes: (m, 1) and (1, n) on matrices, (1, c, 1, ...) on convolutions."""
-    if target.kernel:
-        return (1, size, *(1,) * len(target.kernel))
-    return (size, 1) if axis == 0 else (1, size)
-
-
-def start(config):
-    return ones if config.init_ia3_weights else normal
+def factors(shape: tuple[int, int], target, config) -> Tensor:
+    """One axis counts; on convolutions PEFT files (1, features, 1, ...)."""
+    filed = (1, max(shape), *(1,) * len(target.kernel)) if target.kernel else shape
+    return Tensor(filed, ones if config.init_ia3_weights else normal, "ia3_l")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch.nn import init
 
@@ -29,15 +30,39 @@ def scaled_normal(std, tensor, W=None):
     init.normal_(tensor, std=std)
 
 
+def normal_around_one(std, tensor, W=None):
+    """For `partial(normal_around_one, std)`."""
+    init.normal_(tensor, mean=1.0, std=std)
+
+
+def near(value, config):
+    """`value`; with init_weights=False normal noise around it."""
+    return partial(constant, value) if config.init_weights else partial(around, value)
+
+
+def around(value, tensor, W=None):
+    init.normal_(tensor, value, 0.1)
+
+
+def near_eye(config):
+    """The identity matrix; with init_weights=False normal noise around it."""
+    return partial(eye_and_noise, 0.0 if config.init_weights else 0.1)
+
+
+def eye_and_noise(std, tensor, W=None):
+    init.normal_(tensor, std=std)
+    tensor.diagonal().add_(1.0)
+
+
 def kaiming(tensor, W=None):
-    """Uniform in +-1/sqrt(fan_in), fan_in = second axis times the receptive field."""
-    init.kaiming_uniform_(tensor, a=math.sqrt(5))
+    """Uniform in +-1/sqrt(fan_in), fan_in = second axis times the receptive field; a vector is one row."""
+    init.kaiming_uniform_(tensor if tensor.dim() > 1 else tensor.unsqueeze(0), a=math.sqrt(5))
 
 
-def each(initialise, tensor, W=None):
-    """For `partial(each, kaiming)`: every matrix of a stack on its own."""
-    for matrix in tensor:
-        initialise(matrix)
+def kaiming_blocks(tensor, W=None):
+    """(blocks, fan_in, r): each block is the transpose of a `kaiming` matrix."""
+    for block in tensor:
+        kaiming(block.mT)
 
 
 def uniform(bound, tensor, W=None):

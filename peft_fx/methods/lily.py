@@ -11,11 +11,10 @@ Deviations from PEFT: a second adapter shares too; "all-linear" and default targ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, checked, rank
 from .base import Branch, Tensor, Together
 from .inits import constant, kaiming, zeros
 
@@ -24,34 +23,23 @@ from .inits import constant, kaiming, zeros
 class LilyConfig(AdapterConfig):
     peft_type = "LILY"
     absent = LORA_ONLY | {"bias"}
+    ranked = "r"
 
-    r: int = 32
-    stride_A: int = 1
-    num_B: int = 2
+    r: int = rank(32)
+    stride_A: int = checked(1, lambda n: n >= 1, "at least 1")
+    num_B: int = checked(2, lambda n: n >= 2, "at least 2, as the router has nothing to choose from one")
     scaling: float = 1.0
     init_weights: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_rank("r", self.r)
-        if self.stride_A < 1:
-            raise RecipeError(f"stride_A={self.stride_A}: expected at least 1")
-        if self.num_B < 2:
-            raise RecipeError(f"num_B={self.num_B}: expected at least 2, as the router has nothing to choose from one")
 
-    def with_rank(self, rank):
-        return replace(self, r=rank)
+OTHER = "Lily routes the inputs of linear layers: no weight stands for that on another operator; this one is {shape}"
 
 
 class Lily(Branch):
     name = "LILY"
     Config = LilyConfig
+    refuses = dict.fromkeys(("conv1d", "conv2d", "conv3d", "embedding", "expert", "norm"), OTHER)
     no_weight = "an update that depends on the input"
-
-    def check(self, target, config):
-        return (
-            None if target.kind == "linear" else f"Lily routes the inputs of linear layers; this is kind {target.kind}"
-        )
 
     def tensors(self, target, config):
         return {
@@ -64,10 +52,8 @@ class Lily(Branch):
         for t in targets:
             groups.setdefault((suffix(t.path, config), t.shape), []).append(t.name)
         for (_, (m, n)), members in groups.items():
-            B = Tensor(
-                (config.num_B * config.r, m), zeros if config.init_weights else kaiming, ".lily_B.weight",
-                pad=((0, config.num_B),),
-            )  # fmt: skip
+            start, rows = zeros if config.init_weights else kaiming, config.num_B * config.r
+            B = Tensor((rows, m), start, ".lily_B.weight", pad=((0, config.num_B),))
             grouped.append(({"lily_B": B}, tuple(members)))
             for i in range(0, len(members), config.stride_A):
                 A = Tensor((config.r, n), kaiming, ".lily_A.weight", pad=((0, 1),))

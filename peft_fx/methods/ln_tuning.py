@@ -16,6 +16,8 @@ from ..target import ModuleRecord, Target
 from .base import Substitute, Tensor
 from .inits import copy_base
 
+TRAINED = {"parameter": True, "buffer": False}  # kind of what a module owns -> whether its copy is trained
+
 
 @dataclass(frozen=True)
 class LNTuningConfig(AdapterConfig):
@@ -33,12 +35,12 @@ class LNTuning(Substitute):
         whole = replace(chosen, transposed=False, groups=1, bias="", has_bias=False)
         return [
             replace(whole, parameter=name, kind=kind, shape=shape)
-            for kind, owned in (("parameter", record.parameters), ("buffer", record.buffers))
+            for kind, owned in zip(TRAINED, (record.parameters, record.buffers), strict=True)
             for name, shape in owned.items()
         ]
 
     def check(self, target, config):
-        if target.kind in ("parameter", "buffer"):
+        if target.kind in TRAINED:
             return None
         return "LN_TUNING copies modules that own their numbers: no MultiheadAttention, no target_parameters"
 
@@ -46,8 +48,8 @@ class LNTuning(Substitute):
         return range(target.shape[0]) if target.shape else (0,)
 
     def tensors(self, target, config):
-        key, trainable = f"ln_tuning_layers.{target.parameter}", target.kind == "parameter"
-        return {"own": Tensor(target.shape, copy_base, key, trainable=trainable, like_base=True)}
+        key = f"ln_tuning_layers.{target.parameter}"
+        return {"own": Tensor(target.shape, copy_base, key, trainable=TRAINED[target.kind], like_base=True)}
 
     def weight(self, W, b, theta, target, config):
         return theta["own"].to(W.dtype), b

@@ -8,24 +8,26 @@ small enough: w1 = w1_a w1_b (decompose_both and r < max(l, c) / 2), w2 = w2_a w
 use_effective_conv2d, on kernels larger than one, w2[p, q, *h] = sum_ij t2[i, j, *h] w2_a[i, p] w2_b[j, q].
 
 Starts as the identity (w1 = 0; init_weights="lycoris": w2 = 0). PEFT has linear weights, Conv1d and Conv2d; there the update
-ignores padding_mode, and the effective form of Conv1d raises. Conv1d with a whole w2 follows PEFT's files to the letter: kron
-of a matrix and a 3-d tensor, reshaped, which is not the Kronecker product tap by tap.
+ignores padding_mode, and the effective form of Conv1d raises. Conv1d with a whole w2 is PEFT's to the letter: kron of a matrix
+and a 3-d tensor, reshaped, which is not the Kronecker product tap by tap.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ..errors import RecipeError
-from .base import Branch, Tensor
-from .inits import constant, each, kaiming, zeros
+from ..config import one_of
+from .base import Tensor
+from .inits import kaiming, zeros
 from .lycoris import Lycoris, LycorisConfig, core_shape, with_core
+from .scales import fixed
+from .shapes import factorization
 
-INITS = (True, False, "lycoris")
+# init_weights -> what of it starts at zero
+AT_ZERO = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
 
 
 @dataclass(frozen=True)
@@ -35,87 +37,42 @@ class LoKrConfig(LycorisConfig):
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    init_weights: bool | str = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.init_weights not in INITS:
-            raise RecipeError(f"init_weights={self.init_weights!r}: expected one of {INITS}")
+    init_weights: bool | str = one_of(True, False, "lycoris")
 
 
-class LoKr(Lycoris, Branch):
+class LoKr(Lycoris):
     name = "LOKR"
     Config = LoKrConfig
-
-    def literals(self, target, config):
-        return *super().literals(target, config), config.rank_dropout_scale
-
-    def mean_scaled(self, config):
-        return config.rank_dropout_scale
-
-    def neutral(self, target, config):
-        return {self.split(target, config)[0][0]: 0.0}
-
-    def split(self, target, config) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, int, int, int]]:
-        """Names of the tensors of w1 and of w2, and (l, c, k, d)."""
-        r, columns = self.rank(target, config), target.in_features // target.groups
-        (l, k), (c, d) = (factorization(size, config.decompose_factor) for size in (target.out_features, columns))
-        first = ("lokr_w1_a", "lokr_w1_b") if config.decompose_both and r < max(l, c) / 2 else ("lokr_w1",)
-        second = ("lokr_w2_a", "lokr_w2_b") if r < max(k, d) / 2 else ("lokr_w2",)
-        if len(second) == 2 and self.effective(target, config):
-            second = (*second, "lokr_t2")
-        return first, second, (l, c, k, d)
+    off = {"lokr_w1": 0.0, "lokr_w1_a": 0.0}
 
     def tensors(self, target, config):
-        first, second, (l, c, k, d) = self.split(target, config)
-        r, kernel = self.rank(target, config), target.kernel
-        E = target.shape[:1] if target.experts else ()
-        row, column = ((len(E), 1),), ((len(E) + 1, 1),)
-        core = len(second) == 3
-        described = {
-            "lokr_w1": ((*E, l, c), ()),
-            "lokr_w1_a": ((*E, l, r), column),
-            "lokr_w1_b": ((*E, r, c), row),
-            "lokr_w2": ((*E, k, d, *kernel), ()),
-            "lokr_w2_a": ((r, k), row) if core else ((*E, k, r), column),
-            "lokr_w2_b": ((r, d), row) if core else ((*E, r, d * math.prod(kernel)), row),
-            "lokr_t2": (core_shape(r, target), ((0, 1), (1, 1))),
-        }
-        start = partial(each, kaiming) if E else kaiming
-        first_zero = {True: first[0], "lycoris": second[:2][-1], False: None}[config.init_weights]
-        spec = {"scaling": Tensor((), partial(constant, self.scaling(target, config)), trainable=False)}
-        for name in (*first, *second):
-            shape, pad = described[name]
-            spec[name] = Tensor(shape, zeros if name == first_zero else start, name, pad=pad)
-        return spec
+        r, kernel, factor = self.rank(target, config), target.kernel, config.decompose_factor
+        (l, k), (c, d) = (factorization(size, factor) for size in (target.out_features, target.shape[1]))
+        row, column = ((0, 1),), ((1, 1),)  # where the rank is
+        w1, w2 = {"lokr_w1": ((l, c), ())}, {"lokr_w2": ((k, d, *kernel), ())}
+        if config.decompose_both and r < max(l, c) / 2:
+            w1 = {"lokr_w1_a": ((l, r), column), "lokr_w1_b": ((r, c), row)}
+        if r < max(k, d) / 2:
+            w2 = {"lokr_w2_a": ((k, r), column), "lokr_w2_b": ((r, d * math.prod(kernel)), row)}
+            if self.effective(target, config):
+                w2 = {"lokr_w2_a": ((r, k), row), "lokr_w2_b": ((r, d), row)}
+                w2["lokr_t2"] = (core_shape(r, target), row + column)
+        start = dict.fromkeys(AT_ZERO[config.init_weights], zeros)
+        spec = {name: Tensor(s, start.get(name, kaiming), name, pad=pad) for name, (s, pad) in (w1 | w2).items()}
+        return {"scaling": fixed(self.scaling(target, config))} | spec
 
-    def pair(self, theta, target, config):
+    def pair(self, theta, target):
         """w1 and w2, the latter (k, d * kernel), or 3-d where PEFT's quirk needs it."""
-        first, second, _ = self.split(target, config)
-        w1 = theta[first[0]] if len(first) == 1 else theta[first[0]] @ theta[first[1]]
-        if len(second) == 3:
-            return w1, with_core(theta["lokr_t2"], theta["lokr_w2_a"], theta["lokr_w2_b"]).flatten(1)
-        if len(second) == 2:
-            return w1, theta["lokr_w2_a"] @ theta["lokr_w2_b"]
-        w2 = theta["lokr_w2"]
-        return w1, w2.flatten(1) if len(target.kernel) > 1 else w2
+        w1 = theta["lokr_w1"] if "lokr_w1" in theta else theta["lokr_w1_a"] @ theta["lokr_w1_b"]
+        if "lokr_w2" in theta:
+            return w1, theta["lokr_w2"].flatten(1) if len(target.kernel) > 1 else theta["lokr_w2"]
+        a, b = theta["lokr_w2_a"], theta["lokr_w2_b"]
+        return w1, with_core(theta["lokr_t2"], a, b).flatten(1) if "lokr_t2" in theta else a @ b
 
     def update(self, theta, target, config):
-        w1, w2 = self.pair(theta, target, config)
-        if target.kernel and w2.dim() == 3:
-            return theta["scaling"] * torch.kron(w1, w2)
-        return theta["scaling"] * torch.einsum("...lc,...kd->...lkcd", w1, w2).flatten(-4, -3).flatten(-2)
+        return theta["scaling"] * torch.kron(*self.pair(theta, target))
 
     def delta(self, x, theta, target, config):
-        w1, w2 = self.pair(theta, target, config)
+        w1, w2 = self.pair(theta, target)
         y = theta["scaling"] * (w1 @ (x.unflatten(-1, (w1.shape[-1], -1)) @ w2.mT)).flatten(-2)
         return self.dropped(y, target, config)
-
-
-def factorization(size: int, factor: int) -> tuple[int, int]:
-    """(factor, size / factor) if that divides, else the divisors closest to the root, the smaller one first and <= factor."""
-    if factor > 0 and size % factor == 0:
-        return factor, size // factor
-    largest = size if factor == -1 else factor
-    small = max(i for i in range(1, math.isqrt(size) + 1) if size % i == 0 and i <= max(largest, 1))
-    return small, size // small

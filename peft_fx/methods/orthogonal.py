@@ -1,17 +1,11 @@
-"""What the methods that rotate have in common: skew matrices, their Cayley transform, block rotations, and the axes."""
+"""What the methods that rotate have in common: skew matrices, their Cayley transform, and blocks left out while training."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch.nn import functional as F
 
-
-def patch_size(target) -> int:
-    """Numbers that one output feature reads: the input features, or a convolution's patch."""
-    return math.prod(target.shape[-1 - len(target.kernel) :] if target.kernel else target.shape[-1:])
-
+from ..config import checked
 
 # Kinds whose inputs cannot be mixed (`Method.refuses`).
 NO_INPUTS = {
@@ -20,9 +14,9 @@ NO_INPUTS = {
 }
 
 
-def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of n that is nearest to `wanted`, the smaller one of two that are equally near."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+def terms():
+    """The field of a config for the terms of `neumann`."""
+    return checked(5, lambda t: t >= 2, "2 or more, as 1 is no rotation")
 
 
 def single(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,24 +37,47 @@ def identity_like(S: torch.Tensor) -> torch.Tensor:
     return torch.diag_embed(S.new_ones(S.shape[-1]))
 
 
+def shortened(Q: torch.Tensor, longest: float) -> torch.Tensor:
+    """(..., c, c), each of at most that Frobenius norm."""
+    norm = torch.linalg.vector_norm(Q, dim=(-2, -1), keepdim=True)
+    return torch.where(norm > longest, Q * (longest / (norm + 1e-12)), Q)
+
+
 def cayley(S: torch.Tensor) -> torch.Tensor:
     """(I - S)(I + S)^-1, orthogonal for skew-symmetric S."""
     wide, eye = single(S), identity_like(single(S))
     return torch.linalg.solve(eye + wide, (eye - wide).expand_as(wide), left=False).to(S.dtype)
 
 
-def neumann(S: torch.Tensor, terms: int) -> torch.Tensor:
-    """I + 2 (S + ... + S^(t - 2)) + S^(t - 1), near (I + S)(I - S)^-1; 2 terms: I + 2 S. As in PEFT, 3 terms are 4."""
-    R, power = identity_like(S) + 2 * S, S
+def neumann(S: torch.Tensor, terms: int, longest: float | None = None) -> torch.Tensor:
+    """I + 2 (S + ... + S^(t - 2)) + S^(t - 1), near (I + S)(I - S)^-1; 2 terms: I + 2 S. As in PEFT, 3 terms are 4.
+
+    longest: the norm that S is first brought down to.
+    """
+    S = S if longest is None else shortened(S, longest)
+    R, power = torch.add(identity_like(S), S, alpha=2), S
     if terms == 2:
         return R
     for _ in range(max(terms, 4) - 3):
         power = power @ S
-        R = R + 2 * power
+        R = torch.add(R, power, alpha=2)
     return R + power @ S
 
 
-def rotate_blocks(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
-    """x blockdiag(R): x (..., D c), R (D, c, c), or (E, D, c, c) for x (E, k, D c) or (k, D c)."""
-    R = R.unsqueeze(-4) if R.dim() > 3 else R
-    return torch.einsum("...dk,...dkc->...dc", x.unflatten(-1, R.shape[-3:-1]), R).flatten(-2)
+def without_blocks(R: torch.Tensor, p: float) -> torch.Tensor:
+    """R (D, c, c): while training, each block is left out with probability p."""
+    kept = F.dropout(R.new_ones((len(R), 1, 1)), p, True) > 0
+    return torch.where(kept, R, identity_like(R))
+
+
+def without_blocks_of_one(R: torch.Tensor, count: int) -> torch.Tensor:
+    """R (N, D, c, c): while training, `count` of the blocks of one of N, both at random, are left out."""
+    if not count:
+        return R
+    N, D = R.shape[:2]
+    # 24 random bits, 0 or 2, are a random number; in evaluation all are 1
+    bits = F.dropout(R.new_ones((N, D + 1, 24), dtype=torch.float32), 0.5, True)
+    number = (bits * bits.new_full((24,), 0.5).cumprod(0)).sum(-1)
+    one, block = number[:, :1].argsort(0).argsort(0) == 0, number[:, 1:].argsort(1).argsort(1) < count
+    out = one & block & (bits[:, 1:, 0] != 1)
+    return torch.where(out[..., None, None], identity_like(R), R)

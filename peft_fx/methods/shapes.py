@@ -1,35 +1,28 @@
-"""The weight seen as a matrix, or as one matrix per expert: (experts?, out, in / groups * kernel...)."""
-
-from __future__ import annotations
+"""Sizes that have to fit."""
 
 import math
-from functools import partial
-
-import torch
-
-from ..target import Target
-from .inits import each
 
 
-def experts(target: Target) -> tuple[int, ...]:
-    """Leading axes of tensors that each expert has of its own."""
-    return () if target.experts is None else (target.experts,)
-
-
-def per_expert(initialise, target: Target):
-    """An initialiser of matrices, for one matrix or for a stack of them."""
-    return initialise if target.experts is None else partial(each, initialise)
-
-
-def columns(target: Target) -> int:
-    """Columns of the weight seen as a matrix: the patch on convolutions."""
-    return math.prod(target.shape[len(experts(target)) + 1 :])
-
-
-def as_matrix(W: torch.Tensor, target: Target) -> torch.Tensor:
-    return W.flatten(-1 - len(target.kernel)) if target.kernel else W
+def divisors(size: int) -> list[int]:
+    return [d for d in range(1, size + 1) if size % d == 0]
 
 
 def nearest_divisor(wanted: int, size: int) -> int:
     """The divisor of `size` nearest to `wanted`."""
-    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - wanted))
+    return min(divisors(size), key=lambda d: abs(d - wanted))
+
+
+def indivisible(name: str, value: int, size: int, of: str) -> str | None:
+    """Why `name=value` is refused where it does not divide `size`, which is called `of`."""
+    if size % value == 0:
+        return None
+    return f"{name}={value} does not divide {of}; nearest valid: {nearest_divisor(value, size)}"
+
+
+def factorization(size: int, factor: int) -> tuple[int, int]:
+    """(factor, size / factor) if that divides, else the divisors closest to the root, the smaller one first and <= factor."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    largest = size if factor == -1 else factor
+    small = max(i for i in range(1, math.isqrt(size) + 1) if size % i == 0 and i <= max(largest, 1))
+    return small, size // small

@@ -1,9 +1,10 @@
-"""What FourierFT and WaveFT share: W' = W + T(C), C sparse in a transformed domain.
+"""What FourierFT and WaveFT share: W' = W + T C Sᵀ, C sparse, T and S fixed fast transforms of columns and rows.
 
     C[p] = scaling * spectrum        p: the first n_frequency of a permutation of out * in, seeded with random_loc_seed
+    y' = y + T (C (Sᵀ x))            gathered: nothing of W's size is made
 
 The positions are drawn again from the seed, files hold the spectrum only. Convolutions: the weight is the matrix (out, rest).
-Experts: one spectrum each, at the same positions. The update is applied beside W, whose dtype may be too coarse for it.
+Experts: one spectrum each, at the same positions.
 """
 
 from __future__ import annotations
@@ -14,88 +15,86 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, pattern_field
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_count, count, pattern_field
 from ..target import Target
 from .base import Branch, Tensor
-from .inits import constant
+from .draws import permuted
+from .inits import scaled_normal, zeros
+from .matrices import row_size
+from .scales import fixed
 
 
 @dataclass(frozen=True)
 class SpectralConfig(AdapterConfig):
     absent = LORA_ONLY
 
-    n_frequency: int = 1000
+    n_frequency: int = count(1000)
     scaling: float = 150.0
     random_loc_seed: int = 777
     fan_in_fan_out: bool = False
-    n_frequency_pattern: dict = pattern_field()
-
-    def __post_init__(self):
-        super().__post_init__()
-        counts = {f"n_frequency_pattern[{k!r}]": v for k, v in self.n_frequency_pattern.items()}
-        for what, count in {"n_frequency": self.n_frequency, **counts}.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise RecipeError(f"{what}: expected a positive integer, got {count!r}; nearest valid: 1")
+    n_frequency_pattern: dict = pattern_field(check_count)
 
 
 class Spectral(Branch):
     refuses = {"norm": "{name} transforms matrices; this weight has shape {shape}"}
     spectrum: str  # name and key of the spectrum
+    std: float  # of its normal start, without init_weights
 
-    def start(self, config):
-        """How the spectrum starts."""
+    def analysis(self, x: torch.Tensor, theta, config) -> torch.Tensor:
+        """(..., n) -> (..., n'): Sᵀ x."""
         raise NotImplementedError
 
-    def transform(self, C: torch.Tensor, theta, config) -> torch.Tensor:
-        """(..., m, n) -> (..., m, n), linear in C."""
+    def synthesis(self, c: torch.Tensor, size: int, theta, config) -> torch.Tensor:
+        """(..., m') -> (..., m): T c; size: m. The same function with n is S."""
         raise NotImplementedError
 
-    def count(self, target, config) -> int:
+    def padded(self, size: int, config) -> int:
+        """How many coefficients a signal of this size has."""
+        return size
+
+    def cells(self, p: torch.Tensor, target, config) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and column in C of positions in the flat weight."""
+        return p // row_size(target), p % row_size(target)
+
+    def number(self, target, config) -> int:
         return by_pattern(config.n_frequency_pattern, target.pattern_path, config.n_frequency)
 
     def check(self, target, config):
-        return too_many(target, self.count(target, config))
+        return too_many(target, self.number(target, config))
 
     def tensors(self, target, config):
-        return self.spectra(target, config, self.count(target, config))
+        return self.spectra(target, config, self.number(target, config))
 
-    def spectra(self, target, config, count: int) -> dict[str, Tensor]:
-        positions = partial(first_of_permutation, config.random_loc_seed, size_of(target))
-        experts = (target.experts,) if target.experts else ()
+    def spectra(self, target, config, number: int) -> dict[str, Tensor]:
+        """The tensors of a target with this many coefficients."""
+        start = zeros if config.init_weights else partial(scaled_normal, self.std)
         return {
-            self.spectrum: Tensor((*experts, count), self.start(config), self.spectrum),
-            "positions": Tensor((count,), positions, trainable=False, dtype=torch.int64),
-            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
+            self.spectrum: Tensor((number,), start, self.spectrum),
+            "positions": Tensor((2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64),
+            "scaling": fixed(config.scaling),
         }
 
-    def neutral(self, target, config):
-        return {self.spectrum: 0.0}
-
-    def update(self, theta, target, config):
-        values = theta[self.spectrum] * theta["scaling"]
-        values = values.to(torch.promote_types(values.dtype, torch.float32))  # transforms have no half precision
-        C = values.new_zeros(*values.shape[:-1], size_of(target)).index_copy(-1, theta["positions"], values)
-        return self.transform(C.unflatten(-1, (target.out_features, -1)), theta, config)
-
     def delta(self, x, theta, target, config):
-        return x @ self.update(theta, target, config).to(x.dtype).mT
+        values, (rows, columns) = theta[self.spectrum] * theta["scaling"], theta["positions"].unbind()
+        c = self.analysis(x, theta, config).index_select(-1, columns) * values
+        sums = c.new_zeros(*c.shape[:-1], self.padded(target.out_features, config)).index_add(-1, rows, c)
+        return self.synthesis(sums, target.out_features, theta, config).real
 
     def weight(self, W, b, theta, target, config):
-        return W + self.update(theta, target, config).reshape(W.shape), b
+        values, (rows, columns) = theta[self.spectrum] * theta["scaling"], theta["positions"].unbind()
+        m, n = target.out_features, row_size(target)
+        height, width = self.padded(m, config), self.padded(n, config)
+        C = values.new_zeros(height * width).scatter(0, rows * width + columns, values).view(height, width)
+        dW = self.synthesis(self.synthesis(C, n, theta, config).mT, m, theta, config).mT
+        return W + dW.real.reshape(W.shape), b
 
 
-def size_of(target: Target) -> int:
-    """Elements of the weight, of one expert."""
-    return math.prod(target.shape) // (target.experts or 1)
-
-
-def too_many(target: Target, count: int) -> str | None:
-    if count <= (size := size_of(target)):
+def too_many(target: Target, number: int) -> str | None:
+    if number <= (size := math.prod(target.shape)):
         return None
-    return f"n_frequency={count} is more than the weight's {size} elements; nearest valid: {size}"
+    return f"n_frequency={number} is more than the weight's {size} elements; nearest valid: {size}"
 
 
-def first_of_permutation(seed: int, size: int, tensor, W=None):
-    drawn = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
-    tensor.copy_(drawn[: tensor.shape[0]])
+def drawn(method: Spectral, target: Target, config, tensor, W=None):
+    first = permuted(math.prod(target.shape), tensor.shape[1], config.random_loc_seed)
+    tensor.copy_(torch.stack(method.cells(first, target, config)))

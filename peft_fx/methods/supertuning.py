@@ -5,7 +5,8 @@
 indices: the k = int((1 - sparsity) size) entries of W that are largest (select_top) or smallest, as positions in the flat
 canonical weight. values: (k,). A: (r, n), B: (m, r), only with r; alpha is 2 r unless given. Convolutions: n is the patch.
 Starts as the identity (values and B are 0), except with init_weights=False. With save_precomputed_indices=False files hold
-no indices: they are chosen again from the base weight. lora_dropout is refused with r: the weight is rewritten.
+no indices: they are chosen again from the base weight. lora_dropout is on the input of A alone, so that it needs the
+activation form, and a linear weight; token ids are not dropped. PEFT has linear weights.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
-from .base import Rewrite, Tensor
+from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from .base import Tensor
+from .entries import Entries
 from .inits import constant, kaiming, normal, zeros
-from .shapes import as_matrix, columns, experts, per_expert
+from .matrices import row_size
 
 MAX_SIZE = 2**31  # files hold positions as int32
 
@@ -30,31 +32,25 @@ class SupertuningConfig(AdapterConfig):
     peft_type = "SUPERTUNING"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
 
-    sparsity: float = 0.99
+    sparsity: float = probability(0.99)
     select_top: bool = True
-    r: int | None = None
+    r: int | None = rank(None)
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: float = probability()
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0.0 <= self.sparsity < 1.0:
-            raise RecipeError(f"sparsity: expected 0 <= sparsity < 1, got {self.sparsity!r}")
-        if self.r is None:
-            return
-        check_rank("r", self.r)
-        if self.lora_alpha is None:
+        if self.r is not None and self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", float(2 * self.r))
-        if self.lora_dropout:
-            raise RecipeError(f"lora_dropout={self.lora_dropout!r}: the weight is rewritten, set it to 0")
 
 
-class SuperTuning(Rewrite):
+class SuperTuning(Entries):
     name = "SUPERTUNING"
     Config = SupertuningConfig
-    refuses = {"norm": "Super-Tuning picks entries of a matrix; name the norm in modules_to_save to train it whole"}
+    off = {"supertuning_values": 0.0, "supertuning_lora_B": 0.0}
+    values = "supertuning_values"
 
     def check(self, target, config):
         size = math.prod(target.shape)
@@ -65,34 +61,46 @@ class SuperTuning(Rewrite):
             return f"sparsity={config.sparsity} leaves none of {size} entries; nearest valid: {nearest}"
         return None
 
+    def activation_only(self, target, config):
+        dropped = config.r is not None and config.lora_dropout and not target.reads_ids
+        return f"lora_dropout={config.lora_dropout} on the input of A" if dropped else None
+
+    def literals(self, target, config):
+        return (self.activation_only(target, config),)
+
     def tensors(self, target, config):
-        k, key = number(math.prod(target.shape), config), "supertuning_indices"
-        saved = key if config.save_precomputed_indices else None
-        chosen = partial(extremes, config.select_top)
+        size, name = math.prod(target.shape), "supertuning_indices"
+        k, key = number(size, config), name if config.save_precomputed_indices else None
+        values, B = (zeros, zeros) if config.init_weights else (normal, kaiming)
         spec = {
-            "supertuning_values": Tensor((k,), zeros if config.init_weights else normal, "supertuning_values"),
-            "supertuning_indices": Tensor((k,), chosen, saved, trainable=False, dtype=torch.int32),
+            "supertuning_values": Tensor((k,), values, "supertuning_values"),
+            name: Tensor((k,), partial(extremes, config.select_top), key, False, torch.int32, below=size),
         }
         if config.r is None:
             return spec
-        A, B = (*experts(target), config.r, columns(target)), (*experts(target), target.out_features, config.r)
-        drawn = per_expert(kaiming, target)
+        of_A, of_B = (config.r, row_size(target)), (target.out_features, config.r)
         return spec | {
-            "supertuning_lora_A": Tensor(A, drawn, "supertuning_lora_A.weight"),
-            "supertuning_lora_B": Tensor(B, zeros if config.init_weights else drawn, "supertuning_lora_B.weight"),
+            "supertuning_lora_A": Tensor(of_A, kaiming, "supertuning_lora_A.weight"),
+            "supertuning_lora_B": Tensor(of_B, B, "supertuning_lora_B.weight"),
             "scaling": Tensor((), partial(constant, config.lora_alpha / config.r), trainable=False),
         }
 
-    def neutral(self, target, config):
-        return {"supertuning_values": 0.0} | ({} if config.r is None else {"supertuning_lora_B": 0.0})
+    def cells(self, theta, target):
+        place, n = theta["supertuning_indices"].long(), row_size(target)
+        return place // n, place % n
+
+    def delta(self, x, theta, target, config):
+        dy = super().delta(x, theta, target, config)
+        if config.r is None:
+            return dy
+        x = F.dropout(x, config.lora_dropout, True) if config.lora_dropout else x
+        return dy + x @ theta["supertuning_lora_A"].mT @ theta["supertuning_lora_B"].mT * theta["scaling"]
 
     def weight(self, W, b, theta, target, config):
-        new = W.flatten().scatter_add(0, theta["supertuning_indices"].long(), theta["supertuning_values"])
-        new = new.reshape(W.shape)
+        W, b = super().weight(W, b, theta, target, config)
         if config.r is not None:
-            BA = theta["scaling"] * theta["supertuning_lora_B"] @ theta["supertuning_lora_A"]
-            new = (as_matrix(new, target) + BA).reshape(W.shape)
-        return new, b
+            W = W + (theta["scaling"] * theta["supertuning_lora_B"] @ theta["supertuning_lora_A"]).reshape(W.shape)
+        return W, b
 
 
 def number(size: int, config) -> int:

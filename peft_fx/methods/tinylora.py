@@ -12,14 +12,15 @@ PEFT leaves it uninitialised. Token ids cannot be dropped out: on embeddings tin
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
 from .base import Tensor, Together
+from .decompositions import left_singular, right_singular
+from .draws import seeded_normal
 from .inits import normal, uniform, zeros
 from .matrices import Matrices, row_size
 
@@ -29,87 +30,49 @@ class TinyLoraConfig(AdapterConfig):
     peft_type = "TINYLORA"
     absent = LORA_ONLY | {"exclude_modules"}
 
-    r: int = 2
-    u: int = 64
-    weight_tying: float = 0.0
+    r: int = rank(2)
+    u: int = rank(64)
+    weight_tying: float = checked(0.0, lambda share: 0 <= share <= 1, "0 (own vectors) to 1 (one for all)")
     projection_seed: int = 42
     save_projection: bool = True
     init_v_bound: float = 0.02
-    tinylora_dropout: float = 0.0
+    tinylora_dropout: float = probability()
     fan_in_fan_out: bool = False
-    init_weights: bool | str = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_rank("r", self.r)
-        check_rank("u", self.u)
-        if not 0 <= self.weight_tying <= 1:
-            raise RecipeError(f"weight_tying={self.weight_tying!r}: expected 0 (own vectors) to 1 (one for all)")
-        if self.init_weights not in (True, False, "uniform"):
-            raise RecipeError(f"init_weights={self.init_weights!r}: expected True, False or 'uniform'")
-
-    def with_rank(self, rank):
-        return replace(self, r=rank)
+    init_weights: bool | str = one_of(True, False, "uniform")
 
 
 class TinyLoRA(Matrices):
     name = "TINYLORA"
     Config = TinyLoraConfig
+    drops = "tinylora_dropout"
 
-    def dropout(self, config):
-        return config.tinylora_dropout
+    AS_STORED = frozenset({"embedding"})  # operator kinds whose canonical weight is factored as its transpose
 
     def tensors(self, target, config):
-        r, out, n = self.rank(target, config), target.out_features, row_size(target)
-        B, A = (n, out) if target.kind == "embedding" else (out, n)
-        stored = target.kind == "embedding"
+        m, n = target.out_features, row_size(target)
+        r, swap = min(config.r, m, n), target.kind in self.AS_STORED
+        rows, columns = (n, m) if swap else (m, n)
+        right, left = partial(right_singular, swap), partial(left_singular, swap)
         return {
-            "tinylora_A": Tensor((r, A), partial(singular, "A", stored), "tinylora_A", trainable=False),
-            "tinylora_B": Tensor((B, r), partial(singular, "B", stored), "tinylora_B", trainable=False),
+            "tinylora_A": Tensor((r, columns), right, "tinylora_A", trainable=False),
+            "tinylora_B": Tensor((rows, r), left, "tinylora_B", trainable=False, needs=("tinylora_A",)),
         }
-
-    def rank(self, target, config) -> int:
-        return min(config.r, target.out_features, row_size(target))
 
     def together(self, targets, config):
         groups = max(1, round(len(targets) * (1 - config.weight_tying)))
         size = max(1, len(targets) // groups)
-        members = {}
-        for i, target in enumerate(targets):
-            members.setdefault(min(i // size, groups - 1), []).append(target.name)
-        start = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}[config.init_weights]
         key = "tinylora_P" if config.save_projection else None
-        ranks = [self.rank(t, config) for t in targets]
-        return Together(
-            own={
-                t.name: {
-                    "tinylora_P": Tensor(
-                        (config.u, r, r), partial(projection, config.projection_seed + i), key, trainable=False
-                    )
-                }
-                for i, (t, r) in enumerate(zip(targets, ranks, strict=True))
-            },
-            grouped=tuple(
-                ({"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}")}, tuple(names))
-                for g, names in members.items()
-            ),
-        )
+        members, own = {}, {}
+        for i, t in enumerate(targets):
+            members.setdefault(min(i // size, groups - 1), []).append(t.name)
+            r = min(config.r, t.out_features, row_size(t))
+            draw = partial(seeded_normal, config.projection_seed + i, 1 / math.sqrt(r))
+            own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, trainable=False)}
+        start = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}[config.init_weights]
+        vectors = {g: {"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}")} for g in members}
+        return Together(own=own, grouped=tuple((vectors[g], tuple(names)) for g, names in members.items()))
 
     def matrices(self, theta, target, config):
         A, B = theta["tinylora_A"], theta["tinylora_B"]
         R = torch.einsum("u,uij->ij", theta["tinylora_v"], theta["tinylora_P"])
-        return (B.mT, A.mT @ R.mT) if target.kind == "embedding" else (A, B @ R)
-
-
-def singular(which: str, stored: bool, tensor, W):
-    """A = sqrt(S) V or B = U sqrt(S) of the largest singular values, rounded through the base's dtype as PEFT does."""
-    W = W.mT if stored else W.flatten(1)
-    r = tensor.shape[0] if which == "A" else tensor.shape[1]
-    U, S, V = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
-    root = S[:r].to(W.dtype).sqrt()
-    tensor.copy_(root[:, None] * V[:r].to(W.dtype) if which == "A" else U[:, :r].to(W.dtype) * root)
-
-
-def projection(seed: int, tensor, W):
-    P = torch.normal(0.0, 1 / math.sqrt(tensor.shape[1]), tensor.shape, generator=torch.Generator().manual_seed(seed))
-    tensor.copy_(P.to(W.dtype))
+        return (B.mT, A.mT @ R.mT) if target.kind in self.AS_STORED else (A, B @ R)

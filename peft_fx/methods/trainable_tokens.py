@@ -14,6 +14,8 @@ from ..config import LORA_ONLY, AdapterConfig
 from .inits import normal
 from .substitute import Tokens
 
+HOLDERS = {("embedding", True), ("linear", False)}  # (kind, stored transposed) of what has a row per token
+
 
 @dataclass(frozen=True)
 class TrainableTokensConfig(AdapterConfig):
@@ -32,9 +34,10 @@ class TrainableTokensConfig(AdapterConfig):
 class TrainableTokens(Tokens):
     name = "TRAINABLE_TOKENS"
     Config = TrainableTokensConfig
+    refuses = {"expert": "trained tokens need an embedding or a Linear head; experts have no row per token"}
 
     def check(self, target, config):
-        if (target.kind, target.transposed) not in (("embedding", True), ("linear", False)):
+        if (target.kind, target.transposed) not in HOLDERS:
             return f"trained tokens need an embedding or a Linear head, not kind {target.kind}"
         ids, size = config.token_indices, target.in_features if target.transposed else target.out_features
         if not ids or len(set(ids)) != len(ids):

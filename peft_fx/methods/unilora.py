@@ -9,14 +9,14 @@ and scales only with save_indices. Not the identity at the start: theta is unifo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank
-from ..errors import RecipeError
+from ..config import LORA_ONLY, AdapterConfig, positive, probability, rank
 from .base import Tensor, Together
+from .draws import dealt_positions, dealt_scales
 from .inits import normal, uniform
 from .matrices import Matrices, row_size
 
@@ -26,77 +26,40 @@ class UniLoraConfig(AdapterConfig):
     peft_type = "UNILORA"
     absent = LORA_ONLY | {"exclude_modules"}
 
-    r: int = 4
+    r: int = rank(4)
     proj_seed: int = 42
-    theta_d_length: int = 256
-    init_theta_d_bound: float = 0.02
-    unilora_dropout: float = 0.0
+    theta_d_length: int = positive(256)
+    init_theta_d_bound: float = positive(0.02)
+    unilora_dropout: float = probability()
     fan_in_fan_out: bool = False
     save_indices: bool = False
     init_weights: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_rank("r", self.r)
-        if self.theta_d_length <= 0 or self.init_theta_d_bound <= 0:
-            raise RecipeError(
-                f"theta_d_length={self.theta_d_length!r}, init_theta_d_bound={self.init_theta_d_bound!r}: "
-                "both must be positive"
-            )
-
-    def with_rank(self, rank):
-        return replace(self, r=rank)
 
 
 class UniLoRA(Matrices):
     name = "UNILORA"
     Config = UniLoraConfig
-
-    def dropout(self, config):
-        return config.unilora_dropout
+    drops = "unilora_dropout"
 
     def tensors(self, target, config):
         return {}
 
     def together(self, targets, config):
-        shapes = [(t.name, "AB"[i], (config.r, row_size(t)) if i == 0 else (t.out_features, config.r))
-                  for t in targets for i in (0, 1)]  # fmt: skip
-        deal = (sum(m * n for _, _, (m, n) in shapes), config.theta_d_length, config.proj_seed)
-        own, first = {t.name: {} for t in targets}, 0
-        for name, factor, shape in shapes:
-            for what, start, dtype in ("indices", positions, torch.int64), ("scales", scales, None):
-                key = f"unilora_{what}_{factor}"
-                own[name][key] = Tensor(
-                    shape, partial(start, deal, first), key if config.save_indices else None, False, dtype
-                )
-            first += shape[0] * shape[1]
+        d = config.theta_d_length
+        deal = (sum(config.r * (t.out_features + row_size(t)) for t in targets), d, config.proj_seed)
+        own, first = {}, 0
+        for t in targets:
+            specs = own[t.name] = {}
+            for factor, shape in ("A", (config.r, row_size(t))), ("B", (t.out_features, config.r)):
+                indices, scale = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
+                keys = (indices, scale) if config.save_indices else (None, None)
+                drawn = partial(dealt_positions, deal, first)
+                specs[indices] = Tensor(shape, drawn, keys[0], False, torch.int64, below=d)
+                specs[scale] = Tensor(shape, partial(dealt_scales, deal), keys[1], False, needs=(indices,))
+                first += shape[0] * shape[1]
         start = partial(uniform, config.init_theta_d_bound) if config.init_weights else normal
-        return Together({"unilora_theta_d": Tensor((config.theta_d_length,), start, "unilora_theta_d")}, own)
+        return Together({"unilora_theta_d": Tensor((d,), start, "unilora_theta_d")}, own)
 
     def matrices(self, theta, target, config):
         values = theta["unilora_theta_d"]
         return tuple(values[theta[f"unilora_indices_{f}"]] * theta[f"unilora_scales_{f}"] for f in "AB")
-
-
-@lru_cache(maxsize=1)
-def dealt(numbers: int, entries: int, seed: int) -> torch.Tensor:
-    """(numbers,) positions in a vector of `entries`, as PEFT deals them."""
-    import numpy as np  # its generator defines the positions
-
-    generator = np.random.default_rng(seed)
-    data = np.repeat(np.arange(entries), numbers // entries)
-    if rest := numbers % entries:
-        data = np.concatenate([data, generator.choice(entries, size=rest, replace=False)])
-    generator.shuffle(data)
-    return torch.as_tensor(data, dtype=torch.int64)
-
-
-def positions(deal: tuple[int, int, int], first: int, tensor, W=None):
-    tensor.copy_(dealt(*deal)[first : first + tensor.numel()].reshape(tensor.shape))
-
-
-def scales(deal: tuple[int, int, int], first: int, tensor, W):
-    all_positions = dealt(*deal)
-    occurrences = torch.bincount(all_positions, minlength=deal[1])
-    chosen = occurrences[all_positions[first : first + tensor.numel()]].to(torch.float32).rsqrt()
-    tensor.copy_(chosen.reshape(tensor.shape).to(W.dtype))  # rounded through the base's dtype, as PEFT does

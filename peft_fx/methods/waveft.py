@@ -4,97 +4,78 @@
 
 One level: the quarter (i, j) of C goes through filter j along rows and filter i along columns (0: low, 1: high pass), as PEFT
 has it. C is padded to even sides, L - 2 longer than the weight's for filters of length L, with the weight's part in the middle;
-what comes out is cut to (out, in). proportional_parameters: n_frequency * targets coefficients, shared out by size.
-
-Starts as the identity. Families: those of FILTERS; PEFT accepts 71 more names in its config and fails at the first call.
+what comes out is cut to (out, in). proportional_parameters: n_frequency * targets coefficients, shared out by size. Starts as
+the identity. Families: those of FILTERS; PEFT accepts 71 more names in its config and fails at the first call.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch.nn import functional as F
-
+from ..config import count, one_of
 from ..errors import RecipeError
 from .base import Tensor, Together
-from .inits import scaled_normal, zeros
-from .spectral import Spectral, SpectralConfig, size_of, too_many
-from .wavelets import FILTERS
+from .matrices import row_size
+from .spectral import Spectral, SpectralConfig, too_many
+from .wavelets import FILTERS, dwt, idwt, low_and_high
 
 
 @dataclass(frozen=True)
 class WaveFTConfig(SpectralConfig):
     peft_type = "WAVEFT"
 
-    n_frequency: int = 2592
+    n_frequency: int = count(2592)
     scaling: float = 25.0
-    wavelet_family: str = "db1"
+    wavelet_family: str = one_of(*FILTERS)
     use_idwt: bool = True
     proportional_parameters: bool = False
     init_weights: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.wavelet_family not in FILTERS:
-            raise RecipeError(f"wavelet_family={self.wavelet_family!r} has no filters; one of: {', '.join(FILTERS)}")
 
 
 class WaveFT(Spectral):
     name = "WAVEFT"
     Config = WaveFTConfig
     spectrum = "waveft_spectrum"
+    std = 0.01
+    off = {"waveft_spectrum": 0.0}
 
-    def check(self, target, config):
-        # shares can only be judged together
+    def check(self, target, config):  # shares can only be judged together
         return None if config.proportional_parameters else super().check(target, config)
-
-    def start(self, config):
-        return zeros if config.init_weights else partial(scaled_normal, 0.01)
 
     def tensors(self, target, config):
         return {} if config.proportional_parameters else super().tensors(target, config)
 
-    def spectra(self, target, config, count):
-        spec = super().spectra(target, config, count)
-        if config.use_idwt:
-            low = FILTERS[config.wavelet_family]
-            spec["filters"] = Tensor((2, 1, len(low)), partial(low_and_high, low), trainable=False)
-        return spec
+    def spectra(self, target, config, number):
+        shape, start = (2, 1, len(FILTERS[config.wavelet_family])), partial(low_and_high, config.wavelet_family)
+        filters = {"filters": Tensor(shape, start, trainable=False)} if config.use_idwt else {}
+        return super().spectra(target, config, number) | filters
 
     def together(self, targets, config):
-        if not config.proportional_parameters:
-            return Together()
-        budget, total, own = config.n_frequency * len(targets), sum(map(size_of, targets)), {}
-        for target in targets:
-            count = max(1, round(size_of(target) / total * budget))
-            if reason := too_many(target, count):
+        total, own = sum(math.prod(t.shape) for t in targets), {}
+        for target in targets if config.proportional_parameters else ():
+            share = max(1, round(math.prod(target.shape) / total * (config.n_frequency * len(targets))))
+            if reason := too_many(target, share):
                 raise RecipeError(f"{target.name}: share of n_frequency={config.n_frequency}: {reason}")
-            own[target.name] = self.spectra(target, config, count)
+            own[target.name] = self.spectra(target, config, share)
         return Together(own=own)
 
-    def transform(self, C, theta, config):
+    def padded(self, size, config):
+        longer = size + len(FILTERS[config.wavelet_family]) - 2
+        return longer + longer % 2 if config.use_idwt else size
+
+    def cells(self, p, target, config):
+        m, n = target.out_features, row_size(target)
+        height, width = self.padded(m, config), self.padded(n, config)
+        rows, columns = p // n + (height - m) // 2, p % n + (width - n) // 2
         if not config.use_idwt:
-            return C
-        filters = theta["filters"].to(C.dtype)
-        extra = filters.shape[-1] - 2
-        (m, n), pad = C.shape[-2:], []
-        for size in (n, m):
-            both = extra + (size + extra) % 2
-            pad += [both // 2, both - both // 2]
-        quarters = F.pad(C, pad).unflatten(-1, (2, -1)).unflatten(-3, (2, -1))  # (..., i, m / 2, j, n / 2)
-        C = quarters.transpose(-4, -2).flatten(-2).flatten(-3, -2)
-        return inverse(inverse(C, filters).mT, filters).mT[..., :m, :n]
+            return rows, columns
+        i, j = rows * 2 // height, columns * 2 // width  # the quarter (i, j) is low or high pass along the other axis
+        return rows + (j - i) * (height // 2), columns + (i - j) * (width // 2)
 
+    def analysis(self, x, theta, config):
+        return dwt(x, theta["filters"].to(x.dtype)) if config.use_idwt else x
 
-def inverse(C: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """(..., low | high) -> (..., signal): one level along the last axis."""
-    halves = C.unflatten(-1, (2, -1))
-    signal = F.conv_transpose1d(halves.flatten(0, -3), filters, stride=2, padding=filters.shape[-1] - 2)
-    return signal.reshape(*C.shape[:-1], -1)
-
-
-def low_and_high(low: tuple[float, ...], tensor, W=None):
-    high = [(-1) ** i * value for i, value in enumerate(reversed(low))]
-    tensor.copy_(torch.tensor([low, high], dtype=torch.float64).unsqueeze(1))
+    def synthesis(self, c, size, theta, config):
+        return idwt(c, size, theta["filters"].to(c.dtype)) if config.use_idwt else c

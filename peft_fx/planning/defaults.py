@@ -77,6 +77,7 @@ DEFAULT_TARGETS = {
     peft_type: {model: names for names, models in targets for model in models.split()}
     for peft_type, targets in {
         "ADALORA": ADALORA_TARGETS,
+        "ADAMSS": (*LORA_TARGETS, (["query", "value"], "vit")),
         "BEFT": BEFT_TARGETS,
         "BOFT": LORA_TARGETS,
         "C3A": FOURIERFT_TARGETS,

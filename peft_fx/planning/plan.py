@@ -15,6 +15,7 @@ from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..methods import METHODS, get_method
 from ..methods.base import Method, Tensor, Together
+from ..methods.stacked import on_target, restacked, unstacked
 from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
 from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
@@ -37,7 +38,10 @@ class Shared:
 
 @dataclass(frozen=True)
 class Placement:
-    """One method on one target. shared: names among `tensors` that are another placement's tensor, not its own."""
+    """One method on one target.
+
+    shared: names among `tensors` that are another placement's tensor, not its own. lowering: the form asked for, or "auto".
+    """
 
     adapter: str
     method: str
@@ -45,6 +49,12 @@ class Placement:
     config: AdapterConfig
     tensors: dict[str, Tensor]
     shared: dict[str, Shared] = field(default_factory=dict)
+    lowering: str = "auto"
+
+    @property
+    def rule(self) -> Method:
+        """The method, as it acts on this target."""
+        return on_target(get_method(self.method), self.target, self.tensors)
 
     def state_name(self, tensor: str) -> str:
         """Dotted name of a tensor below the graph module's `peft_fx.adapters`."""
@@ -58,6 +68,13 @@ class Placement:
             if key.startswith(ROOT_KEY)
             else f"{PREFIX}{self.target.file_path}.{key}"
         )
+
+    def file_keys(self, tensor: str) -> tuple[str, ...]:
+        """The keys under which files hold the tensor: its own, or one per piece."""
+        key, pieces = self.file_key(tensor), self.tensors[tensor].pieces
+        if pieces is None:
+            return (key,)
+        return tuple(key + end for end in pieces.ends or map(".{}".format, range(pieces.count)))
 
     def saved(self) -> Iterator[tuple[str, str, Tensor]]:
         """(tensor name, file key, description) of what is written to a file."""
@@ -106,7 +123,7 @@ def clashes(placements: Iterable[Placement]) -> list[Refusal]:
     owners: dict[str, list[tuple[str, Sequence[int]]]] = {}
     found = []
     for p in placements:
-        rows = get_method(p.method).own_rows(p.target, p.config)
+        rows = p.rule.own_rows(p.target, p.config)
         for adapter, taken in owners.get(p.target.name, ()):
             if adapter != p.adapter and not set(taken).isdisjoint(rows):
                 reason = (
@@ -131,13 +148,20 @@ def refused(method: Method, target: Target) -> str | None:
     return reason and reason.format(name=method.name, shape=target.shape)
 
 
+def method_at(general: Method, target: Target, config: AdapterConfig) -> Method:
+    """What a config's method is on this target: the variant for its kind, and for its experts."""
+    chosen = general.at(target, config)
+    variant = chosen.variants.get(target.kind)
+    return on_target(get_method(variant) if variant else chosen, target)
+
+
 def adapted_placements(
     table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig
 ) -> tuple[list[Placement], list[Refusal]]:
     """The method itself on every target that it can adapt."""
     general, placements, refusals = get_method(config.peft_type), [], []
     for target in (t for chosen in selection.targets for t in general.places(chosen, table[chosen.path], config)):
-        method = general.at(target, config)
+        method = method_at(general, target, config)
         if reason := refused(method, target) or method.check(target, config):
             refusals.append(Refusal(target.name, reason))
         else:
@@ -146,14 +170,16 @@ def adapted_placements(
     for path, source in selection.tied.items():
         if path == source or path not in by_path or source not in by_path:
             continue
-        method = general.at(by_path[path].target, config)
+        method = by_path[path].rule
         names = method.tied(by_path[path].target, by_path[source].target, config)
         if names is None:
             refusals.append(Refusal(path, f"{method.name} cannot stay tied to {source}: drop ensure_weight_tying"))
             continue
         shared = {n: Shared(by_path[source].state_name(there), swap) for n, (there, swap) in names.items()}
         placements[placements.index(by_path[path])] = replace(by_path[path], shared=shared)
-    placements = with_shared(general.together([p.target for p in placements], config), placements)
+    targets = [p.target for p in placements]
+    together = restacked(general.together(unstacked(targets, general), config), targets)
+    placements = with_shared(together, placements)
     # owners first, so that whoever builds the tensors in order finds those that are shared
     return sorted(placements, key=lambda p: bool(p.shared)), refusals
 

@@ -5,6 +5,7 @@
 Per number p: I <- b1 I + (1 - b1) |p dp|, then U <- b2 U + (1 - b2) | |p dp| - I |. A component's importance is I U of its E
 plus the means of I U over its row of A and column of B. The budget falls with the cube of the steps left, from all
 components to target_r per matrix; what does not fit is zeroed, and may grow again until the last tfinal steps.
+A stack of experts counts as one matrix: its experts keep the same components, by their mean importance.
 As PEFT's, except that a budget with nothing to remove removes nothing (there: an error).
 """
 
@@ -22,7 +23,7 @@ from ..planning.plan import make_plan
 from ..store import ADAPTERS, get_tensor, state_of
 from ..verbs.derive import placements
 
-COMPONENTS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # tensor -> the axis of its components
+COMPONENTS = {"lora_A": -2, "lora_E": -2, "lora_B": -1}  # tensor -> the axis of its components
 
 
 class RankAllocator:
@@ -37,7 +38,7 @@ class RankAllocator:
         if self.config.peft_type != "ADALORA":
             raise RecipeError(f"adapter {adapter!r} is {self.config.peft_type}; only AdaLoRA has a rank budget")
         self.tensors = factors(tuned, adapter)
-        self.first_budget = sum(len(t["lora_A"]) for t in self.tensors.values())
+        self.first_budget = sum(t["lora_A"].shape[-2] for t in self.tensors.values())
         self.last_budget = self.config.target_r * len(self.tensors)
         self.importance: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] = {}
         self.rank_pattern: dict[str, list[bool]] | None = None
@@ -85,7 +86,8 @@ class RankAllocator:
 
     def score(self, path: str) -> torch.Tensor:
         product = {name: mean * spread for (p, name), (mean, spread) in self.importance.items() if p == path}
-        return product["lora_E"].flatten() + product["lora_A"].mean(1) + product["lora_B"].mean(0)
+        scores = product["lora_E"].squeeze(-1) + product["lora_A"].mean(-1) + product["lora_B"].mean(-2)
+        return scores.reshape(-1, scores.shape[-1]).mean(0)
 
     def zero(self) -> None:
         """Sets E of every component that is not kept to zero."""
@@ -113,8 +115,8 @@ def orthogonality(tuned: fx.GraphModule, adapter: str = "default") -> torch.Tens
     for tensors in factors(tuned, adapter).values():
         A, B = tensors["lora_A"], tensors["lora_B"]
         grams += [A @ A.mT, B.mT @ B]
-    distances = [torch.linalg.matrix_norm(g - torch.diag_embed(g.new_ones(len(g)))) for g in grams]
-    return state_of(tuned).recipe[adapter].config.orth_reg_weight * torch.stack(distances).mean()
+    distances = [torch.linalg.matrix_norm(g - torch.diag_embed(g.new_ones(g.shape[-1]))).flatten() for g in grams]
+    return state_of(tuned).recipe[adapter].config.orth_reg_weight * torch.cat(distances).mean()
 
 
 def factors(tuned: fx.GraphModule, adapter: str) -> dict[str, dict[str, torch.Tensor]]:

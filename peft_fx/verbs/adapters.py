@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..config import AdapterConfig
-from ..errors import GraphError, RecipeError
+from ..errors import AdapterFileError, GraphError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
 from ..files.write import file_config, write_adapter
@@ -21,44 +21,58 @@ from ..passes.lowering import to_canonical
 from ..planning.plan import Placement, make_plan
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
-from .derive import adapter_dtype, derived, frozen, names_of, placements, refuse_merged, replicated
+from ..target import Target
+from .derive import derived, frozen, names_of, placements, refuse_merged, replicated
+
+LOWERINGS = ("auto", "activation", "weight")
 
 
-def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default") -> fx.GraphModule:
+def apply(
+    graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto"
+) -> fx.GraphModule:
     """Adds the adapters of a recipe and makes them active, after those that already are.
 
     recipe: a config, a Recipe, a dict, a path to .json / .yaml, or a PEFT config object. adapter_name: the name of a
-    single config's adapter. The base's parameters are frozen in the result only: the model keeps its requires_grad.
+    single config's adapter. lowering: the form in which the methods enter the graph, "activation" or "weight"; "auto"
+    takes the activation form where there is one, unless the weight form is counted to be much cheaper at the captured sizes.
+    The base's parameters are frozen in the result only: the model keeps its requires_grad.
 
     Raises RecipeError if nothing matches or a target is refused; then nothing has changed.
     """
     recipe = as_recipe(recipe, adapter_name)
     gm = graph
     for name, config in recipe.items():
-        gm = with_adapter(gm, name, config, None, trainable=True, activate=True)
+        gm = with_adapter(gm, name, Resident(config, lowering), None, trainable=True, activate=True)
     return derived(gm, state_of(gm))
 
 
 def load_adapter(
-    graph: fx.GraphModule, path, adapter_name: str = "default", *, trainable: bool = False
+    graph: fx.GraphModule,
+    path,
+    adapter_name: str = "default",
+    *,
+    trainable: bool = False,
+    lowering: str = "auto",
 ) -> fx.GraphModule:
     """Adds an adapter from PEFT's files (a folder, or a Hub repository id).
 
     It becomes active if no adapter is; else it stays resident until `set_adapter`, as in PEFT.
-    trainable: whether its tensors require grad. Raises AdapterFileError for files that cannot be read or do not fit.
+    trainable: whether its tensors require grad. lowering: as for `apply`. Raises AdapterFileError for files that cannot be
+    read or do not fit.
     """
     state = state_of(graph, "load_adapter")
     folder = local_folder(path)
     config = read_config(folder)
-    gm = with_adapter(
-        graph, adapter_name, config, (read_tensors(folder), str(path)), trainable, activate=not state.active
-    )
+    resident, source = Resident(config, lowering), (read_tensors(folder), str(path))
+    gm = with_adapter(graph, adapter_name, resident, source, trainable, activate=not state.active)
     return derived(gm, state_of(gm))
 
 
-def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, activate: bool) -> fx.GraphModule:
+def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, activate: bool) -> fx.GraphModule:
     """A graph module with one more resident adapter, not yet derived. source: (file's tensors, where) or None for init."""
-    state = state_of(gm, "apply")
+    state, config = state_of(gm, "apply"), resident.config
+    if resident.lowering not in LOWERINGS:
+        raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
     refuse_merged(state, "adding an adapter")
     if name in state.recipe:
         raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
@@ -74,7 +88,7 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
     for placement in plan.placements:
         allocate(gm, placement, values, trainable)
     active = (*state.active, name) if activate else state.active
-    gm.meta["peft_fx"] = state.update(recipe={**state.recipe, name: Resident(config)}, active=active)
+    gm.meta["peft_fx"] = state.update(recipe={**state.recipe, name: resident}, active=active)
     return gm
 
 
@@ -94,28 +108,44 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
             continue
         tensor = empty_tensor(spec, base)
         state_name = placement.state_name(name)
-        with torch.no_grad():
-            if values is not None and spec.key is not None:
-                tensor.copy_(values[state_name])
-            else:
-                initialise(tensor, gm, placement, spec, {})
+        fill(tensor, gm, placement, name, (values or {}).get(state_name), {})
         full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
         set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
 
 
-def initialise(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, spec: Tensor, newer: dict) -> None:
-    """Writes where a tensor starts. newer: state name -> what will take the place of the adapter's own tensors."""
-    weights = [to_canonical(get_tensor(gm, t.name).detach(), t) for t in spec.sources or (placement.target,)]
-    needed = [placement.resolve(n).name for n in spec.needs]
-    needed = [newer[n] if n in newer else get_tensor(gm, f"{ADAPTERS}.{n}").detach() for n in needed]
-    spec.init(tensor, weights if spec.sources else weights[0], *needed)
+@torch.no_grad()
+def fill(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, name: str, value, newer: dict) -> None:
+    """Writes a tensor's numbers: those of a file, whole or in pieces, or where it starts if `value` is None.
+
+    newer: state name -> what will take the place of the adapter's own tensors. Raises AdapterFileError for pieces that do
+    not fit.
+    """
+    spec = placement.tensors[name]
+    if value is None:
+        weights = [base_weight(gm, t) for t in spec.sources or (placement.target,)]
+        spec.init(tensor, weights if spec.sources else weights[0], *values_of(gm, placement, spec.needs, newer))
+    elif spec.pieces is None:
+        tensor.copy_(value)
+    elif fault := spec.pieces.join(tensor, value, *values_of(gm, placement, spec.needs, newer)):
+        raise AdapterFileError(f"{placement.file_key(name)}: {fault}")
+
+
+def values_of(gm: fx.GraphModule, placement: Placement, tensors: tuple[str, ...], newer: dict) -> list[torch.Tensor]:
+    """The values of some of a placement's tensors."""
+    names = [placement.resolve(n).name for n in tensors]
+    return [newer[n] if n in newer else get_tensor(gm, f"{ADAPTERS}.{n}").detach() for n in names]
+
+
+def base_weight(gm: fx.GraphModule, target: Target) -> torch.Tensor:
+    """A target's weight in canonical layout; for one expert of a stack, its own."""
+    W = get_tensor(gm, target.tensor_name).detach()
+    return to_canonical(W if target.expert is None else W[target.expert], target)
 
 
 def empty_tensor(spec: Tensor, base: torch.Tensor) -> torch.Tensor:
     """Memory for one tensor of an adapter of the weight `base`."""
-    dtype = spec.dtype or (base.dtype if spec.like_base else adapter_dtype(base.dtype))
-    return torch.empty(spec.shape, dtype=dtype, device=base.device)
+    return torch.empty(spec.shape, dtype=spec.dtype_on(base.dtype), device=base.device)
 
 
 def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule:
@@ -162,19 +192,28 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
     config = state.recipe[name].config
     tensors = {}
     for placement in placements(state, name):
-        for tensor_name, key, spec in placement.saved():
-            shared = placement.resolve(tensor_name)
-            tensor = get_tensor(tuned, f"{ADAPTERS}.{shared.name}").detach()
-            tensor = tensor.t() if shared.transposed else tensor
-            tensors[key] = crop_to(tensor, spec.shape, spec.pad)
-            if tensors[key].shape != tensor.shape and tensors[key].count_nonzero() != tensor.count_nonzero():
-                raise GraphError(
-                    f"{key}: the slot holds numbers beyond the adapter's rank, where a hotswap wrote zeros: the optimiser "
-                    "still had the momentum of the adapter before; clear optimizer.state after a swap. Nothing was written"
-                )
+        for tensor_name, _, spec in placement.saved():
+            found = [filed(tuned, placement, tensor_name)]
+            if spec.pieces:
+                found = spec.pieces.split(*found, *(filed(tuned, placement, other) for other in spec.pieces.reads))
+            tensors |= zip(placement.file_keys(tensor_name), found, strict=True)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
     return write_adapter(Path(path), file_config(config, make_plan(state.table, name, config)), tensors)
+
+
+def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tensor:
+    """A tensor as files hold it: as the target's own, and without what its slot has beyond the adapter's rank."""
+    spec, shared = placement.tensors[name], placement.resolve(name)
+    tensor = get_tensor(tuned, f"{ADAPTERS}.{shared.name}").detach()
+    tensor = tensor.t() if shared.transposed else tensor
+    cropped = crop_to(tensor, spec.shape, spec.pad)
+    if cropped.shape != tensor.shape and cropped.count_nonzero() != tensor.count_nonzero():
+        raise GraphError(
+            f"{placement.target.name}: {name} holds numbers beyond the adapter's rank, where a hotswap wrote zeros: the "
+            "optimiser still had the momentum of the adapter before; clear optimizer.state after a swap. Nothing was written"
+        )
+    return cropped
 
 
 def only_adapter(state: State) -> str:

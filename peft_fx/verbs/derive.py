@@ -5,15 +5,17 @@ Every verb that changes which adapters act goes through `derived`; none edits it
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import fx, nn
 
 from ..errors import GraphError, RecipeError
 from ..passes.base import run
 from ..passes.inject import Inject
+from ..passes.mixed import MixedBatch
 from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
 from ..planning.plan import Placement, make_plan
-from ..store import BaseGraph, State, copy_graph, derive, shell, state_of
+from ..store import GATES, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -26,12 +28,17 @@ def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
 
 def injection(state: State) -> tuple[Inject, ...]:
     """The passes that put the active adapters in."""
-    return (Inject(tuple(p for name in state.active for p in placements(state, name))),)
+    each = tuple(placements(state, name) for name in state.active)
+    if state.mixed:
+        return (MixedBatch(tuple(state.slots.get(name) or name for name in state.active), each),)
+    return (Inject(tuple(p for chosen in each for p in chosen), bool(state.slots)),)
 
 
 def placements(state: State, adapter: str) -> tuple[Placement, ...]:
     """What a resident adapter puts where."""
-    return make_plan(state.table, adapter, state.recipe[adapter].config).placements
+    resident = state.recipe[adapter]
+    chosen = make_plan(state.table, adapter, resident.config).placements
+    return tuple(replace(p, lowering=resident.lowering) for p in chosen)
 
 
 def frozen(gm: fx.GraphModule) -> fx.GraphModule:
@@ -52,26 +59,32 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """Adapter names as a tuple. Raises GraphError for one that is not resident."""
+    """Adapter names as a tuple, slots by the names they were given. Raises GraphError for one that is not resident."""
     chosen = (names,) if isinstance(names, str) else tuple(names)
+    given = {name: slot for slot, name in state.slots.items() if name is not None}
+    resident = given or dict.fromkeys(state.recipe)
     for name in chosen:
-        if name not in state.recipe:
-            raise GraphError(f"there is no adapter {name!r}; resident: {', '.join(state.recipe) or 'none'}")
+        if name not in resident:
+            raise GraphError(f"there is no adapter {name!r}; resident: {', '.join(resident) or 'none'}")
+    chosen = tuple(given.get(name, name) for name in chosen)
     if len(set(chosen)) != len(chosen):
         raise GraphError(f"adapter names are repeated: {list(chosen)}")
     return chosen
 
 
+def acting(gm: fx.GraphModule, state: State) -> dict[str, float]:
+    """Slot -> weight of the adapters whose gate is open."""
+    gates = {slot: get_tensor(gm, f"{GATES}.{slot}").item() for slot in state.slots}
+    return {slot: gate for slot, gate in gates.items() if gate}
+
+
 def refuse_merged(state: State, verb: str) -> None:
+    if state.mixed:
+        raise GraphError(f"{verb} on a graph for mixed batches: use the graph that peft_fx.mixed_batch made it from")
     if state.merged:
         raise GraphError(
             f"{verb} on a merged graph ({', '.join(state.merged)}): unmerge it first with peft_fx.unmerge(graph)"
         )
-
-
-def adapter_dtype(base: torch.dtype) -> torch.dtype:
-    """fp32 for half-precision and 8-bit bases, as PEFT's autocast_adapter_dtype; else the base's own dtype."""
-    return base if base in (torch.float32, torch.float64) else torch.float32
 
 
 def replicated(gm: fx.GraphModule, ranges) -> fx.GraphModule:

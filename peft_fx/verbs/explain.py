@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rich.console import Console
@@ -15,8 +15,9 @@ from ..passes.match import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
 from ..planning.plan import make_plan
 from ..recipe import as_recipe
-from ..store import State, state_of
+from ..store import Resident, State, state_of
 from ..target import ModuleRecord, Target
+from .derive import acting
 
 
 class ParameterCount(NamedTuple):
@@ -104,13 +105,16 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     state = state_of(graph, "explain")
     if recipe is not None:
         rows = [
-            r for name, c in as_recipe(recipe, "default").items() for r in rows_of(graph, state, name, c, "planned")
+            r
+            for name, config in as_recipe(recipe, "default").items()
+            for r in rows_of(graph, state, name, Resident(config), "planned")
         ]
         return Explanation(tuple(rows))
     rows = []
     for name, resident in state.recipe.items():
-        status = "merged" if name in state.merged else "active" if name in state.active else "resident"
-        rows += rows_of(graph, state, name, resident.config, status)
+        on = acting(graph, state) if state.slots else state.active
+        status = "merged" if name in state.merged else "active" if name in on else "resident"
+        rows += rows_of(graph, state, name, resident, status)
     return Explanation(tuple(rows))
 
 
@@ -136,13 +140,15 @@ def readable(record: ModuleRecord) -> list[Target]:
     return targets + [t for t in by_name if isinstance(t, Target)]
 
 
-def rows_of(graph: fx.GraphModule, state: State, adapter: str, config, status: str) -> list[Row]:
+def rows_of(graph: fx.GraphModule, state: State, adapter: str, resident: Resident, status: str) -> list[Row]:
+    config = resident.config
     plan = make_plan(state.table, adapter, config, strict=False)
+    asked = [replace(p, lowering=resident.lowering) for p in plan.placements]
     base = state.base.graph
     nodes = parameter_nodes(base)
     errors = {r["target"]: r["rounding_error"] for r in state.merge_report}
     rows = []
-    for x in lower(base, plan.placements):
+    for x in lower(base, asked, state.base.traces):
         p = x.placement
         read = describe(*sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
         note = x.reason or read

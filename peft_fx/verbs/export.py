@@ -6,10 +6,12 @@ for: module table, adapter configs, what is active and merged.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from ..passes.base import run
 from ..passes.inline import InlineGradRegions
 from ..passes.lift import lift
 from ..passes.literals import BakeLiterals
+from ..passes.mixed import drop_input
 from ..passes.strip import StripSplices
 from ..recipe import config_from_dict
 from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
@@ -60,14 +63,20 @@ def traced_device(program: ExportedProgram) -> torch.device | None:
 
 
 def save(program: ExportedProgram, path: Path, state: State, training: bool) -> None:
-    """Writes the file beside its place, then moves it there: a failure leaves the old one."""
+    extra = {EXTRA: json.dumps(to_json(state, training))}
+    with replacing(path) as complete:
+        torch.export.save(program, complete, extra_files=extra)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, moved there in the end: a failure leaves the old one."""
     if path.is_dir() or not path.parent.is_dir():
         raise AdapterFileError(f"{path}: expected a file path in an existing folder")
-    extra = {EXTRA: json.dumps(to_json(state, training))}
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             complete = Path(temporary) / f"{path.stem}.pt2"
-            torch.export.save(program, complete, extra_files=extra)
+            yield complete
             os.replace(complete, path)
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be written: {error}") from error
@@ -81,7 +90,10 @@ def to_json(state: State, training: bool) -> dict:
         "training": training,
         "table": state.table.to_json(),
         "recipe": {name: resident.config.to_dict() for name, resident in state.recipe.items() if name in kept},
+        "lowering": {name: resident.lowering for name, resident in state.recipe.items() if name in kept},
         "active": list(state.active),
+        "slots": state.slots,
+        "mixed": state.mixed,
         "merged": list(state.merged),
         "merge_report": list(state.merge_report),
     }
@@ -109,16 +121,9 @@ def load(path) -> fx.GraphModule:
 
 def read_program(path: Path) -> tuple[ExportedProgram, str]:
     """The program in a `.pt2` and our JSON, "" if it has none. Compiled code in the file is refused, not loaded."""
-    if not path.is_file():
-        raise AdapterFileError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise AdapterFileError(f"{path}: is no .pt2 file, or cut off")
-    with zipfile.ZipFile(path) as archive:
-        names = [name.partition("/")[2] for name in archive.namelist()]
-        if "archive_format" not in names:
-            raise AdapterFileError(f"{path}: is a zip file, but holds no torch.export program")
-        if any(name.startswith("data/aotinductor/") for name in names):
-            raise AdapterFileError(f"{path}: holds compiled code (AOTInductor); load takes exported programs only")
+    with opened(path) as archive:
+        if any("/data/aotinductor/" in name for name in archive.namelist()):
+            raise AdapterFileError(f"{path}: holds compiled code (AOTInductor); peft_fx.load_package runs it")
         register_for(archive)
     extra = {EXTRA: ""}
     try:
@@ -127,12 +132,26 @@ def read_program(path: Path) -> tuple[ExportedProgram, str]:
         raise AdapterFileError(f"{path}: is no torch.export program: {type(error).__name__}: {error}") from error
 
 
+def opened(path: Path) -> zipfile.ZipFile:
+    """A `.pt2` as an archive."""
+    if not path.is_file():
+        raise AdapterFileError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise AdapterFileError(f"{path}: is no .pt2 file, or cut off")
+    archive = zipfile.ZipFile(path)
+    if not any(name.endswith("/archive_format") for name in archive.namelist()):
+        archive.close()
+        raise AdapterFileError(f"{path}: is a zip file, but holds no torch.export program")
+    return archive
+
+
 def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule:
     """The graph module that a program and its JSON stand for."""
     if data.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
-    recipe = {name: Resident(config_from_dict(config)) for name, config in data["recipe"].items()}
+    forms = data.get("lowering", {})
+    recipe = {name: Resident(config_from_dict(c), forms.get(name, "auto")) for name, c in data["recipe"].items()}
     names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
@@ -140,12 +159,15 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     mode = ByMode(data["training"], f"{where} holds one mode; capture the model to have both")
     gm = module_of(program, tree, mode, table)
     if store is not None:
-        gm.peft_fx.adapters = store._modules.get("adapters", nn.Module())
+        for kept in ("adapters", "gates"):
+            setattr(gm.peft_fx, kept, store._modules.get(kept, nn.Module()))
     run([InlineGradRegions()], gm)
     device = next(tree.parameters(), torch.empty(0)).device
     gm = finish(gm, table, device)
     adapted = copy_graph(gm.graph)
     run([StripSplices()], gm)
+    if data.get("mixed"):
+        drop_input(gm.graph)
     state = gm.meta["peft_fx"].update(
         table=table,
         base=BaseGraph(copy_graph(gm.graph)),
@@ -154,6 +176,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         merged=tuple(data["merged"]),
         before_merge=tuple(data["merged"] + data["active"]),
         merge_report=tuple(data["merge_report"]),
+        slots=data.get("slots", {}),
+        mixed=data.get("mixed", False),
     )
     gm.meta["peft_fx"] = state
     gm.graph = adapted

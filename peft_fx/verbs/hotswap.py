@@ -2,7 +2,7 @@
 
 Everything is checked first; then all tensors are written with `copy_` (which raises between forward and backward, as it
 should, where `.data.copy_` would corrupt gradients silently). A lower rank is zero-padded into the slot; targets that the
-new adapter leaves out get zero factors.
+new adapter leaves out get zero factors. Where the adapter is merged, the folded weights are written (`refold`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ..errors import HotswapError, RecipeError
+from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
-from ..methods import get_method
 from ..methods.base import crop_to, pad_to
 from ..planning.plan import Placement, Plan, make_plan
-from ..store import ADAPTERS, Resident, derive, get_tensor, set_tensor, state_of
-from .adapters import initialise
+from ..store import ADAPTERS, State, derive, get_tensor, set_tensor, state_of
+from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
+from .refold import refold
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
 
@@ -43,23 +43,42 @@ class SwapReport:
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
-    tuned: the graph module from `apply` / `load_adapter`, or torch.compile's result for it. path: a folder with PEFT's
-    files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser that keeps
+    tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: a folder
+    with PEFT's files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser that keeps
     running keeps the momentum of the numbers before: clear its `state`, as for any parameter that is overwritten.
+    On a graph from `reserve` a new adapter_name takes a free slot, which stays off until `switch`.
 
-    Raises HotswapError or AdapterFileError, and changes nothing, if the adapter is merged, Inductor freezing is on, or
-    the new adapter needs another method, other targets or a larger rank than the slot has.
+    A merged adapter gives way to one of any method, rank and targets: the weights are folded anew from the kept base. Calls
+    in other threads see the old numbers or the new ones, never some of each.
+
+    Raises HotswapError or AdapterFileError, and changes nothing, if Inductor freezing is on, if the new adapter needs
+    another method, other targets or a larger rank than the slot has, or, merged, if the merge kept no base weights or the
+    new adapter needs other operators: a bias more, no groups, a tie undone.
     """
     start = time.perf_counter()
     gm = getattr(tuned, "_orig_mod", tuned)
-    state = state_of(gm, "hotswap")
-    names_of(state, adapter_name)
-    refuse(state, adapter_name)
-    folder = local_folder(path)
-    config = read_config(folder)
-    plan = planned(state, adapter_name, config)
-    values = match_tensors(plan, read_tensors(folder), where=str(path))
-    old, new = by_place(placements(state, adapter_name)), by_place(plan.placements)
+    state_of(gm, "hotswap")
+    with gm.peft_fx.sharing.swapping():
+        state = state_of(gm)
+        slot = slot_for(state, adapter_name)
+        refuse_freezing()
+        folder = local_folder(path)
+        config = read_config(folder)
+        plan = planned(state, slot, config)
+        values = match_tensors(plan, read_tensors(folder), where=str(path))
+        swap = refolded if slot in state.merged else overwritten
+        written, padded, zeroed = swap(gm, state, slot, adapter_name, config, plan, values)
+        if state.slots:
+            state.slots[slot] = adapter_name
+    elements = sum(t.numel() for t in written)
+    return SwapReport(
+        adapter_name, str(path), len(written), elements, padded, zeroed, time.perf_counter() - start
+    )  # fmt: skip
+
+
+def overwritten(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
+    """Writes an adapter's own tensors; (tensors written, number padded, targets that the new adapter leaves out)."""
+    old, new = by_place(placements(state, slot)), by_place(plan.placements)
     faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
     for p in (old[k] for k in left_out):
@@ -67,24 +86,38 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
             faults.append(
                 f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there"
             )
-    refuse_faults(adapter_name, faults)
+    refuse_faults(name, faults)
     if left_out:
-        config = with_targets_of(state.recipe[adapter_name].config, config)
-        new = by_place(planned(state, adapter_name, config).placements)
-    writes = planned_writes(gm, adapter_name, old, new, values, left_out)
-    with torch.no_grad():
-        for slot, value, _ in writes:
-            slot.copy_(value)
-    state.recipe[adapter_name].config = config
-    return SwapReport(
-        adapter_name, str(path), len(writes), sum(slot.numel() for slot, _, _ in writes), sum(p for _, _, p in writes),
-        tuple(old[k].target.name for k in left_out), time.perf_counter() - start,
-    )  # fmt: skip
+        config = with_targets_of(state.recipe[slot].config, config)
+        new = by_place(planned(state, slot, config).placements)
+    writes = planned_writes(gm, slot, old, new, values, left_out)
+    written = [tensor for tensor, _, _ in writes]
+    with gm.peft_fx.sharing.writing(written), torch.no_grad():
+        for tensor, value, _ in writes:
+            tensor.copy_(value)
+        state.recipe[slot].config = config
+    return written, sum(p for _, _, p in writes), tuple(old[k].target.name for k in left_out)
 
 
-def refuse(state, adapter: str) -> None:
-    if adapter in state.merged:
-        raise HotswapError(f"adapter {adapter!r} is merged: its tensors are not in the graph; unmerge first")
+def refolded(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
+    """Writes the folded weights of a merged adapter; returns the same."""
+    try:
+        return refold(gm, state, slot, config, values)
+    except (MergeError, RecipeError) as error:
+        raise HotswapError(f"adapter {name!r} cannot be swapped in place, nothing was changed: {error}") from error
+
+
+def slot_for(state: State, name: str) -> str:
+    """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
+    if not state.slots or name in state.slots.values():
+        return names_of(state, name)[0]
+    free = next((slot for slot, taken in state.slots.items() if taken is None), None)
+    if free is None:
+        raise HotswapError(f"no slot is free for adapter {name!r}; taken: {', '.join(state.slots.values())}")
+    return free
+
+
+def refuse_freezing() -> None:
     if torch._inductor.config.freezing:
         raise HotswapError(
             "torch._inductor.config.freezing folds parameters into the compiled code, a swap would have no effect: "
@@ -121,9 +154,10 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
                 continue
             slot = slot_of(gm, p, name)
             value = neutral_value(p, name, slot) if place in left_out else values.get(p.state_name(name))
-            if value is None:
-                value = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
-                initialise(value, gm, p, spec, newer)
+            if not isinstance(value, torch.Tensor):
+                made = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
+                fill(made, gm, p, name, value, newer)
+                value = made
             newer[p.state_name(name)] = value
             fits = fitted(value, slot, spec.pad)
             if fits is None:
@@ -143,7 +177,7 @@ def refuse_faults(adapter: str, faults: list[str]) -> None:
 
 
 def neutral(p: Placement) -> dict[str, float] | None:
-    return get_method(p.method).neutral(p.target, p.config)
+    return p.rule.neutral(p.target, p.config)
 
 
 def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor | None:
@@ -161,11 +195,11 @@ def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor |
 
 
 def input_dropout(p: Placement) -> float:
-    return get_method(p.method).input_dropout(p.target, p.config)
+    return p.rule.input_dropout(p.target, p.config)
 
 
 def literals(p: Placement) -> tuple:
-    return get_method(p.method).literals(p.target, p.config)
+    return p.rule.literals(p.target, p.config)
 
 
 def slot_of(gm, p: Placement, name: str) -> torch.Tensor:
@@ -198,7 +232,7 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
     """
     state = state_of(tuned, "prepare_hotswap")
     refuse_merged(state, "prepare_hotswap")
-    state = state.update(recipe={name: Resident(r.config) for name, r in state.recipe.items()})
+    state = state.update(recipe={name: dataclasses.replace(r) for name, r in state.recipe.items()})
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
         wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)

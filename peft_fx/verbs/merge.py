@@ -15,13 +15,12 @@ import torch
 from torch import fx, nn
 
 from ..errors import MergeError
-from ..methods import get_method
 from ..passes.base import run
 from ..passes.fold import PointAtFolded
 from ..passes.lowering import apply_weight
 from ..planning.plan import Placement, clashes
 from ..store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
-from .derive import derived, injection, names_of, placements
+from .derive import acting, derived, injection, names_of, placements
 
 KEEP = ("device", "cpu", None)
 
@@ -44,23 +43,26 @@ def merge(
     rounding error per target. Raises MergeError naming the target; nothing has changed then.
     """
     state = state_of(tuned, "merge")
+    if state.mixed:
+        raise MergeError("merge on a graph for mixed batches: use the graph that peft_fx.mixed_batch made it from")
     if state.merged:
         raise MergeError(f"adapters {', '.join(state.merged)} are merged already; unmerge first")
     if keep_base not in KEEP:
         raise MergeError(f"keep_base={keep_base!r}: expected one of {KEEP}")
-    names = state.active if adapter_names is None else names_of(state, adapter_names)
+    names = acting_whole(tuned, state) if adapter_names is None else names_of(state, adapter_names)
     if not names:
         raise MergeError("nothing to merge: no adapter is active; name one, or call set_adapter")
     chosen = [p for name in names for p in placements(state, name)]
-    for p in chosen:
-        if reason := get_method(p.method).no_weight:
-            raise MergeError(f"{p.target.name}: refused: {p.method} cannot be merged: {reason}")
+    refuse_no_weight(chosen)
     if refused := clashes(chosen):
         raise MergeError("\n".join(map(str, refused)))
     new = derive(tuned, copy_graph(state.base.graph), state)
     report = []
-    for target_name, group in by_target(chosen).items():
-        report.append(fold(tuned, new, target_name, group, check_finite, keep_base))
+    for group in by_target(chosen).values():
+        results, line = folded(new, group, check_finite)
+        for name, result in results.items():
+            replace_tensor(new, name, result, keep_base)
+        report.append(line)
     refuse_or_keep_ties(tuned, new, state, [p.target.name for p in chosen], untie)
     left = tuple(n for n in state.active if n not in names)
     state = state.update(active=left, merged=names, before_merge=state.active, merge_report=tuple(report))
@@ -71,6 +73,22 @@ def merge(
     return new
 
 
+def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
+    """The adapters that act. Raises MergeError where a gate lets only a part of one through."""
+    if not state.slots:
+        return state.active
+    weights = acting(tuned, state)
+    if part := next((slot for slot, weight in weights.items() if weight != 1), None):
+        raise MergeError(f"adapter {state.slots[part]!r} acts with weight {weights[part]}: switch it to 1 and merge then")
+    return tuple(name for name in state.active if name in weights)
+
+
+def refuse_no_weight(chosen: list[Placement]) -> None:
+    for p in chosen:
+        if reason := p.rule.no_weight:
+            raise MergeError(f"{p.target.name}: refused: {p.method} cannot be merged: {reason}")
+
+
 def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:
     """Parameter name -> its placements, in order; an adapter's own bias goes with the weight that may change it again."""
     groups: dict[str, list[Placement]] = {}
@@ -79,42 +97,39 @@ def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:
     return groups
 
 
-def fold(tuned, new, name: str, group: list[Placement], check_finite: bool, keep_base: str | None) -> dict:
-    """Merges one target into `new`; returns its line of the report."""
-    W = get_tensor(new, name)
+def folded(gm: fx.GraphModule, group: list[Placement], check_finite: bool) -> tuple[dict[str, torch.Tensor], dict]:
+    """What merging the placements of one target gives: tensor name -> result, and its line of the report."""
     target = group[0].target
-    b = get_tensor(new, target.bias_name) if target.has_bias else None
+    W = get_tensor(gm, target.name)
+    b = get_tensor(gm, target.bias_name) if target.has_bias else None
     wide = torch.promote_types(W.dtype, torch.float32) if W.is_floating_point() else W.dtype
     with torch.no_grad():
         exact_W, exact_b = W.detach(), None if b is None else b.detach()
         old_b = exact_b
         for p in group:
-            method = get_method(p.method)
+            method = p.rule
             exact_W, exact_b = apply_weight(
                 method.weight,
                 exact_W,
                 exact_b,
-                theta_of(tuned, p),
+                theta_of(gm, p),
                 p.target,
                 p.config,
                 wide,
                 method.dense_groups(p.target),
             )
-        operands = {t.untyped_storage()._cdata for p in group for t in theta_of(tuned, p).values()}
+        operands = {t.untyped_storage()._cdata for p in group for t in theta_of(gm, p).values()}
         operands |= {t.untyped_storage()._cdata for t in (W, b) if t is not None}
-        results = {name: rounded(exact_W, W.dtype, operands)}
+        results = {target.name: rounded(exact_W, W.dtype, operands)}
         if exact_b is not old_b:
             results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype, operands)
-        for result_name, result in results.items():
+        for name, result in results.items():
             if check_finite and not finite(result):
                 adapters = ", ".join(p.adapter for p in group)
-                raise MergeError(
-                    f"{result_name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged"
-                )
-        error = rounding_error(results[name], exact_W)
-    for result_name, result in results.items():
-        replace_tensor(new, result_name, result, keep_base)
-    return {"target": name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype), "rounding_error": error}
+                raise MergeError(f"{name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged")
+        error = rounding_error(results[target.name], exact_W)
+    adapters = [p.adapter for p in group]
+    return results, {"target": target.name, "adapters": adapters, "dtype": str(W.dtype), "rounding_error": error}
 
 
 def rounded(exact: torch.Tensor, dtype: torch.dtype, operands: set) -> torch.Tensor:
@@ -208,6 +223,15 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
     state = state_of(merged, "unmerge")
     if not state.merged:
         raise MergeError("nothing to unmerge: no adapter is merged")
+    new = restored(merged, state)
+    return derived(new, state_of(new))
+
+
+def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.GraphModule:
+    """The module, not yet its graph, with replaced weights and merged adapters as they were before the merge.
+
+    move: weights that waited elsewhere come to the graph's device. Raises MergeError if they were not kept.
+    """
     shelf = dict(merged.peft_fx.replaced.named_buffers(remove_duplicate=False))
     missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
     if missing:
@@ -215,8 +239,9 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
             "derive from the unmerged graph, or merge with keep_base='device' or 'cpu'"
         )
-    new = derive(merged, fx.Graph(), state)
-    restored: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
+    before = state.update(active=state.before_merge, merged=(), before_merge=(), merge_report=())
+    new = derive(merged, fx.Graph(), before)
+    back: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
         group = next((g for g in state.table.tied if name in g), (name,))
         untouched = next((n for n in group if n not in shelf and get_tensor(new, n) is not None), None)
@@ -224,20 +249,20 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
             owner, leaf = owner_of(new, name)
             del owner._parameters[leaf]
             continue
-        if group[0] not in restored:
-            restored[group[0]] = (
-                as_it_was(kept, get_tensor(new, name)) if untouched is None else get_tensor(new, untouched)
+        if group[0] not in back:
+            back[group[0]] = (
+                as_it_was(kept, get_tensor(new, name), move) if untouched is None else get_tensor(new, untouched)
             )
-        set_tensor(new, name, restored[group[0]])
+        set_tensor(new, name, back[group[0]])
     new.peft_fx.replaced = nn.Module()
     for name in state.merged:
         unshelve(new, placements(state, name))
-    return derived(new, state.update(active=state.before_merge, merged=(), before_merge=(), merge_report=()))
+    return new
 
 
-def as_it_was(kept: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """A shelved tensor back on the device of the one in its place, as the kind of tensor that it was."""
-    kept = kept.to(now.device)
+def as_it_was(kept: torch.Tensor, now: torch.Tensor, move: bool) -> torch.Tensor:
+    """A shelved tensor back as the kind of tensor that it was, and on the device of the one in its place."""
+    kept = kept.to(now.device) if move else kept
     if isinstance(now, nn.Parameter) and not isinstance(kept, nn.Parameter):
         return nn.Parameter(kept, requires_grad=False)
     return kept

@@ -18,14 +18,17 @@ OPERATORS_IN = "transformers.integrations.moe"
 
 
 def register_for(archive: ZipFile) -> None:
-    """Imports what the program in an opened `.pt2` names. Raises AdapterFileError if this transformers lacks it."""
+    """Imports what the program in an opened `.pt2` names."""
     for name in archive.namelist():
         if name.endswith(PROGRAM):
-            text = archive.read(name)
-            modules = {m.decode() for m in CLASS.findall(text)} | ({OPERATORS_IN} if OPERATOR in text else set())
-            for module in sorted(modules):
-                try:
-                    import_module(module)
-                except ImportError as error:
-                    lacking = f"{archive.filename}: needs {module}, which the installed transformers lacks"
-                    raise AdapterFileError(lacking) from error
+            register_named(archive.read(name), archive.filename)
+
+
+def register_named(text: bytes, where) -> None:
+    """Imports what a serialised program names. Raises AdapterFileError if this transformers lacks it."""
+    modules = {m.decode() for m in CLASS.findall(text)} | ({OPERATORS_IN} if OPERATOR in text else set())
+    for module in sorted(modules):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise AdapterFileError(f"{where}: needs {module}, which the installed transformers lacks") from error

@@ -8,17 +8,21 @@ PEFT = [
     (BASE, "wide wide_without_bias square wide_Conv1D wide_conv2d wide_conv2d_pointwise"),
     (BASE | {"lora_alpha": 3, "init_lora_weights": False}, "wide wide_Conv1D"),
     (BASE | {"lora_alpha": 0}, "wide"),
+    (BASE | {"lora_dropout": 0.1}, "wide wide_conv2d"),
     (BASE | {"target_modules": ["q_proj", "down_proj"]}, "llama"),
     (BASE | {"target_modules": ["c_attn"]}, "gpt2"),
 ]
 DEFINED = [
     (BASE, "wide_conv1d wide_conv2d_dilated wide_conv2d_grouped wide_conv3d wide_embedding"),
     (BASE | KEPT, "wide wide_conv2d"),
+    (BASE | {"lora_dropout": 0.1}, "wide_conv2d_grouped wide_embedding"),
 ]
 REFUSED = [
     (BASE, "wide_norm", "matrices"),
     ({}, "wide", "total_step"),
     (BASE | {"tinit": 9, "tfinal": 1}, "wide", "nearest valid tinit: 8"),
+    (BASE | {"init_lora_weights": "gaussian"}, "wide", "init_lora_weights: expected bool"),
+    (BASE | {"orth_reg_weight": -1}, "wide", "orth_reg_weight: expected 0 or more"),
     (BASE | {"alpha_pattern": {"layer": 2}}, "wide", "no use"),
 ]
 

@@ -7,9 +7,16 @@ PEFT = [
 ]
 DEFINED = [
     ({}, "wide_without_bias wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated"),
-    ({}, "wide_conv2d_grouped wide_conv3d wide_embedding"),
+    ({}, "wide_conv2d_grouped wide_conv3d wide_embedding wide_norm"),
 ]
-REFUSED = [({}, "wide_norm", "LN_TUNING")]
+REFUSED = [
+    ({"target_modules": ["input_layernorm"]}, "llama", "LN_TUNING"),
+    (
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        "mixtral",
+        "experts in one parameter have none",
+    ),
+]
 
 
 def definition(W, b, tensors, options):

@@ -13,6 +13,7 @@ DEFINED = [
     (BUTTERFLY, "wide wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_grouped wide_conv3d"),
     ({**BUTTERFLY, "boft_n_butterfly_factor": 3}, "wide wide_conv2d wide_conv2d_pointwise"),
     ({**BLOCKS, "boft_n_butterfly_factor": 3}, "wide_conv2d wide_conv3d"),
+    ({**BUTTERFLY, "boft_dropout": 0.5}, "wide wide_Conv1D wide_conv2d"),
 ]
 REFUSED = [
     (BLOCKS, "wide_embedding", "token ids"),
@@ -20,7 +21,8 @@ REFUSED = [
     ({"boft_block_size": 3}, "wide", "boft_block_size=3 does not divide 8 input features; nearest valid: 2"),
     ({**BLOCKS, "boft_n_butterfly_factor": 3}, "wide", "boft_n_butterfly_factor=3 needs .* nearest valid: 2"),
     ({"boft_block_size": 3, "boft_n_butterfly_factor": 2}, "wide_conv1d", "nearest valid: 1"),
-    ({**BLOCKS, "boft_dropout": 0.1}, "wide", "boft_dropout=0.1; set it to 0"),
+    ({**BLOCKS, "boft_dropout": 1.0}, "wide", "expected 0 <= p < 1"),
+    ({**BLOCKS, "boft_n_butterfly_factor": 0}, "wide", "expected an integer from 1"),
     ({**BLOCKS, "boft_block_num": 2}, "wide", "one has to be positive"),
 ]
 

@@ -14,15 +14,14 @@ PEFT = [
 DEFINED = [
     (
         {"r": 3, "alpha": 5},
-        "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv3d wide_embedding",
+        "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d wide_embedding",
     ),
-    (QR, "wide_conv2d wide_embedding"),
+    (QR, "wide_conv2d wide_conv2d_grouped wide_embedding"),
     (PARA, "wide_conv2d"),
 ]
 REFUSED = [
     ({"r": 4}, "wide_norm", "matrix"),
-    ({"r": 4}, "wide_conv2d_grouped", "nearest valid: groups=1"),
-    ({"r": 4, "deft_dropout": 0.1}, "wide", "set it to 0"),
+    ({"r": 4, "deft_dropout": 1.0}, "wide", "deft_dropout"),
     ({"r": 4, "decomposition_method": "svd"}, "wide", "relu"),
 ]
 

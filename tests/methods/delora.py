@@ -16,12 +16,13 @@ PEFT = [
 DEFINED = [
     (
         {"r": 4},
-        "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv3d wide_embedding",
+        "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped",
     ),
+    ({"r": 4}, "wide_conv3d wide_embedding"),
 ]
 REFUSED = [
     ({"r": 4}, "wide_norm", "matrix"),
-    ({"r": 4}, "wide_conv2d_grouped", "nearest valid: groups=1"),
+    ({"r": 4, "rank_pattern": {"layer": 0}}, "wide", "rank_pattern"),
 ]
 
 

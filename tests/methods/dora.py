@@ -12,13 +12,14 @@ PEFT = [
     ({**DORA, "init_lora_weights": False}, "wide wide_conv2d wide_embedding"),
     ({**DORA, "rank_pattern": {"q_proj": 2}, "target_modules": ["q_proj", "down_proj"]}, "llama"),
     ({**DORA, "target_modules": ["c_attn"]}, "gpt2"),
+    ({**DORA, "lora_dropout": 0.1}, "wide wide_without_bias wide_Conv1D wide_conv2d wide_embedding"),
 ]
 DEFINED = [
     (DORA, "wide_conv2d_dilated wide_conv2d_grouped"),
+    ({**DORA, "lora_dropout": 0.1}, "wide_conv2d_grouped"),
 ]
 REFUSED = [
     (DORA, "wide_norm", "no form on a 1-d weight"),
-    ({**DORA, "lora_dropout": 0.1}, "wide wide_conv2d", "no input to drop: lora_dropout=0.1; set it to 0"),
     ({**DORA, "lora_bias": True}, "wide", "lora_bias is not part of DoRA"),
     ({**DORA, "r": 3}, "wide_conv2d_grouped", "r=3 is not divisible by groups=2; nearest valid: 2"),
 ]

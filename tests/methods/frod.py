@@ -16,17 +16,18 @@ DEFINED = [
 ]
 REFUSED = [
     ({}, "wide_norm", "matrices"),
-    ({"frod_dropout": 0.1}, "wide", "no branch"),
+    ({"frod_dropout": 1.0}, "wide", "frod_dropout"),
     ({"sparse_rate": 2.0}, "wide", "expected 0 to 1"),
 ]
 
 
 def definition(W, b, tensors, options):
-    V, l, values = tensors["/frod_V.layer"], tensors["frod_lambda_l"], tensors["frod_lambda_s_values"]
+    (V,), (positions,) = ([t for key, t in tensors.items() if part in key] for part in ("frod_V", "frod_s_indices"))
+    l, values = tensors["frod_lambda_l"], tensors["frod_lambda_s_values"]
     columns = torch.linalg.solve(V, W.flatten(1).T).T
     U = columns / columns.norm(dim=0)
     S = torch.diag(l) + 0 * values.sum()
-    for (i, j), value in zip(tensors["/frod_s_indices.layer"].T.tolist(), values, strict=True):
+    for (i, j), value in zip(positions.T.tolist(), values, strict=True):
         cell = torch.zeros_like(S)
         cell[i, j] = 1
         S = S + value * cell

@@ -17,12 +17,13 @@ DEFINED = [
         "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d wide_embedding",
     ),
     (HYBRID, "wide_conv2d wide_embedding"),
+    ({**HYBRID, "gralora_dropout": 0.1}, "wide_conv2d_grouped wide_embedding"),
 ]
 REFUSED = [
     (R, "wide_norm", "matrices"),
     ({"r": 5, "gralora_k": 5}, "wide", r"gralora_k=5 does not divide both 12 and 8; valid with r=5: \[1\]"),
     ({"r": 5}, "wide", "nearest valid: 4"),
-    ({"r": 4, "gralora_dropout": 0.1}, "wide_conv2d", "gralora_dropout needs kind linear"),
+    ({"r": 4, "gralora_dropout": 1.0}, "wide", "gralora_dropout: expected 0 <= p < 1"),
 ]
 
 

@@ -6,17 +6,19 @@ PEFT = [
     (R, "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv3d"),
     ({"r": 3, "init_weights": "gaussian"}, "wide wide_conv2d wide_embedding"),
     ({"r": 3, "init_weights": False}, "wide wide_conv2d wide_embedding"),
-    ({"r": 3, "hira_dropout": 0.1}, "wide wide_Conv1D wide_embedding"),
+    ({"r": 3, "hira_dropout": 0.1}, "wide wide_Conv1D wide_conv2d wide_embedding"),
     ({"r": 3, "target_modules": ["q_proj", "up_proj"]}, "llama"),
     ({"r": 3, "target_modules": ["c_attn"]}, "gpt2"),
 ]
 DEFINED = [
     (R, "wide_conv2d_grouped"),
+    ({"r": 3, "hira_dropout": 0.1}, "wide_conv2d_grouped"),
     ({"r": 3, "rank_pattern": {"layer": 2}}, "wide wide_conv2d"),  # PEFT ignores the field
 ]
 REFUSED = [
     (R, "wide_norm", "matrices"),
-    ({"r": 3, "hira_dropout": 0.1}, "wide_conv2d", "hira_dropout=0.1 needs kind linear, this is conv2d; set it to 0"),
+    ({"r": 3, "hira_dropout": 1}, "wide", "hira_dropout: expected 0 <= p < 1"),
+    ({"r": 3, "rank_pattern": {"layer": 0}}, "wide", "rank_pattern.*expected an integer"),
 ]
 
 

@@ -8,7 +8,11 @@ PEFT = [
     ({"r": 4, "stride_A": 3, "target_modules": r".*\.(q|v)_proj"}, "llama"),
 ]
 REFUSED = [
-    ({"r": 4}, "wide_conv1d wide_conv2d wide_conv2d_grouped wide_conv3d wide_embedding wide_norm", "linear layers"),
+    (
+        {"r": 4},
+        "wide_conv1d wide_conv2d wide_conv2d_grouped wide_conv3d wide_embedding wide_norm",
+        "linear layers: no weight",
+    ),
     ({"r": 4, "num_B": 1}, "wide", "expected at least 2"),
     ({"r": 4, "stride_A": 0}, "wide", "expected at least 1"),
 ]

@@ -18,6 +18,7 @@ PEFT = [
 DEFINED = [
     (R, "wide_Conv1D wide_conv3d wide_embedding"),
     ({"r": 3, "rank_dropout": 0.2}, "wide_embedding"),
+    ({**EFFECTIVE, "rank_dropout": 0.2}, "wide_conv2d wide_conv3d"),
     # PEFT's outputs are the same, but its gradient of hada_w1_a is taken with the other product's core
     (EFFECTIVE, "wide_conv1d wide_conv2d wide_conv2d_dilated wide_conv2d_grouped wide_conv3d"),
 ]

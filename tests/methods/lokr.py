@@ -32,6 +32,7 @@ PEFT = [
 DEFINED = [
     (R, "wide_Conv1D wide_conv3d wide_embedding"),
     (WHOLE, "wide_Conv1D wide_conv3d wide_embedding"),
+    (R | {"rank_dropout": 0.2}, "wide_Conv1D wide_conv3d wide_embedding"),
     (EFFECTIVE, "wide_conv1d wide_conv3d"),  # PEFT raises on Conv1d: its kron needs another layout
 ]
 REFUSED = [

@@ -20,7 +20,6 @@ REFUSED = [
     ({"r": 9}, "wide", "nearest valid: 8"),
     ({"r": 3, "init_weights": "bat"}, "wide", "nearest valid: 2"),
     ({"r": 4, "init_weights": "mini", "mini_r": 5}, "wide", "nearest valid: 4"),
-    ({"r": 4, "miss_dropout": 0.1}, "wide_conv2d", "activation form"),
 ]
 
 

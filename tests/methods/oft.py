@@ -23,13 +23,14 @@ DEFINED = [
     (EXACT, f"wide_Conv1D {CONVOLUTIONS}"),
     ({**COFT, "block_share": True}, "wide_Conv1D wide_conv2d"),
     (BLOCKS, "wide_Conv1D wide_conv2d"),
+    ({**BLOCKS, "module_dropout": 0.4}, "wide wide_Conv1D wide_conv2d"),
 ]
 REFUSED = [
     (BLOCKS, "wide_norm", "1-d"),
     ({"oft_block_size": 1}, "wide", "blocks of one feature cannot rotate"),
     ({**BLOCKS, "num_cayley_neumann_terms": 1}, "wide", "expected 2 or more"),
     ({"oft_block_size": 4, "r": 2}, "wide", "one has to be positive"),
-    ({**BLOCKS, "module_dropout": 0.1}, "wide_conv2d wide_embedding", "module_dropout=0.1 has no form"),
+    ({**BLOCKS, "module_dropout": 1.0}, "wide", "expected 0 <= p < 1"),
 ]
 
 

@@ -16,7 +16,8 @@ DEFINED = [
 REFUSED = [
     ({}, "wide_norm", "matrices"),
     ({"effective_rank": 9}, "wide", "nearest valid: 7"),
-    ({"effective_rank": 0}, "wide", "positive"),
+    ({"effective_rank": 0}, "wide", "above 0"),
+    ({"rank_pattern": {"lay": 0}}, "wide", "above 0"),
 ]
 
 
@@ -25,6 +26,7 @@ def definition(W, b, tensors, options):
     u, s, v = torch.linalg.svd(W.flatten(1), full_matrices=False)
     k = len(s) // 2
     high = u[:, :k] @ torch.diag(s[:k]) @ v[:k]
-    U.register_hook(lambda g: g - u[:, :k] @ (u[:, :k].T @ g))
-    V.register_hook(lambda g: g - (g @ v[:k].T) @ v[:k])
+    if U.requires_grad:
+        U.register_hook(lambda g: g - u[:, :k] @ (u[:, :k].T @ g))
+        V.register_hook(lambda g: g - (g @ v[:k].T) @ v[:k])
     return (high + U @ torch.diag(S) @ V).reshape(W.shape), b

@@ -13,11 +13,10 @@ PEFT = [
 ]
 DEFINED = [
     ({"r": 4, "act_fn": "tanh"}, "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated"),
-    ({"r": 3, "act_fn": "tanh", "depth": 2, "scaling": 0.5}, "wide_conv3d wide_embedding"),
+    ({"r": 3, "act_fn": "tanh", "depth": 2, "scaling": 0.5}, "wide_conv2d_grouped wide_conv3d wide_embedding"),
 ]
 REFUSED = [
     ({"r": 4}, "wide_norm", "matrix"),
-    ({"r": 4}, "wide_conv2d_grouped", "nearest valid: groups=1"),
     ({"r": 4, "act_fn": "prelu"}, "wide", "expected one of"),
     ({"r": 4, "depth": -1}, "wide", "depth"),
 ]

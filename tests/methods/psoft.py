@@ -17,15 +17,16 @@ PEFT = [
 ]
 OTHERS = "wide_Conv1D wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv3d wide_embedding"
 DEFINED = [
-    (R, OTHERS),
+    (R, f"{OTHERS} wide_conv2d_grouped"),
+    ({**R, "psoft_dropout": 0.3}, "wide_Conv1D wide_conv2d wide_conv2d_grouped"),
     ({**R, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False}, "wide_Conv1D wide_conv2d wide_embedding"),
 ]
 REFUSED = [
     (R, "wide_norm", "1-d"),
-    (R, "wide_conv2d_grouped", "groups=2 is that many matrices"),
     ({"r": 9}, "wide", "r=9 exceeds the rank of a matrix of 12 x 8; nearest valid: 8"),
     ({"r": 1}, "wide", "nearest valid: 2"),
-    ({**R, "ab_svd_init": "svd"}, "wide", "expected of"),
+    ({**NEUMANN, "num_cayley_neumann_terms": 1}, "wide", "expected 2 or more"),
+    ({**R, "ab_svd_init": "svd"}, "wide", "expected one of"),
 ]
 
 

@@ -7,9 +7,17 @@ PEFT = [
     ({"r": 4, "target_modules": ["q_proj", "up_proj"]}, "llama"),
     ({"r": 4, "target_modules": ["c_attn"], "save_projection": False}, "gpt2"),
 ]
-REFUSED = [
-    ({"r": 4}, "wide_conv1d wide_conv2d wide_conv3d wide_norm", "matrices"),
-    ({"r": 4}, "wide_embedding", "noise for every token"),
-    ({"r": 4, "pvera_dropout": 1.0}, "wide", "0 <= p < 1"),
-    ({"r": 4, "sample_at_inference": True, "generator_seed": 3}, "wide", "torch.manual_seed"),
+DEFINED = [
+    (
+        {"r": 4},
+        "wide_embedding wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d",
+    ),
+    ({"r": 4, "generator_seed": 3, "pvera_dropout": 0.2}, "wide_conv2d_grouped wide_embedding"),
 ]
+REFUSED = [({"r": 4}, "wide_norm", "matrices"), ({"r": 4, "pvera_dropout": 1.0}, "wide", "0 <= p < 1")]
+
+
+def definition(W, b, tensors, options):
+    A, B = tensors["/pvera_A"][: options["r"]], tensors["/pvera_B"]
+    mean = tensors["pvera_lambda_b"][:, None] * B @ (tensors["pvera_lambda_d"][: options["r"], None] * A)
+    return W + mean.reshape(W.shape), b

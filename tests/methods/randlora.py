@@ -13,10 +13,12 @@ PEFT = [
     ({**R, "target_modules": ["q_proj", "up_proj", "down_proj"], "save_projection": False}, "llama"),
     ({**R, "target_modules": ["c_attn"]}, "gpt2"),
 ]
-DEFINED = [(R, "wide_embedding")]
+DEFINED = [
+    (R, "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d"),
+    ({**R, "randlora_dropout": 0.1}, "wide_embedding"),
+]
 REFUSED = [
-    (R, "wide_conv1d wide_conv2d wide_conv3d wide_norm", "matrices"),
-    ({"randlora_dropout": 0.1}, "wide_embedding", "set it to 0"),
+    (R, "wide_norm", "matrices"),
     ({"randlora_dropout": 1.5}, "wide", "0 <= p < 1"),
     ({"r": 0}, "wide", "from 1 to"),
 ]
@@ -25,10 +27,11 @@ REFUSED = [
 def definition(W, b, tensors, options):
     A, B = tensors["/randlora_A"], tensors["/randlora_B"]
     lambda_, gamma = tensors["randlora_lambda"], tensors["randlora_gamma"]
-    (r, bases), (low, high) = lambda_.shape, sorted(W.shape)
+    (r, bases), (low, high) = lambda_.shape, sorted(W.flatten(1).shape)
     update = torch.zeros(high, low, dtype=W.dtype)
     for t in range(r * bases):
         row = lambda_[t // bases, t % bases] * A[t // bases, 0, :low] * gamma[t % bases]
         update = update + torch.outer(B[:high, t // r, t % r], row)
     update = options["randlora_alpha"] / r * update
-    return W + (update if W.shape[1] == low else update.T), b
+    update = update if W.flatten(1).shape[1] == low else update.T
+    return W + update.reshape(W.shape), b

@@ -16,7 +16,7 @@ DEFINED = [
 ]
 REFUSED = [
     (GROUPS, "wide_norm", "1-d"),
-    ({"group_size": 5}, "wide", "group_size=5: expected an even number"),
+    ({"group_size": 5}, "wide", "group_size: expected an even number of 2 or more, got 5"),
     ({"group_size": 8}, "wide", "group_size=8 does not divide 12 output features; nearest valid: 6"),
     ({"variant": "road_3"}, "wide", "variant='road_3': expected one of"),
 ]

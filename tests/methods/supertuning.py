@@ -7,14 +7,15 @@ PEFT = [
     (SUPRA, "wide wide_without_bias"),
     ({**SUPRA, "lora_alpha": 7, "init_weights": False}, "square"),
     ({**HALF, "select_top": False}, "wide"),
-    ({**SUPRA, "save_precomputed_indices": False}, "wide"),
+    ({**SUPRA, "save_precomputed_indices": False, "lora_dropout": 0.2}, "wide"),
     ({"target_modules": ["q_proj", "down_proj"]}, "llama"),
 ]
-DEFINED = [(HALF, ELSEWHERE), (SUPRA, ELSEWHERE)]
+DEFINED = [(HALF, ELSEWHERE), (SUPRA, ELSEWHERE), ({**SUPRA, "lora_dropout": 0.2}, "wide_embedding")]
 REFUSED = [
     (HALF, "wide_norm", "matrix"),
     ({}, "wide", "nearest valid: 0.9895"),
-    ({**SUPRA, "lora_dropout": 0.1}, "wide", "set it to 0"),
+    ({**SUPRA, "lora_dropout": 0.1}, "wide_conv2d", "lora_dropout=0.1 on the input of A needs the activation form"),
+    ({**SUPRA, "lora_dropout": 1.0}, "wide", "0 <= p < 1"),
 ]
 
 

@@ -14,6 +14,7 @@ REFUSED = [
     ({"token_indices": [3, 16]}, "wide_embedding", "outside its 16 tokens"),
     ({"token_indices": [3, 3]}, "wide_embedding", "each once"),
     ({}, "wide_embedding", "at least one"),
+    (IDS | {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}, "mixtral", "no row per token"),
 ]
 
 

@@ -15,14 +15,13 @@ DEFINED = [
     (SMALL, "wide_conv1d wide_conv2d wide_conv2d_pointwise wide_conv2d_dilated wide_conv2d_grouped wide_conv3d"),
     (SMALL, "wide_embedding"),
 ]
-REFUSED = [(SMALL, "wide_norm", "matrices"), (SMALL | {"theta_d_length": 0}, "wide", "positive")]
+REFUSED = [(SMALL, "wide_norm", "matrices"), (SMALL | {"theta_d_length": 0}, "wide", "above 0")]
 
 
 def definition(W, b, tensors, options):
-    theta = tensors["/unilora_theta_d"]
-    n = len(tensors["unilora_indices_A"].flatten())
-    both = [*tensors["unilora_indices_A"].flatten().tolist(), *tensors["unilora_indices_B"].flatten().tolist()]
-    values = [theta[i] / both.count(i) ** 0.5 for i in both]
-    A = torch.stack(values[:n]).reshape(options["r"], -1)
-    B = torch.stack(values[n:]).reshape(-1, options["r"])
+    theta, positions = tensors["/unilora_theta_d"], [tensors[f"unilora_indices_{f}"] for f in "AB"]
+    of_one_target = torch.cat([i.flatten() for i in positions]).tolist()
+    # how often an entry occurs over all targets, where the caller knows of several
+    occurrences = tensors.get("occurrences", torch.tensor([of_one_target.count(i) for i in range(len(theta))]))
+    A, B = (theta[i] / occurrences[i].sqrt() for i in positions)
     return W + (B @ A).reshape(W.shape), b

@@ -18,7 +18,6 @@ REFUSED = [
     (SMALL, "wide_norm", "matrices"),
     (SMALL | {"vector_length": 5}, "wide", "nearest valid: 4"),
     (SMALL | {"topk": 7}, "wide", "nearest valid: 6"),
-    (SMALL | {"save_only_topk_weights": True}, "wide", "no logits to train"),
 ]
 
 

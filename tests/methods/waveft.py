@@ -28,7 +28,7 @@ DEFINED = [
 REFUSED = [
     (F, "wide_norm", "matrices"),
     ({}, "wide", "n_frequency=2592 .* nearest valid: 96"),
-    ({**F, "wavelet_family": "db11"}, "wide", "has no filters; one of: db1, "),
+    ({**F, "wavelet_family": "db11"}, "wide", "expected one of .'db1', "),
     ({"n_frequency": 97, "proportional_parameters": True}, "wide", "share of n_frequency=97"),
 ]
 LOW = {

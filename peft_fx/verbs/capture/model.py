@@ -7,13 +7,14 @@ model's own Parameter objects: nothing is copied, `state_dict` has the model's n
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ...errors import CaptureError
+from ...errors import CaptureError, GraphError
 from ...passes.base import run
 from ...passes.inline import InlineGradRegions
 from ...passes.inputs import CheckInputs
@@ -38,7 +39,10 @@ from ...store import (
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .program import program_table, retie
+from .stamp import equal_lists, refuse_difference, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
+
+LOGGER = logging.getLogger("peft_fx")
 
 
 def capture(
@@ -47,6 +51,7 @@ def capture(
     kwargs: dict | None = None,
     *,
     dynamic_shapes="auto",
+    stamp: bool = True,
 ) -> fx.GraphModule:
     """Captures a model as an FX graph in the ATen dialect that shares the model's parameters.
 
@@ -54,6 +59,8 @@ def capture(
         `fx.symbolic_trace`, or an ExportedProgram.
     args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols.
     dynamic_shapes: "auto" (every axis that the model allows), None (all fixed), or torch.export's own specification.
+    stamp: trace three of a list of equal layers and stamp out the others, where that provably gives the same graph; what
+        was done, or why all layers were traced, is logged by the logger "peft_fx".
 
     Returns a GraphModule that is called like the model and is in the model's mode. Raises CaptureError naming the module
     and the remedy for what cannot be captured, e.g. control flow that depends on data.
@@ -71,15 +78,26 @@ def capture(
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
 
+    if lists := equal_lists(model) if stamp else {}:
+        try:
+            return traced(model, args, kwargs, shapes, lists)
+        except (CaptureError, GraphError) as reason:
+            LOGGER.info("all layers are traced: %s", reason)
+    return traced(model, args, kwargs, shapes, {})
+
+
+def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
+    """The base graph of `model`; of `lists` only the first layers are traced, the others are stamped out."""
     table = module_table(model)
     mode = ByMode(model.training)
-    eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
-    try:
-        program = export_in_mode(model, args, kwargs, shapes, training=True)
-    except CaptureError as error:
-        if model.training:
-            raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
-        program, mode.locked = eval_program, str(error)
+    with shortened(model, lists):
+        eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
+        try:
+            program = export_in_mode(model, args, kwargs, shapes, training=True)
+        except CaptureError as error:
+            if model.training:
+                raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
+            program, mode.locked = eval_program, str(error)
     gm = module_of(program, skeleton(model), mode, table)
     clean = [InlineGradRegions()]
     if not mode.locked:
@@ -88,7 +106,11 @@ def capture(
         gm = in_current_mode(gm, evaluation, clean)
     else:
         run(clean, gm)
-    return finish(gm, table, next(model.parameters(), torch.empty(0)).device)
+    gm = finish(gm, table, next(model.parameters(), torch.empty(0)).device, lists)
+    if lists:
+        refuse_difference(model, gm, args, kwargs)
+        LOGGER.info("stamped out: %s", ", ".join(f"{path} ({len(layers)} layers)" for path, layers in lists.items()))
+    return gm
 
 
 def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:
@@ -100,9 +122,10 @@ def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list)
     return gm
 
 
-def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device) -> fx.GraphModule:
+def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device, lists: dict | None = None) -> fx.GraphModule:
     """The rest of normalisation; records kinds of weights of unknown classes and the base graph."""
     reports = run([NameParameters(table), Linearise(), MarkDevice(device), CheckInputs()], gm)
+    reports += stamp_layers(gm, lists or {})
     table = with_kinds(table, observed_kinds(gm.graph))
     state = gm.meta["peft_fx"]
     gm.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(gm.graph)), reports=reports)

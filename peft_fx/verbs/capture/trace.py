@@ -20,13 +20,20 @@ def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, 
 
     Raises CaptureError naming the innermost module that was being traced.
     """
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.train(training)
-        with torch.enable_grad(), quiet_cache(model):
+        with in_mode(model, training), torch.enable_grad(), quiet_cache(model):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise CaptureError(explain(model, error, training)) from error
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in the given mode; afterwards every module is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -1,0 +1,267 @@
+"""`backend`: the adapters as a backend of torch.compile, for models that are not captured: caches, `generate`, graph breaks.
+
+    tuned = torch.compile(model, backend=peft_fx.backend(recipe, model=model, inner="inductor"))
+
+Plan and tensors come from the module tree, ahead of any call. Dynamo's graphs take the model's parameters as inputs and one
+graph may serve several modules, so each call looks at which parameters it gets and passes the adapters of these along.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx, nn
+from torch._dynamo.backends.registry import lookup_backend
+
+from ..errors import GraphError, RecipeError
+from ..files.read import local_folder, read_config, read_tensors
+from ..passes.base import run
+from ..passes.dynamo import NameInputs, ReadersToAten, dialect_copy, with_inputs
+from ..passes.inject import Inject
+from ..passes.linearise import Linearise
+from ..passes.literals import BakeLiterals
+from ..passes.splice import signature
+from ..planning.modules import module_table
+from ..planning.plan import Placement
+from ..recipe import Recipe, as_recipe
+from ..store import ROOT, BaseGraph, ByDevice, ByMode, Resident, State, Store, build, get_tensor, state_of
+from .adapters import save_adapter, with_adapter
+from .capture.model import skeleton
+from .derive import names_of, placements
+from .hotswap import SwapReport, hotswap
+from .python_parts import Hooks, compiled_module, left_to_python
+
+RECIPE_FILES = (".json", ".yaml", ".yml")
+
+
+def backend(
+    recipe,
+    *,
+    model: nn.Module | None = None,
+    inner: str | Callable = "eager",
+    adapter_name: str = "default",
+    trainable: bool = True,
+    lowering: str = "auto",
+    hooks: bool = False,
+) -> Backend:
+    """A backend for `torch.compile` or `model.compile` that puts adapters into Dynamo's graphs.
+
+    recipe: what `apply` takes, or a folder (or Hub id) with PEFT's files. model: what is going to be compiled; left out, it
+    is found at the first call, and has no adapters until then. inner: the backend that gets the adapted graphs: "eager",
+    "aot_eager", "inductor", or any other of Dynamo's. trainable: whether adapters from files require grad.
+
+    hooks: also adapt functions that Dynamo leaves to Python (graph breaks in loops), by forward hooks on the modules that own
+    targets; without, they are refused where they are noticed. fullgraph=True is the way to be sure that there are none.
+    The base's parameters get no gradients and keep their requires_grad.
+    """
+    new = Backend(recipe, inner, adapter_name, trainable, lowering, hooks)
+    return new if model is None else new.attach(model)
+
+
+class Backend:
+    """Adapters of one model, and a callable for torch.compile."""
+
+    __name__ = "peft_fx"  # Dynamo's messages call backends by it
+
+    def __init__(self, recipe, inner, adapter_name: str, trainable: bool, lowering: str, hooks: bool):
+        self.wanted = recipe, adapter_name, trainable, lowering
+        self.inner, self.hooks = inner, hooks
+        self.model: nn.Module | None = None
+        self._adapters: fx.GraphModule | None = None
+        self.read: set[str] = set()  # targets that some graph reads
+        self.complete = False
+
+    def attach(self, model: nn.Module) -> Backend:
+        """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does."""
+        model = getattr(model, "_orig_mod", model)
+        if self.model is not None and self.model is not model:
+            raise GraphError(
+                f"this backend holds the adapters of another {type(self.model).__name__}: make one for each model"
+            )
+        if self.model is None:
+            recipe, adapter_name, trainable, lowering = self.wanted
+            gm = without_graph(model)
+            for name, config, source in sources(recipe, adapter_name):
+                if config.layer_replication:
+                    raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
+                gm = with_adapter(gm, name, Resident(config, lowering), source, source is None or trainable, activate=True)
+            self._adapters = without_graph(model, gm.peft_fx, state_of(gm))
+            self.model = model
+            if self.hooks:
+                Hooks(self._adapters, self.acting).install(model, {p.target.path for p in self.acting()})
+        return self
+
+    @property
+    def adapters(self) -> fx.GraphModule:
+        """The model's tree with the adapters beside it and no operators: what save_adapter and hotswap take."""
+        if self._adapters is None:
+            raise GraphError("this backend has no model yet: peft_fx.backend(recipe, model=model), or .attach(model)")
+        return self._adapters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapters' parameters, named <adapter>.<target>.<tensor>."""
+        return self.adapters.peft_fx.adapters.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The adapters' parameters, for an optimiser."""
+        return (p for _, p in self.named_parameters())
+
+    def save_adapter(self, path, adapter_name: str | None = None) -> Path:
+        return save_adapter(self.adapters, path, adapter_name)
+
+    def hotswap(self, path, adapter_name: str = "default") -> SwapReport:
+        """Other numbers into the same tensors: every compiled graph has them at once, none is compiled again."""
+        return hotswap(self.adapters, path, adapter_name)
+
+    def set_adapter(self, names: str | Sequence[str]) -> None:
+        """Which adapters act, in order; () for none. Graphs are adapted anew where these have not acted yet."""
+        state = state_of(self.adapters)
+        self.adapters.meta[ROOT] = state.update(active=names_of(state, names))
+
+    def acting(self) -> tuple[Placement, ...]:
+        """What is adapted now, in order."""
+        state = state_of(self.adapters)
+        return tuple(p for name in state.active for p in placements(state, name))
+
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence, **options) -> Callable:
+        """For Dynamo: its graph and inputs -> what runs instead. options: torch.compile's mode and options."""
+        if self.model is None:
+            if (model := compiled_module()) is None:
+                raise GraphError("which model is being compiled? Say so: peft_fx.backend(recipe, model=model)")
+            self.attach(model)
+        if not self.hooks:
+            self.refuse_python()
+        return Adapted(self, gm, inputs, self.compiler(options))
+
+    def compiler(self, options: dict) -> Callable:
+        if options and self.inner == "inductor":
+            return torch._TorchCompileInductorWrapper(options.get("mode"), options.get("options"), None)
+        chosen = lookup_backend(self.inner)
+        return (lambda gm, inputs: chosen(gm, inputs, **options)) if options else chosen
+
+    def names(self) -> dict[int, tuple[str, ...]]:
+        """id of a tensor of the model -> its names, one per module."""
+        found: dict[int, tuple[str, ...]] = {}
+        for record in state_of(self.adapters).table.records:
+            for name in (*record.parameters, *record.buffers):
+                full = f"{record.path}.{name}" if record.path else name
+                tensor = get_tensor(self.model, full)
+                found[id(tensor)] = (*found.get(id(tensor), ()), full)
+        return found
+
+    def refuse_python(self) -> None:
+        """Raises GraphError if a function that uses targets runs in Python at this moment."""
+        owners = {self.model.get_submodule(p.target.path) for p in self.acting()}
+        if path := left_to_python(self.model, owners):
+            raise GraphError(
+                f"Dynamo left the forward of {path} to Python, where no adapter would act: compile with fullgraph=True to see "
+                "the cause, or adapt such functions by peft_fx.backend(..., hooks=True)"
+            )
+
+    def check_complete(self) -> None:
+        """Warns once of targets that no graph reads, when some graph runs for the second time."""
+        self.complete = True
+        targets = dict.fromkeys(p.target.name for p in self.acting())
+        if not self.hooks and (unread := [name for name in targets if name not in self.read]):
+            warnings.warn(
+                f"{len(unread)} of {len(targets)} targets, first {unread[0]}, are in no graph of Dynamo's so far: the model did not "
+                "use them, or Dynamo left their module to Python, where no adapter acts: compile with fullgraph=True to see",
+                stacklevel=3,
+            )
+
+
+@dataclass
+class Variant:
+    """An adapted graph for certain parameters. held: these, so that their ids stay theirs; text: the graph, for comparison."""
+
+    run: Callable
+    tensors: tuple[torch.Tensor, ...]
+    held: list
+    text: tuple
+    used: bool = False
+
+
+class Adapted:
+    """What runs in place of one of Dynamo's graphs."""
+
+    def __init__(self, owner: Backend, gm: fx.GraphModule, inputs: Sequence, compiler: Callable):
+        self.owner, self.gm, self.compiler = owner, gm, compiler
+        names = owner.names()
+        self.watched = [i for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) or id(x) in names]
+        self.traces: dict = {}
+        self.variants: dict[tuple, Variant] = {}
+        self.add(inputs, compiler)
+
+    def __call__(self, *args):
+        variant = self.variants.get(self.key(args)) or self.add(args, self.compile_late)
+        if variant.used and not self.owner.complete:
+            self.owner.check_complete()
+        variant.used = True
+        return variant.run(*args, *variant.tensors)
+
+    def key(self, args: Sequence) -> tuple:
+        owner = self.owner
+        return tuple([id(args[i]) for i in self.watched]), owner.model.training, owner.adapters.meta[ROOT].active
+
+    def add(self, args: Sequence, compiler: Callable) -> Variant:
+        """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""
+        gm, names = self.adapted(args)
+        tensors = tuple(get_tensor(self.owner.adapters, name) for name in names)
+        fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")[len(args) :]]
+        text = gm.code, tuple(map(signature, fakes))
+        run = next((v.run for v in self.variants.values() if v.text == text), None)
+        run = run or compiler(gm, [*args, *fakes])
+        variant = self.variants[self.key(args)] = Variant(run, tensors, [args[i] for i in self.watched], text)
+        return variant
+
+    def adapted(self, args: Sequence) -> tuple[fx.GraphModule, list[str]]:
+        """Dynamo's graph with the adapters of the parameters among `args`, and the names of its further inputs."""
+        owner, known = self.owner, self.owner.names()
+        table = state_of(owner.adapters).table
+        inputs = {i: (args[i], known[id(args[i])]) for i in self.watched if id(args[i]) in known}
+        found = {name for _, names in inputs.values() for name in names}
+        chosen = tuple(p for p in owner.acting() if p.target.name in found)
+        owner.read |= {p.target.name for p in chosen}
+        targets = frozenset(n for p in chosen for n in (p.target.name, p.target.bias_name))
+        new = dialect_copy(self.gm)
+        new.add_module(ROOT, owner.adapters.peft_fx)
+        base = BaseGraph(fx.Graph())
+        base.traces = self.traces
+        new.meta[ROOT] = State(table, base)
+        owner.adapters.peft_fx.mode.training = owner.model.training
+        passes = (NameInputs(inputs, table), ReadersToAten(targets, self.traces), Linearise(), Inject(chosen), BakeLiterals())
+        run(passes, new)
+        graph, ours = with_inputs(new)
+        final = fx.GraphModule(self.gm, graph)
+        for name in ("_param_name_to_source", "_source_to_user_stacks"):
+            setattr(final, name, getattr(self.gm, name, {}))
+        return final, ours
+
+    def compile_late(self, gm: fx.GraphModule, inputs: Sequence) -> Callable:
+        """After Dynamo has gone: it traces the adapted graph, for guards on what sizes this one meets."""
+        return gm.forward if self.owner.inner == "eager" else torch.compile(gm, backend=self.compiler)
+
+
+def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> fx.GraphModule:
+    """A graph module over the model's tree and own tensors that runs nothing."""
+    tree = skeleton(model)
+    device = next(model.parameters(), torch.empty(0)).device
+    buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
+    return build(
+        {ROOT: store or Store(ByMode(model.training), ByDevice(device)), **tree._modules},
+        dict(tree._parameters), buffers, fx.Graph(), state or State(module_table(model), BaseGraph(fx.Graph())),
+    )  # fmt: skip
+
+
+def sources(recipe, adapter_name: str) -> Iterator[tuple]:
+    """(adapter name, config, (tensors, where) or None) of a recipe or of a folder with PEFT's files."""
+    if isinstance(recipe, (str, Path)) and Path(recipe).suffix not in RECIPE_FILES:
+        folder = local_folder(recipe)
+        yield adapter_name, read_config(folder), (read_tensors(folder), str(recipe))
+    else:
+        chosen: Recipe = as_recipe(recipe, adapter_name)
+        yield from ((name, config, None) for name, config in chosen.items())

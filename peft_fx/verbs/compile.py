@@ -1,0 +1,43 @@
+"""`compile`: the repeated blocks of a graph as modules of one class each, and each class compiled once; `inline` undoes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..passes.base import run
+from ..passes.outline import Outline, block_classes
+from ..store import copy_graph, derive, state_of
+from .derive import derived
+
+
+def outline(tuned: fx.GraphModule) -> fx.GraphModule:
+    """The graph cut into its repeated blocks, over the same tensors: calls, names and numbers stay, layers become modules.
+
+    Each block is an `nn.Module` in the place of the module it was, with that module's parameters: what FSDP wraps, what is
+    recomputed, what is compiled once. Blocks that compute the same share one class.
+    """
+    new = derive(tuned, copy_graph(tuned.graph), state_of(tuned, "outline"))
+    reports = run([Outline()], new)
+    new.meta["peft_fx"] = state_of(tuned).update(reports=reports)
+    return new
+
+
+def compile(
+    tuned: fx.GraphModule, *, mode: str | None = None, fullgraph: bool = True, dynamic: bool | None = True, **options
+) -> fx.GraphModule:
+    """The graph with its blocks compiled, each class of equal ones once: a cold start that does not grow with depth.
+
+    mode, fullgraph, dynamic, options: as for `torch.compile`. The result is called like `tuned`, shares its tensors, and
+    takes hotswaps and switches with 0 recompiles. In training the first block usually compiles apart: its input needs no
+    gradient. What cannot be cut is compiled as a whole.
+    """
+    new = outline(tuned)
+    for cls in block_classes(new):
+        cls.forward = torch.compile(cls.forward, mode=mode, fullgraph=fullgraph, dynamic=dynamic, **options)
+    return new
+
+
+def inline(outlined: fx.GraphModule) -> fx.GraphModule:
+    """The flat graph of what `outline` or `compile` cut, over the same tensors."""
+    return derived(outlined, state_of(outlined, "inline"))

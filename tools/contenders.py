@@ -1,0 +1,127 @@
+"""One contender of the benchmark in a process of its own: it does what bench.py asks for, one line of JSON at a time.
+
+    {"do": "inference", "batch": 1, "length": 64}  ->  {"seconds": 0.031}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from smollm2 import load
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peft_fx
+
+LORA = {"r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def small(layers: int = 2, width: int = 1024):
+    """A Llama of few, wide layers with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                         num_attention_heads=width // 64, num_key_value_heads=width // 128, vocab_size=8192)  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+MODELS: dict[str, Callable] = {"SmolLM2-135M": lambda: load()[0], "2 x 1024 Llama": small}
+
+
+class Contender:
+    """A model, bare or adapted by either library, eager or compiled. options: the adapter's config besides LoRA's."""
+
+    def __init__(self, library: str, compiled: bool, model: str, layers: int | None = None, dtype: str = "float32",
+                 config: dict | None = None):  # fmt: skip
+        torch.manual_seed(0)
+        self.library, self.compiled = library, compiled
+        self.base = small(layers, 256) if layers else MODELS[model]()
+        self.base = self.base.to(getattr(torch, dtype))
+        self.config = config or {"peft_type": "LORA", **LORA}
+        self.captured = 0.0
+        self.model = getattr(self, library)()
+        self.compiled_model = self.model
+
+    def base_model(self):
+        return self.base
+
+    def peft_model(self):
+        options = dict(self.config)
+        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[options.pop("peft_type")]
+        return peft.get_peft_model(self.base, kind(**options)).eval()
+
+    def peft_fx(self):
+        start = time.perf_counter()
+        self.graph = peft_fx.capture(self.base)
+        self.captured = time.perf_counter() - start
+        return peft_fx.apply(self.graph, self.config)
+
+    bare = base_model
+    peft = peft_model
+
+    def compile(self):
+        """Done for inference and for training apart, so that each cold start is its own."""
+        torch._dynamo.reset()
+        if self.compiled:
+            make = peft_fx.compile if self.library == "peft_fx" else lambda m: torch.compile(m, dynamic=True)
+            self.compiled_model = make(self.model)
+
+    def ids(self, batch: int, length: int) -> dict:
+        ids = torch.randint(0, 8192, (batch, length))
+        more = {} if self.library == "peft_fx" else {"use_cache": False}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+
+    def inference(self, batch: int = 1, length: int = 64) -> None:
+        with torch.no_grad():
+            self.compiled_model(**self.ids(batch, length))
+
+    def training(self, batch: int = 2, length: int = 64) -> None:
+        inputs = self.ids(batch, length)
+        logits = self.compiled_model(**inputs).logits.float()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()).backward()
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+def peak(work: Callable[[], object]) -> float:
+    """Bytes by which the process grew at most while working."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    contender = Contender(**json.loads(sys.argv[1]))
+    answer({"captured": contender.captured})
+    for line in sys.stdin:
+        asked = json.loads(line)
+        what = asked.pop("do")
+        work = lambda: getattr(contender, what)(**asked)  # noqa: B023, E731
+        answer({"bytes": peak(work)} if asked.pop("peak", False) else {"seconds": seconds(work)})
+
+
+def answer(data: dict) -> None:
+    print("bench:" + json.dumps(data), flush=True)
+
+
+if __name__ == "__main__":
+    main()
