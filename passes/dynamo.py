@@ -6,8 +6,8 @@
     get_attr q_proj.weight                    ->  the placeholder, detached if it requires grad: the base is frozen
     get_attr peft_fx.adapters...              ->  one more placeholder
 
-Only readers of targets are traced to ATen, so that everything else is as Dynamo wrote it for the compiler behind us:
-checkpointed regions, autocast, one fused call per torch function.
+Only readers of targets are traced to ATen, so that everything else is as Dynamo wrote it for the compiler behind us: autocast,
+one fused call per torch function. Activation checkpoints are graphs of their own and are adapted inside.
 """
 
 from __future__ import annotations
@@ -20,29 +20,79 @@ import torch
 from torch import fx
 
 from ..errors import GraphError
-from ..store import ROOT, copy_graph, set_tensor
+from ..planning.plan import Placement
+from ..store import ROOT, State, Store, copy_graph, get_tensor, set_tensor
 from ..target import ModuleTable
-from .base import Pass
-from .fakes import fake_mode_of
+from .base import Pass, run
+from .fakes import fake_mode_of, fake_of
+from .inject import Inject
+from .linearise import Linearise
+from .literals import BakeLiterals
 from .operators import keeps_axes
 from .splice import TAG, Splicer
 
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+# position of an input -> the model's tensor, its names in the model
+Inputs = Mapping[int, tuple[torch.Tensor, tuple[str, ...]]]
 STATIC = {"_dynamo_static_input_type": "unguarded"}  # how Dynamo marks a module's parameters for CUDA graphs
 
 
-def dialect_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph module, with each node's value under `val`."""
+def adapt(
+    gm: fx.GraphModule, inputs: Inputs, placements: Sequence[Placement], state: State, store: Store
+) -> tuple[fx.GraphModule, list[str]]:
+    """A copy of Dynamo's graph module with the adapters in it, and the names of the tensors that it takes as further inputs."""
     new = fx.GraphModule(gm, copy_graph(gm.graph))
     for node in new.graph.nodes:
         node.meta["val"] = node.meta.get("example_value")
-    return new
+    new.add_module(ROOT, store)
+    new.meta[ROOT] = state
+    run((NameInputs(inputs, state.table),), new)
+    inside = adapt_checkpoints(new, inputs, placements, state, store)
+    outside = tuple(p for p in placements if p not in inside)
+    targets = frozenset(name for p in outside for name in (p.target.name, p.target.bias_name))
+    run((ReadersToAten(targets, state.base.traces), Linearise(), Inject(outside), BakeLiterals()), new)
+    graph, ours = with_inputs(new)
+    del new.meta[ROOT]
+    return fx.GraphModule(new, graph), ours
+
+
+def adapt_checkpoints(gm: fx.GraphModule, inputs: Inputs, placements, state: State, store: Store) -> list[Placement]:
+    """Adapts targets that one activation checkpoint alone reads, inside of it; returns their placements."""
+    done = []
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        body, *operands = node.args
+        own = {n.target: i for i, n in enumerate(operands) if n.op == "get_attr" and set(n.users) == {node}}
+        mine = [p for p in placements if p.target.name in own]
+        if not mine:
+            continue
+        found = {i: (get_tensor(gm, name), (name,)) for name, i in own.items()}
+        adapted, ours = adapt(gm.get_submodule(body.target), found, mine, state, store)
+        name = f"{body.target}_adapted"
+        gm.add_module(name, adapted)
+        with gm.graph.inserting_before(node):
+            tensors = [tensor_node(gm, name) for name in ours]
+            node.args = (gm.graph.get_attr(name), *operands, *tensors)
+        done += mine
+    return done
+
+
+def tensor_node(gm: fx.GraphModule, name: str) -> fx.Node:
+    """The one node that reads a tensor of ours."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if node.target == name:
+            return node
+    first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    with gm.graph.inserting_before(first):
+        node = gm.graph.get_attr(name)
+    node.meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
+    return node
 
 
 @dataclass(frozen=True)
 class NameInputs(Pass):
-    """Gives the model's tensors their names again. inputs: position of a placeholder -> (tensor, its names in the model)."""
+    """Gives the model's tensors their names again."""
 
-    inputs: Mapping[int, tuple[torch.Tensor, tuple[str, ...]]]
+    inputs: Inputs
     table: ModuleTable
 
     def call(self, gm):
@@ -123,10 +173,8 @@ def aten_of(splice: Splicer, node: fx.Node) -> list[fx.Node | None]:
     def function(*tensors):
         env = dict(zip(inputs, tensors, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        if node.op == "call_method":
-            result = getattr(args[0], node.target)(*args[1:], **kwargs)
-        else:
-            result = node.target(*args, **kwargs)
+        call = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+        result = call(*args, **kwargs)
         return result if isinstance(result, tuple) else (result,)
 
     static = ("aten", node.op, node.target, str(fx.map_arg((node.args, node.kwargs), role.__getitem__)))

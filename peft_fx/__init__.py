@@ -21,6 +21,7 @@ from .methods.lora import LoraConfig
 from .methods.own import method
 from .recipe import Recipe
 from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+from .verbs.backend import backend
 from .verbs.capture.model import capture
 from .verbs.compile import compile, inline, outline
 from .verbs.explain import explain, trainable_parameters
@@ -33,7 +34,7 @@ from .verbs.switch import reserve, switch
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftFxError", "Recipe", "RecipeError", "apply", "capture", "compile", "delete_adapter", "disable_adapter", "explain",
-    "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge", "method", "mixed_batch", "outline",
+    "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "compile", "delete_adapter", "disable_adapter",
+    "explain", "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge", "method", "mixed_batch", "outline",
     "package", "prepare_hotswap", "reserve", "save_adapter", "set_adapter", "switch", "trainable_parameters", "unmerge",
 ]  # fmt: skip

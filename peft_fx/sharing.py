@@ -30,7 +30,8 @@ class Sharing:
             skip_code(function.__code__)  # Dynamo, which meets them on its way to `forward`, lets them run as they are
         self.changed = threading.Condition()
         self.forwards: dict[int, int] = {}  # thread -> how many nested ones it is in
-        self.writers_waiting, self.is_written = 0, False
+        self.waiting: set[int] = set()  # threads whose forward has to wait
+        self.writer_waits = self.is_written = False
         self.swaps = threading.Lock()
         self.graphs: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
@@ -38,13 +39,21 @@ class Sharing:
         return Sharing, ()
 
     def begin(self) -> None:
-        """A forward begins: at once if its thread is in one already, else after the writers that wait."""
+        """A forward begins: at once if its thread is in one already, else after the write that waits or goes on."""
         thread = threading.get_ident()
         with self.changed:
-            if thread not in self.forwards:
-                while self.is_written or self.writers_waiting:
+            if thread in self.forwards or not (self.writer_waits or self.is_written):
+                self.forwards[thread] = self.forwards.get(thread, 0) + 1
+                return
+            self.waiting.add(thread)
+            try:
+                while thread in self.waiting:
                     self.changed.wait()
-            self.forwards[thread] = self.forwards.get(thread, 0) + 1
+            except BaseException:  # an interrupt
+                self.waiting.discard(thread)
+                self.forwards.pop(thread, None)
+                self.changed.notify_all()
+                raise
 
     def end(self) -> None:
         thread = threading.get_ident()
@@ -75,22 +84,20 @@ class Sharing:
     def writing(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Nothing reads `tensors` inside the block, on their devices neither."""
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-        with self.changed:
-            self.writers_waiting += 1
-            try:
+        try:
+            with self.changed:
+                self.writer_waits = True
                 while self.forwards:
                     self.changed.wait()
                 self.is_written = True
-            finally:
-                self.writers_waiting -= 1
-                self.changed.notify_all()
-        try:
             synchronize(devices)  # forwards have returned, their kernels may run still
             yield
             synchronize(devices)  # the next forward may be on another stream
         finally:
             with self.changed:
-                self.is_written = False
+                self.writer_waits = self.is_written = False
+                self.forwards |= dict.fromkeys(self.waiting, 1)  # ahead of the next writer
+                self.waiting.clear()
                 self.changed.notify_all()
 
     def add(self, *graphs: fx.GraphModule) -> None:

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from peft_fx.passes.outline import Block
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 
 import peft_fx as fx
-from peft_fx.passes.outline import Block
 
 LLAMA = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
 TEXT = {**LLAMA, "num_hidden_layers": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

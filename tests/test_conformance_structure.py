@@ -117,7 +117,6 @@ def test_dropout_acts_in_training_only_and_scales_what_it_keeps():
 REFUSED = [
     ("attention_cross", {"target_modules": ["attn"], "lora_dropout": 0.1}, "in_proj_weight.*dropout 0.1.*form at the operator.*split"),
     ("conv2d_grouped", {**LAYER, "r": 3}, "layer.weight.*r=3 is not divisible by groups=2; nearest valid: 2"),
-    ("mixtral", {**EXPERTS, "lora_dropout": 0.1}, "gate_up_proj.*lora_dropout"),
     ("embedding", {**LAYER, "lora_bias": True}, "layer.weight.*lora_bias"),
     ("llama", {"target_modules": ["norm"]}, "norm.*modules_to_save"),
 ]  # fmt: skip

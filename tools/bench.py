@@ -1,171 +1,242 @@
-"""peft_fx against PEFT in one run: interleaved rounds, medians of the ratios.   python tools/bench.py [--quick]
+"""peft_fx against PEFT in one run.   python tools/bench.py [--quick] [--only PART ...]
 
-Prints tables and writes them to docs/benchmarks.md (with --quick: prints only, on a small random model).
+Every contender is a process of its own (contenders.py); they take turns round by round, and a figure is the median of the
+rounds' ratios. Prints tables; without --quick and --only they are written to docs/benchmarks.md, under what has been said there.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import io
+import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
-from peft.utils.hotswap import hotswap_adapter
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
-from smollm2 import load
-from torch.nn import functional as F
-
-import peft_fx
+from verbs_bench import verb_rows
 
 ROUNDS = 7
-SWAP_RANKS = (16, 8, 4, 2, 1) * 4
+HERE = Path(__file__).resolve().parent
+FILE = HERE.parent / "docs" / "benchmarks.md"
+MARK = "<!-- figures: written by tools/bench.py, everything below -->"
 console = Console()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison: the same work done by us and by PEFT, fresh operands from `setup` each time."""
+class Line:
+    """One line of a table. goal: the largest ratio that is good enough, None where there is none."""
 
     name: str
-    ours: Callable[[], object]
-    theirs: Callable[[], object]
+    ours: str
+    theirs: str
+    ratio: float
+    goal: float | None = None
 
 
-def main(quick: bool) -> None:
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    model, name = small_model() if quick else (load()[0], "SmolLM2-135M")
-    start = time.perf_counter()
-    graph = peft_fx.capture(model)
-    captured = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [(row.name, *measure(row)) for row in comparisons(model, graph, Path(folder))]
-        swaps = swap_times(graph, Path(folder), model.config.vocab_size)
-    tables = [comparison_table(name, captured, rows), swap_table(swaps)]
-    for table in tables:
-        console.print(table)
-    if not quick:
-        write(tables)
+class Worker:
+    """A contender's process."""
+
+    def __init__(self, **options):
+        self.cache = tempfile.TemporaryDirectory()
+        # an empty cache of its own: a cold start is cold, and nobody profits from another's
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": self.cache.name, "PYTHONWARNINGS": "ignore"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "contenders.py"), json.dumps(options)], text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.captured = self.answer()["captured"]
+
+    def answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("bench:"):
+                return json.loads(line.removeprefix("bench:"))
+        raise RuntimeError(f"a contender stopped: {self.process.args}")
+
+    def __call__(self, do: str, **options) -> float:
+        self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        return answer.get("bytes", answer.get("seconds"))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.cache.cleanup()
 
 
-def small_model():
-    from transformers import LlamaConfig, LlamaForCausalLM
+@contextmanager
+def workers(**options: dict) -> Iterator[dict[str, Worker]]:
+    """Name -> started contender."""
+    with ExitStack() as stack:
+        started = {}
+        for name, chosen in options.items():
+            started[name] = Worker(**chosen)
+            stack.callback(started[name].close)
+        yield started
 
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=512
-    )
-    return LlamaForCausalLM(config).eval(), "4-layer Llama, 256 wide"
+
+def rounds(contenders: dict[str, Worker], count: int, do: str, **options) -> dict[str, list[float]]:
+    """Contender -> one figure per round, after a round to warm up; who begins changes from round to round."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for i in range(count + 1):
+        for name in names if i % 2 else reversed(names):
+            value = contenders[name](do, **options)
+            if i:
+                found[name].append(value)
+    return found
 
 
-def comparisons(model, graph, folder: Path) -> list[Row]:
-    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
-    theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    theirs.save_pretrained(folder / "adapter")
-    tuned = peft_fx.load_adapter(graph, folder / "adapter", trainable=True)
-    ids = torch.randint(0, model.config.vocab_size, (2, 64))
-    spare = [copy.deepcopy(model) for _ in range(2)]
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
-    def inject():
-        peft.get_peft_model(spare[0], config).unload()
 
-    def step(model, **options):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+def best(found: dict[str, list[float]], library: str) -> list[float]:
+    """The figures of the library's faster contender."""
+    return min((v for k, v in found.items() if k.startswith(library)), key=statistics.median)
 
-    def cycle():
-        theirs.merge_adapter()
-        theirs.unmerge_adapter()
 
+def ms(values: list[float]) -> str:
+    return f"{1e3 * statistics.median(values):.1f} ms"
+
+
+# Parts
+
+
+def steady(model: str, quick: bool) -> list[Line]:
+    """Cold starts, then steady calls, of the six contenders."""
+    kinds = {f"{library}, {'compiled' if compiled else 'eager'}": dict(library=library, compiled=compiled, model=model)
+             for library in ("bare", "peft", "peft_fx") for compiled in (False, True)}  # fmt: skip
+    lines = []
+    with workers(**kinds) as started:
+        for do, goals in (("inference", (0.20, 1.0, 0.5)), ("training", (0.20, 0.95, 0.6))):
+            cold = {}
+            for name, worker in started.items():
+                worker("compile")
+                cold[name] = worker(do)
+            ours, theirs = cold["peft_fx, compiled"], cold["peft, compiled"]
+            lines.append(
+                Line(f"{model}: cold compile, {do}", f"{ours:.1f} s", f"{theirs:.1f} s", ours / theirs, goals[0])
+            )
+            found = rounds(started, 3 if quick else ROUNDS, do)
+            for kind in ("eager", "compiled"):
+                ours, theirs = found[f"peft_fx, {kind}"], found[f"peft, {kind}"]
+                lines.append(Line(f"{model}: {do}, {kind}", ms(ours), ms(theirs), ratio(ours, theirs)))
+            bare, theirs, ours = (best(found, f"{name},") for name in ("bare", "peft", "peft_fx"))
+            lines.append(Line(f"{model}: {do}, best of both", ms(ours), ms(theirs), ratio(ours, theirs), goals[1]))
+            cost = [statistics.median(values) - statistics.median(bare) for values in (ours, theirs)]
+            over = cost[0] / cost[1] if cost[1] > 0 else float("nan")
+            lines.append(Line(f"{model}: {do}, overhead over the bare model", *(f"{1e3 * c:.1f} ms" for c in cost),
+                              over, goals[2]))  # fmt: skip
+    return lines
+
+
+def depth(quick: bool) -> list[Line]:
+    """What ten layers and thirty cost, ours alone: ratio of the second to the first."""
+    lines, cold = [], {}
+    for layers in (10, 30):
+        with workers(it=dict(library="peft_fx", compiled=True, model="", layers=layers)) as started:
+            started["it"]("compile")
+            cold[layers] = started["it"].captured, started["it"]("inference")
+    for i, what in enumerate(("capture", "cold compile, inference")):
+        ten, thirty = cold[10][i], cold[30][i]
+        lines.append(Line(f"{what}: 30 layers over 10", f"{thirty:.1f} s", f"{ten:.1f} s", thirty / ten, 1.5))
+    return lines
+
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = {
+    "DoRA": ({"peft_type": "LORA", "r": 16, "use_dora": True}, 0.75), "LoHa": ({"peft_type": "LOHA"}, 0.75),
+    "BOFT": ({"peft_type": "BOFT", "boft_block_size": 4}, 0.75), "HRA": ({"peft_type": "HRA", "r": 8}, 0.75),
+    "OFT": ({"peft_type": "OFT"}, 0.95), "VeRA": ({"peft_type": "VERA"}, 0.95),
+    "FourierFT": ({"peft_type": "FOURIERFT"}, 0.95),
+}  # fmt: skip
+
+
+def methods(model: str, quick: bool) -> list[Line]:
+    """Eager training steps of further methods."""
+    lines = []
+    for name, (config, goal) in METHODS.items():
+        options = dict(compiled=False, model=model, config={**config, "target_modules": LAYERS})
+        with workers(ours=dict(library="peft_fx", **options), theirs=dict(library="peft", **options)) as started:
+            found = rounds(started, 1 if quick else 3, "training")
+        ours, theirs = found["ours"], found["theirs"]
+        lines.append(Line(f"{model}: training step of {name}", ms(ours), ms(theirs), ratio(ours, theirs), goal))
+    return lines
+
+
+def memory(model: str, quick: bool) -> list[Line]:
+    options = dict(compiled=False, model=model, dtype="bfloat16")
+    with workers(ours=dict(library="peft_fx", **options), theirs=dict(library="peft", **options)) as started:
+        found = rounds(started, 1 if quick else 3, "training", batch=4, length=256, peak=True)
+    shown = (f"{statistics.median(v) / 2**20:.0f} MiB" for v in found.values())
+    return [Line(f"{model}: peak memory of a training step, bf16, 4 x 256", *shown, ratio(*found.values()), 0.90)]
+
+
+def parts(quick: bool) -> dict[str, Callable[[], list[Line]]]:
+    models = ["2 x 1024 Llama"] if quick else ["SmolLM2-135M", "2 x 1024 Llama"]
+    chosen = {f"steady {m}": lambda m=m: steady(m, quick) for m in models}
+    chosen |= {"depth": lambda: depth(quick), "methods": lambda: methods(models[0], quick),
+               "memory": lambda: memory(models[0], quick), "verbs": lambda: verb_lines(quick)}  # fmt: skip
+    return chosen
+
+
+def verb_lines(quick: bool) -> list[Line]:
     return [
-        Row("apply LoRA r16 to every linear, after capture", lambda: peft_fx.apply(graph, config), inject),
-        Row("swap an adapter from its file", lambda: peft_fx.hotswap(tuned, folder / "adapter"),
-            lambda: hotswap_adapter(theirs, str(folder / "adapter"), "default")),
-        Row("merge, then unmerge", lambda: peft_fx.unmerge(peft_fx.merge(tuned)), cycle),
-        Row("training step, 2 x 64 tokens, eager", lambda: step(tuned), lambda: step(theirs, use_cache=False)),
-    ]  # fmt: skip
+        Line(name, ms(ours), ms(theirs), ratio(ours, theirs), goal) for name, ours, theirs, goal in verb_rows(quick)
+    ]
 
 
-def measure(row: Row) -> tuple[float, float, float]:
-    """(our median, their median, median of the rounds' ratios), seconds; one warm-up round."""
-    pairs = []
-    for i in track(range(ROUNDS + 1), description=row.name, console=console, transient=True):
-        order = (row.ours, row.theirs) if i % 2 else (row.theirs, row.ours)
-        times = {work: seconds(work) for work in order}
-        pairs.append((times[row.ours], times[row.theirs]))
-    ours, theirs = zip(*pairs[1:], strict=True)
-    return statistics.median(ours), statistics.median(theirs), statistics.median(a / b for a, b in pairs[1:])
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def swap_times(graph, folder: Path, vocabulary: int) -> dict[int, list[float]]:
-    """Rank -> seconds per swap, over 20 swaps of different ranks and scales into one compiled graph, 0 recompiles."""
-    for rank in set(SWAP_RANKS):
-        config = peft_fx.LoraConfig(r=rank, lora_alpha=3 * rank, target_modules="all-linear", init_lora_weights=False)
-        peft_fx.save_adapter(peft_fx.apply(graph, config), folder / f"rank{rank}")
-    tuned = peft_fx.prepare_hotswap(peft_fx.load_adapter(graph, folder / "rank1"), max_rank=max(SWAP_RANKS))
-    compiled = torch.compile(tuned, fullgraph=True, backend="aot_eager")
-    ids = torch.randint(0, vocabulary, (2, 16))
-    times: dict[int, list[float]] = {}
-    with torch.no_grad():
-        compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for rank in SWAP_RANKS:
-                times.setdefault(rank, []).append(peft_fx.hotswap(compiled, folder / f"rank{rank}").seconds)
-                compiled(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return times
-
-
-def comparison_table(name: str, captured: float, rows) -> Table:
-    table = Table(
-        title=f"{name}: peft_fx against PEFT {peft.__version__}, medians of {ROUNDS} rounds (capture {captured:.1f} s)"
-    )
-    for column in ("", "peft_fx, ms", "PEFT, ms", "ratio"):
+def table_of(title: str, lines: list[Line]) -> Table:
+    table = Table(title=title)
+    for column in ("", "peft_fx", "PEFT", "ratio", "goal"):
         table.add_column(column, justify="right" if column else "left")
-    for name, ours, theirs, ratio in rows:
-        table.add_row(name, f"{1e3 * ours:.1f}", f"{1e3 * theirs:.1f}", f"{ratio:.2f}")
-    return table
-
-
-def swap_table(times: dict[int, list[float]]) -> Table:
-    count = sum(map(len, times.values()))
-    table = Table(
-        title=f"{count} swaps of different ranks and scales into one compiled graph (slot r={max(times)}), 0 recompiles"
-    )
-    for column in ("rank of the new adapter", "swaps", "median, ms", "slowest, ms"):
-        table.add_column(column, justify="right")
-    for rank, found in times.items():
-        table.add_row(str(rank), str(len(found)), f"{1e3 * statistics.median(found):.1f}", f"{1e3 * max(found):.1f}")
+    for line in lines:
+        met = line.goal is None or line.ratio <= line.goal
+        goal = "" if line.goal is None else f"{line.goal:.2f}{'' if met else ' missed'}"
+        table.add_row(line.name, line.ours, line.theirs, f"{line.ratio:.2f}", goal)
     return table
 
 
 def write(tables: list[Table]) -> None:
-    """docs/benchmarks.md: the machine, then the tables as text."""
-    paper = Console(width=120, file=io.StringIO())
+    """The tables below what people have written in docs/benchmarks.md."""
+    page = Console(width=120, file=io.StringIO())
     for table in tables:
-        paper.print(table)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
-    head = f"# Benchmarks\n\nWritten by `python tools/bench.py`. {machine}, torch {torch.__version__}.\n\n"
-    text = f"{head}```\n{paper.file.getvalue()}```\n"
-    (Path(__file__).parent.parent / "docs" / "benchmarks.md").write_text(text)
+        page.print(table)
+    said = FILE.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    figures = f"torch {torch.__version__}, PEFT {peft.__version__}; {machine}; Python {platform.python_version()}"
+    FILE.write_text(f"{said}\n\n{MARK}\n\n{figures}\n\n```\n{page.file.getvalue()}```\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small model, few rounds; writes nothing")
+    parser.add_argument("--only", nargs="*", metavar="PART", help="some parts alone; writes nothing")
+    options = parser.parse_args()
+    chosen = parts(options.quick)
+    if unknown := [name for name in options.only or () if name not in chosen]:
+        parser.error(f"no part {unknown[0]!r}; there are: {', '.join(chosen)}")
+    tables = []
+    with Progress(console=console, transient=True) as progress:
+        for name in progress.track(options.only or list(chosen)):
+            tables.append(table_of(name, chosen[name]()))
+            console.print(tables[-1])
+    if not options.quick and not options.only:
+        write(tables)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small random model; docs/benchmarks.md is left alone")
-    main(parser.parse_args().quick)
+    main()

@@ -1,6 +1,6 @@
 """One contender of the benchmark in a process of its own: it does what bench.py asks for, one line of JSON at a time.
 
-    {"do": "inference", "batch": 1, "length": 64}  ->  {"seconds": 0.031}
+{"do": "inference", "batch": 1, "length": 64}  ->  {"seconds": 0.031}
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ class Method:
     # there are none
     off: ClassVar[dict[str, float] | None] = None
     no_weight: str = ""  # why no weight stands for the method, where none does: it cannot be merged then
+    one_size: str = ""  # why a smaller adapter cannot be padded into a larger one's tensors that have no `pad`
 
     def at(self, target: Target, config: AdapterConfig) -> Method:
         """The method to use, where a config stands for several: another registered one, or itself."""

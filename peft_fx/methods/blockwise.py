@@ -21,6 +21,7 @@ class Blockwise(Method):
     """features: how many there are to rotate. KEY: suffix of the key in the file. The config is OFT's."""
 
     off = {"oft_R": 0.0}
+    one_size = "the size of the blocks says which features are rotated together"
     KEY: str
     features: Callable[[Target], int]
 

@@ -42,6 +42,7 @@ class BOFT(InputMap, Branch):
     refuses = NO_INPUTS
     reads = ("y",)
     Config = BOFTConfig
+    one_size = "the size and the number of the blocks say which features are rotated together"
     written = ("boft_dropout",)
     off = {"boft_R": 0.0, "boft_s": 1.0}
 

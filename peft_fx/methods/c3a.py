@@ -42,6 +42,7 @@ class C3AConfig(AdapterConfig):
 class C3A(Branch):
     name = "C3A"
     Config = C3AConfig
+    one_size = "block_size says which features a kernel turns together"
     refuses = {"norm": "C3A's blocks are parts of a matrix; this weight has shape {shape}"}
     off = {"c3a_kernel": 0.0}
 

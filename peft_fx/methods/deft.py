@@ -29,6 +29,7 @@ STD = 0.02
 class DeftConfig(AdapterConfig):
     peft_type = "DEFT"
     absent = LORA_ONLY
+    ranked = "r"
 
     r: int = rank(8)
     decomposition_method: str = one_of("relu", "qr")
@@ -46,6 +47,7 @@ class DEFT(Branch):
     refuses = {"norm": "DEFT projects a matrix; name the norm in modules_to_save to train it whole"}
     reads = ("y",)
     written = ("decomposition_method",)
+    one_size = "the orthogonal columns that qr makes of zeros would project the weight"
 
     def dropout(self, config):
         return 0.0 if config.para else config.deft_dropout
@@ -53,10 +55,11 @@ class DEFT(Branch):
     def tensors(self, target, config):
         r = min(config.r, target.out_features)
         s = config.alpha / r if config.alpha else 1.0
-        P = Tensor((target.out_features, r), partial(scaled_normal, STD), "deft_P")
+        padded = config.decomposition_method == "relu"
+        P = Tensor((target.out_features, r), partial(scaled_normal, STD), "deft_P", pad=((1, 1),) if padded else ())
         if config.para:
             return {"deft_P": P}
-        R = Tensor((r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",))
+        R = Tensor((r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",), pad=P.pad and ((0, 1),))
         return {"deft_P": P, "deft_R": R, "scaling": Tensor((), partial(constant, s), trainable=False)}
 
     def neutral(self, target, config):

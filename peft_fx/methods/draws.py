@@ -34,10 +34,10 @@ def largest(targets) -> tuple[int, int]:
     return max((t.out_features for t in targets), default=0), max(map(row_size, targets), default=0)
 
 
-def projections(prefix: str, draw, A: tuple, B: tuple, config) -> Together:
+def projections(prefix: str, draw, A: tuple, B: tuple, config, pads: tuple = ((), ())) -> Together:
     drawn = partial(one_of_two, draw, config.projection_prng_key, A, B)
     return Together({
-        name: Tensor(shape, partial(drawn, i), name if config.save_projection else None, trainable=False)
+        name: Tensor(shape, partial(drawn, i), name if config.save_projection else None, trainable=False, pad=pads[i])
         for i, (name, shape) in enumerate({f"{prefix}_A": A, f"{prefix}_B": B}.items())
     })  # fmt: skip
 

@@ -20,6 +20,9 @@ class Entries(Branch):
     rounds_weight = True
     values: str  # name of the tensor with the values
 
+    def numbers(self, theta: Theta) -> torch.Tensor:
+        return theta[self.values]
+
     def cells(self, theta: Theta, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column of each value."""
         raise NotImplementedError
@@ -27,10 +30,10 @@ class Entries(Branch):
     def delta(self, x, theta, target, config):
         row, column = self.cells(theta, target)
         features = x.reshape(-1, x.shape[-1]).mT.contiguous()  # whole rows are read and added: several times as fast
-        products = features.index_select(0, column) * theta[self.values].unsqueeze(1)
+        products = features.index_select(0, column) * self.numbers(theta).unsqueeze(1)
         dy = x.new_zeros(target.out_features, features.shape[1]).index_add(0, row, products)
         return dy.mT.reshape(*x.shape[:-1], target.out_features)
 
     def weight(self, W, b, theta, target, config):
         row, column = self.cells(theta, target)
-        return W.flatten().scatter_add(0, row * row_size(target) + column, theta[self.values]).reshape(W.shape), b
+        return W.flatten().scatter_add(0, row * row_size(target) + column, self.numbers(theta)).reshape(W.shape), b

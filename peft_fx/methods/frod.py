@@ -42,6 +42,7 @@ class FrodConfig(AdapterConfig):
 class FRoD(Branch):
     name = "FROD"
     Config = FrodConfig
+    one_size = "entries of zero would need positions of their own"
     refuses = {"norm": "FRoD decomposes matrices; this weight has shape {shape}"}
     drops = "frod_dropout"
 

@@ -39,6 +39,7 @@ class MissConfig(AdapterConfig):
 class MiSS(Branch):
     name = "MISS"
     Config = MissConfig
+    one_size = "r says which input features share a row"
     refuses = {"norm": "MiSS shares shards of a matrix's columns; a norm's weight has none"}
     drops = "miss_dropout"
     off = {"miss_block": 0.0}

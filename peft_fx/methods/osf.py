@@ -42,6 +42,7 @@ class OSFConfig(AdapterConfig):
 class OSF(Matrices):
     name = "OSF"
     Config = OSFConfig
+    one_size = "the rank says where the decomposition of the weight is cut"
 
     def check(self, target, config):
         if reason := super().check(target, config):

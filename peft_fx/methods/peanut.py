@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from transformers.activations import ACT2FN
 
 from ..config import LORA_ONLY, AdapterConfig, checked, one_of, rank
@@ -28,6 +29,7 @@ MAX_DEPTH = 1024  # a file that asks for more is damaged or hostile
 class PeanutConfig(AdapterConfig):
     peft_type = "PEANUT"
     absent = LORA_ONLY | {"bias"}
+    ranked = "r"
 
     r: int = rank(32)
     depth: int = checked(0, lambda depth: 0 <= depth <= MAX_DEPTH, f"0 to {MAX_DEPTH}")
@@ -42,18 +44,21 @@ class PEANuT(Matrices):
     refuses = {"norm": "PEANuT reads the columns of a matrix; name the norm in modules_to_save to train it whole"}
     reads = ("W",)
     written = ("act_fn",)
+    one_size = "the activation of zero is not zero"
     off = {"peanut_B": 0.0}
 
     def tensors(self, target, config):
         m, r = target.out_features, config.r
+        padded = not ACT2FN[config.act_fn](torch.zeros(())).any()  # else what is padded would learn
+        rows, columns = (((0, 1),), ((1, 1),)) if padded else ((), ())
         spec = {
-            "peanut_A": Tensor((r, m), kaiming, "peanut_A.weight"),
-            "peanut_B": Tensor((m, r), zeros if config.init_weights else kaiming, "peanut_B.weight"),
+            "peanut_A": Tensor((r, m), kaiming, "peanut_A.weight", pad=rows),
+            "peanut_B": Tensor((m, r), zeros if config.init_weights else kaiming, "peanut_B.weight", pad=columns),
             "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
         }
         for part in ("peanut_encoders", "peanut_decoders"):
             for i in range(config.depth):
-                spec[f"{part}_{i}"] = Tensor((r, r), kaiming, f"{part}.{i}.weight")
+                spec[f"{part}_{i}"] = Tensor((r, r), kaiming, f"{part}.{i}.weight", pad=rows + columns)
         return spec
 
     def matrices(self, theta, target, config):

@@ -49,6 +49,7 @@ class PsoftConfig(AdapterConfig):
 class PSOFT(Matrices):
     name = "PSOFT"
     Config = PsoftConfig
+    one_size = "the angles of a rotation are numbered by r"
     refuses = {"norm": "PSOFT adapts the principal subspace of a matrix; a norm's weight is 1-d"}
     drops = "psoft_dropout"
     off = {"psoft_R": 0.0, "vector_a": 1.0, "vector_b": 1.0}

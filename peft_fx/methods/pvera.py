@@ -28,6 +28,7 @@ from .vera import VeRA
 class PveraConfig(AdapterConfig):
     peft_type = "PVERA"
     absent = LORA_ONLY | {"exclude_modules"}
+    ranked = "r"
 
     r: int = rank(256)
     projection_prng_key: int = 0

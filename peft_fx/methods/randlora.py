@@ -44,6 +44,7 @@ class RandLoraConfig(AdapterConfig):
 class RandLora(Matrices):
     name = "RANDLORA"
     Config = RandLoraConfig
+    one_size = "r says how many bases there are"
     drops = "randlora_dropout"
 
     def tensors(self, target, config):

@@ -21,7 +21,7 @@ from ..errors import RecipeError
 from .base import Tensor
 from .draws import permuted
 from .entries import Entries
-from .inits import normal, zeros
+from .inits import normal, ones, zeros
 from .matrices import row_size
 
 
@@ -63,8 +63,12 @@ class SHiRA(Entries):
         start, name = zeros if config.init_weights else normal, "shira_indices"
         return {
             "shira_weight": Tensor((k,), start, "shira_weight", pad=((0, 1),)),
+            "given": Tensor((k,), ones, trainable=False, pad=((0, 1),)),  # what is padded does not learn
             name: Tensor((2, k), drawn, name, False, torch.int32, pad=((1, 1),), below=((m,), (n,))),
         }
+
+    def numbers(self, theta):
+        return theta["shira_weight"] * theta["given"]
 
     def cells(self, theta, target):
         return theta["shira_indices"].long().unbind()

@@ -36,6 +36,7 @@ class SpectralConfig(AdapterConfig):
 
 
 class Spectral(Branch):
+    one_size = "coefficients of zero would need positions of their own"
     refuses = {"norm": "{name} transforms matrices; this weight has shape {shape}"}
     spectrum: str  # name and key of the spectrum
     std: float  # of its normal start, without init_weights

@@ -32,6 +32,7 @@ class Saved(Substitute):
 
 class Tokens(Substitute):
     name = "TOKENS"
+    one_size = "rows of zeros would need token ids of their own"
 
     def own_rows(self, target, config):
         return token_ids(target, config)

@@ -49,6 +49,7 @@ class SupertuningConfig(AdapterConfig):
 class SuperTuning(Entries):
     name = "SUPERTUNING"
     Config = SupertuningConfig
+    one_size = "entries of zero would need positions of their own"
     off = {"supertuning_values": 0.0, "supertuning_lora_B": 0.0}
     values = "supertuning_values"
 
@@ -80,8 +81,8 @@ class SuperTuning(Entries):
             return spec
         of_A, of_B = (config.r, row_size(target)), (target.out_features, config.r)
         return spec | {
-            "supertuning_lora_A": Tensor(of_A, kaiming, "supertuning_lora_A.weight"),
-            "supertuning_lora_B": Tensor(of_B, B, "supertuning_lora_B.weight"),
+            "supertuning_lora_A": Tensor(of_A, kaiming, "supertuning_lora_A.weight", pad=((0, 1),)),
+            "supertuning_lora_B": Tensor(of_B, B, "supertuning_lora_B.weight", pad=((1, 1),)),
             "scaling": Tensor((), partial(constant, config.lora_alpha / config.r), trainable=False),
         }
 

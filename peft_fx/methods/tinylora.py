@@ -29,6 +29,7 @@ from .matrices import Matrices, row_size
 class TinyLoraConfig(AdapterConfig):
     peft_type = "TINYLORA"
     absent = LORA_ONLY | {"exclude_modules"}
+    ranked = "r"
 
     r: int = rank(2)
     u: int = rank(64)
@@ -54,8 +55,10 @@ class TinyLoRA(Matrices):
         rows, columns = (n, m) if swap else (m, n)
         right, left = partial(right_singular, swap), partial(left_singular, swap)
         return {
-            "tinylora_A": Tensor((r, columns), right, "tinylora_A", trainable=False),
-            "tinylora_B": Tensor((rows, r), left, "tinylora_B", trainable=False, needs=("tinylora_A",)),
+            "tinylora_A": Tensor((r, columns), right, "tinylora_A", trainable=False, pad=((0, 1),)),
+            "tinylora_B": Tensor(
+                (rows, r), left, "tinylora_B", trainable=False, needs=("tinylora_A",), pad=((1, 1),)
+            ),
         }
 
     def together(self, targets, config):
@@ -67,9 +70,10 @@ class TinyLoRA(Matrices):
             members.setdefault(min(i // size, groups - 1), []).append(t.name)
             r = min(config.r, t.out_features, row_size(t))
             draw = partial(seeded_normal, config.projection_seed + i, 1 / math.sqrt(r))
-            own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, trainable=False)}
+            pad = ((0, 1), (1, 1), (2, 1))
+            own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, trainable=False, pad=pad)}
         start = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}[config.init_weights]
-        vectors = {g: {"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}")} for g in members}
+        vectors = {g: {"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}", pad=((0, 1),))} for g in members}
         return Together(own=own, grouped=tuple((vectors[g], tuple(names)) for g, names in members.items()))
 
     def matrices(self, theta, target, config):

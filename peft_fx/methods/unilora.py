@@ -25,6 +25,7 @@ from .matrices import Matrices, row_size
 class UniLoraConfig(AdapterConfig):
     peft_type = "UNILORA"
     absent = LORA_ONLY | {"exclude_modules"}
+    ranked = "r"
 
     r: int = rank(4)
     proj_seed: int = 42
@@ -50,15 +51,15 @@ class UniLoRA(Matrices):
         own, first = {}, 0
         for t in targets:
             specs = own[t.name] = {}
-            for factor, shape in ("A", (config.r, row_size(t))), ("B", (t.out_features, config.r)):
+            for factor, shape, axis in ("A", (config.r, row_size(t)), 0), ("B", (t.out_features, config.r), 1):
                 indices, scale = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
-                keys = (indices, scale) if config.save_indices else (None, None)
+                keys, pad = (indices, scale) if config.save_indices else (None, None), ((axis, 1),)
                 drawn = partial(dealt_positions, deal, first)
-                specs[indices] = Tensor(shape, drawn, keys[0], False, torch.int64, below=d)
-                specs[scale] = Tensor(shape, partial(dealt_scales, deal), keys[1], False, needs=(indices,))
+                specs[indices] = Tensor(shape, drawn, keys[0], False, torch.int64, below=d, pad=pad)
+                specs[scale] = Tensor(shape, partial(dealt_scales, deal), keys[1], False, needs=(indices,), pad=pad)
                 first += shape[0] * shape[1]
         start = partial(uniform, config.init_theta_d_bound) if config.init_weights else normal
-        return Together({"unilora_theta_d": Tensor((d,), start, "unilora_theta_d")}, own)
+        return Together({"unilora_theta_d": Tensor((d,), start, "unilora_theta_d", pad=((0, 1),))}, own)
 
     def matrices(self, theta, target, config):
         values = theta["unilora_theta_d"]

@@ -42,6 +42,7 @@ class VBLoRAConfig(AdapterConfig):
 class VBLoRA(Matrices):
     name = "VBLORA"
     Config = VBLoRAConfig
+    one_size = "logits of zero choose vectors too"
     drops = "vblora_dropout"
 
     def check(self, target, config):

@@ -23,6 +23,7 @@ from .matrices import Matrices, row_size
 class VeraConfig(AdapterConfig):
     peft_type = "VERA"
     absent = LORA_ONLY | {"exclude_modules"}
+    ranked = "r"
 
     r: int = rank(256)
     projection_prng_key: int = 0
@@ -45,12 +46,13 @@ class VeRA(Matrices):
         name_b, name_d = f"{self.prefix}_lambda_b", f"{self.prefix}_lambda_d"
         return {
             name_b: Tensor((target.out_features,), b, name_b),
-            name_d: Tensor((self.halves * config.r,), d, name_d),
+            name_d: Tensor((self.halves * config.r,), d, name_d, pad=((0, self.halves),)),
         }
 
     def together(self, targets, config):
         m, n = largest(targets)
-        return projections(self.prefix, kaiming_pair, (self.halves * config.r, n), (m, config.r), config)
+        pads = ((0, self.halves),), ((1, 1),)
+        return projections(self.prefix, kaiming_pair, (self.halves * config.r, n), (m, config.r), config, pads)
 
     def matrices(self, theta, target, config):
         A, B, b, d = (theta[f"{self.prefix}_{name}"] for name in ("A", "B", "lambda_b", "lambda_d"))

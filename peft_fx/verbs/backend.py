@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import GraphError, RecipeError
 from ..files.read import local_folder, read_config, read_tensors
-from ..passes.base import run
-from ..passes.dynamo import NameInputs, ReadersToAten, dialect_copy, with_inputs
-from ..passes.inject import Inject
-from ..passes.linearise import Linearise
-from ..passes.literals import BakeLiterals
+from ..passes.base import regions
+from ..passes.dynamo import CHECKPOINT, adapt
 from ..passes.splice import signature
 from ..planning.modules import module_table
 from ..planning.plan import Placement
@@ -33,7 +31,7 @@ from .adapters import save_adapter, with_adapter
 from .capture.model import skeleton
 from .derive import names_of, placements
 from .hotswap import SwapReport, hotswap
-from .python_parts import Hooks, compiled_module, left_to_python
+from .python_parts import as_written, compiled_module, give_frames, of_torch, used_by
 
 RECIPE_FILES = (".json", ".yaml", ".yml")
 
@@ -46,19 +44,18 @@ def backend(
     adapter_name: str = "default",
     trainable: bool = True,
     lowering: str = "auto",
-    hooks: bool = False,
 ) -> Backend:
     """A backend for `torch.compile` or `model.compile` that puts adapters into Dynamo's graphs.
 
-    recipe: what `apply` takes, or a folder (or Hub id) with PEFT's files. model: what is going to be compiled; left out, it
-    is found at the first call, and has no adapters until then. inner: the backend that gets the adapted graphs: "eager",
-    "aot_eager", "inductor", or any other of Dynamo's. trainable: whether adapters from files require grad.
+    recipe: what `apply` takes, or a folder (or Hub id) with PEFT's files. model: what is going to be compiled, on its device;
+    left out, it is found at the first call, and has no adapters until then. inner: the backend that gets the adapted graphs:
+    "eager", "aot_eager", "inductor", or any other of Dynamo's. trainable: whether adapters from files require grad.
+    lowering: as for `apply`.
 
-    hooks: also adapt functions that Dynamo leaves to Python (graph breaks in loops), by forward hooks on the modules that own
-    targets; without, they are refused where they are noticed. fullgraph=True is the way to be sure that there are none.
-    The base's parameters get no gradients and keep their requires_grad.
+    The base's parameters get no gradients and keep their requires_grad. Functions that Dynamo leaves to Python (graph breaks
+    in loops) and that use a target themselves are refused where they are noticed; fullgraph=True makes sure.
     """
-    new = Backend(recipe, inner, adapter_name, trainable, lowering, hooks)
+    new = Backend(recipe, inner, adapter_name, trainable, lowering)
     return new if model is None else new.attach(model)
 
 
@@ -67,9 +64,9 @@ class Backend:
 
     __name__ = "peft_fx"  # Dynamo's messages call backends by it
 
-    def __init__(self, recipe, inner, adapter_name: str, trainable: bool, lowering: str, hooks: bool):
+    def __init__(self, recipe, inner, adapter_name: str, trainable: bool, lowering: str):
         self.wanted = recipe, adapter_name, trainable, lowering
-        self.inner, self.hooks = inner, hooks
+        self.inner = inner
         self.model: nn.Module | None = None
         self._adapters: fx.GraphModule | None = None
         self.read: set[str] = set()  # targets that some graph reads
@@ -88,12 +85,17 @@ class Backend:
             for name, config, source in sources(recipe, adapter_name):
                 if config.layer_replication:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
-                gm = with_adapter(gm, name, Resident(config, lowering), source, source is None or trainable, activate=True)
+                gm = with_adapter(
+                    gm, name, Resident(config, lowering), source, source is None or trainable, activate=True
+                )
             self._adapters = without_graph(model, gm.peft_fx, state_of(gm))
             self.model = model
-            if self.hooks:
-                Hooks(self._adapters, self.acting).install(model, {p.target.path for p in self.acting()})
+            give_frames(filter(of_torch, self.owners()))
         return self
+
+    def owners(self) -> set[nn.Module]:
+        """The modules that own targets."""
+        return {self.model.get_submodule(p.target.path) for p in self.acting()}
 
     @property
     def adapters(self) -> fx.GraphModule:
@@ -133,11 +135,12 @@ class Backend:
             if (model := compiled_module()) is None:
                 raise GraphError("which model is being compiled? Say so: peft_fx.backend(recipe, model=model)")
             self.attach(model)
-        if not self.hooks:
-            self.refuse_python()
+        self.refuse_python()
         return Adapted(self, gm, inputs, self.compiler(options))
 
     def compiler(self, options: dict) -> Callable:
+        if self.inner == "eager":
+            return eager
         if options and self.inner == "inductor":
             return torch._TorchCompileInductorWrapper(options.get("mode"), options.get("options"), None)
         chosen = lookup_backend(self.inner)
@@ -155,21 +158,23 @@ class Backend:
 
     def refuse_python(self) -> None:
         """Raises GraphError if a function that uses targets runs in Python at this moment."""
-        owners = {self.model.get_submodule(p.target.path) for p in self.acting()}
-        if path := left_to_python(self.model, owners):
-            raise GraphError(
-                f"Dynamo left the forward of {path} to Python, where no adapter would act: compile with fullgraph=True to see "
-                "the cause, or adapt such functions by peft_fx.backend(..., hooks=True)"
-            )
+        written = as_written()
+        owners = {m for m in self.owners() if not of_torch(m)} if written else ()
+        for path, module in self.model.named_modules():
+            if module in written and not owners.isdisjoint(used_by(module)):
+                raise GraphError(
+                    f"Dynamo left the forward of {path or 'the model'} to Python, where no adapter acts: rewrite what "
+                    "fullgraph=True names, or leave its parameters out of the recipe"
+                )
 
     def check_complete(self) -> None:
         """Warns once of targets that no graph reads, when some graph runs for the second time."""
         self.complete = True
         targets = dict.fromkeys(p.target.name for p in self.acting())
-        if not self.hooks and (unread := [name for name in targets if name not in self.read]):
+        if unread := [name for name in targets if name not in self.read]:
             warnings.warn(
-                f"{len(unread)} of {len(targets)} targets, first {unread[0]}, are in no graph of Dynamo's so far: the model did not "
-                "use them, or Dynamo left their module to Python, where no adapter acts: compile with fullgraph=True to see",
+                f"{len(unread)} of {len(targets)} targets, first {unread[0]}, are in no graph of Dynamo's so far: the model did "
+                "not use them, or Dynamo left their module to Python, where no adapter acts: compile with fullgraph=True to see",
                 stacklevel=3,
             )
 
@@ -201,7 +206,8 @@ class Adapted:
         if variant.used and not self.owner.complete:
             self.owner.check_complete()
         variant.used = True
-        return variant.run(*args, *variant.tensors)
+        with self.owner.adapters.peft_fx.sharing.forward():
+            return variant.run(*args, *variant.tensors)
 
     def key(self, args: Sequence) -> tuple:
         owner = self.owner
@@ -212,7 +218,7 @@ class Adapted:
         gm, names = self.adapted(args)
         tensors = tuple(get_tensor(self.owner.adapters, name) for name in names)
         fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")[len(args) :]]
-        text = gm.code, tuple(map(signature, fakes))
+        text = gm.code, *(r.code for r in regions(gm)), *map(signature, fakes)
         run = next((v.run for v in self.variants.values() if v.text == text), None)
         run = run or compiler(gm, [*args, *fakes])
         variant = self.variants[self.key(args)] = Variant(run, tensors, [args[i] for i in self.watched], text)
@@ -226,24 +232,27 @@ class Adapted:
         found = {name for _, names in inputs.values() for name in names}
         chosen = tuple(p for p in owner.acting() if p.target.name in found)
         owner.read |= {p.target.name for p in chosen}
-        targets = frozenset(n for p in chosen for n in (p.target.name, p.target.bias_name))
-        new = dialect_copy(self.gm)
-        new.add_module(ROOT, owner.adapters.peft_fx)
         base = BaseGraph(fx.Graph())
         base.traces = self.traces
-        new.meta[ROOT] = State(table, base)
-        owner.adapters.peft_fx.mode.training = owner.model.training
-        passes = (NameInputs(inputs, table), ReadersToAten(targets, self.traces), Linearise(), Inject(chosen), BakeLiterals())
-        run(passes, new)
-        graph, ours = with_inputs(new)
-        final = fx.GraphModule(self.gm, graph)
+        store = owner.adapters.peft_fx
+        store.mode.training = owner.model.training
+        new, ours = adapt(self.gm, inputs, chosen, State(table, base), store)
         for name in ("_param_name_to_source", "_source_to_user_stacks"):
-            setattr(final, name, getattr(self.gm, name, {}))
-        return final, ours
+            setattr(new, name, getattr(self.gm, name, {}))
+        return new, ours
 
     def compile_late(self, gm: fx.GraphModule, inputs: Sequence) -> Callable:
         """After Dynamo has gone: it traces the adapted graph, for guards on what sizes this one meets."""
-        return gm.forward if self.owner.inner == "eager" else torch.compile(gm, backend=self.compiler)
+        return self.compiler(gm, inputs) if self.compiler is eager else torch.compile(gm, backend=self.compiler)
+
+
+def eager(gm: fx.GraphModule, inputs: Sequence) -> Callable:
+    """Runs a graph as it is. Checkpoints draw the same random numbers again, which Dynamo leaves to compilers behind it."""
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        node.target = checkpoint
+        node.kwargs = {**node.kwargs, "use_reentrant": False, "preserve_rng_state": True}
+    gm.recompile()
+    return gm.forward
 
 
 def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> fx.GraphModule:

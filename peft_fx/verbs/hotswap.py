@@ -17,6 +17,7 @@ from torch import fx, nn
 from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
+from ..methods import get_method
 from ..methods.base import crop_to, pad_to
 from ..planning.plan import Placement, Plan, make_plan
 from ..store import ADAPTERS, State, derive, get_tensor, set_tensor, state_of
@@ -29,7 +30,10 @@ WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_ran
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out."""
+    """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out.
+
+    Of a merged adapter `tensors` counts folded weights and biases, and `zeroed` have their base weight again.
+    """
 
     adapter: str
     source: str
@@ -44,8 +48,8 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
     tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: a folder
-    with PEFT's files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser that keeps
-    running keeps the momentum of the numbers before: clear its `state`, as for any parameter that is overwritten.
+    with PEFT's files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser
+    that keeps running keeps the momentum of the numbers before: clear its `state`, as for any parameter that is overwritten.
     On a graph from `reserve` a new adapter_name takes a free slot, which stays off until `switch`.
 
     A merged adapter gives way to one of any method, rank and targets: the weights are folded anew from the kept base. Calls
@@ -71,9 +75,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         if state.slots:
             state.slots[slot] = adapter_name
     elements = sum(t.numel() for t in written)
-    return SwapReport(
-        adapter_name, str(path), len(written), elements, padded, zeroed, time.perf_counter() - start
-    )  # fmt: skip
+    return SwapReport(adapter_name, str(path), len(written), elements, padded, zeroed, time.perf_counter() - start)
 
 
 def overwritten(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
@@ -162,7 +164,9 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
             fits = fitted(value, slot, spec.pad)
             if fits is None:
                 fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"
-                faults.append(fault + (WIDEN if spec.pad else ""))
+                reason = get_method(p.method).one_size
+                fixed = f"; with {p.method} a smaller adapter does not fit a larger slot: {reason}" if reason else ""
+                faults.append(fault + (WIDEN if spec.pad else fixed))
                 continue
             writes.append((slot, fits, fits.shape != value.shape))
     refuse_faults(adapter, faults)

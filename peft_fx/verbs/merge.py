@@ -57,13 +57,13 @@ def merge(
     if refused := clashes(chosen):
         raise MergeError("\n".join(map(str, refused)))
     new = derive(tuned, copy_graph(state.base.graph), state)
-    report = []
-    for group in by_target(chosen).values():
+    report, groups = [], by_target(chosen)
+    for group in groups.values():
         results, line = folded(new, group, check_finite)
         for name, result in results.items():
             replace_tensor(new, name, result, keep_base)
         report.append(line)
-    refuse_or_keep_ties(tuned, new, state, [p.target.name for p in chosen], untie)
+    refuse_or_keep_ties(tuned, new, state, groups, untie)
     left = tuple(n for n in state.active if n not in names)
     state = state.update(active=left, merged=names, before_merge=state.active, merge_report=tuple(report))
     new.meta["peft_fx"] = state
@@ -171,7 +171,7 @@ def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor, keep_base
     set_tensor(gm, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
-def refuse_or_keep_ties(tuned, new, state: State, merged: list[str], untie: bool) -> None:
+def refuse_or_keep_ties(tuned, new, state: State, merged: dict[str, list[Placement]], untie: bool) -> None:
     """A tie survives if its names got equal weights; one that would break is refused unless asked for."""
     for group in state.table.tied:
         names = [n for n in group if get_tensor(tuned, n) is not None]
@@ -179,7 +179,7 @@ def refuse_or_keep_ties(tuned, new, state: State, merged: list[str], untie: bool
             continue
         first, *rest = names
         tensors = {n: get_tensor(new, n) for n in names}
-        if all(tensors[n].shape == tensors[first].shape and torch.equal(tensors[n], tensors[first]) for n in rest):
+        if all(stays_tied(tuned, merged, first, n) or equal(tensors[n], tensors[first]) for n in rest):
             for n in rest:
                 set_tensor(new, n, tensors[first])
         elif not untie:
@@ -188,6 +188,30 @@ def refuse_or_keep_ties(tuned, new, state: State, merged: list[str], untie: bool
                 f"{changed[0]}: refused: the weight is tied to {', '.join(n for n in names if n != changed[0])}, which would "
                 "change with it; pass untie=True to give it a weight of its own"
             )
+
+
+def stays_tied(gm: fx.GraphModule, merged: dict[str, list[Placement]], a: str, b: str) -> bool:
+    """Whether two names of one weight have the same adapters' tensors: they get equal weights, but for rounding."""
+    of_a, of_b = merged.get(a, []), merged.get(b, [])
+    return len(of_a) == len(of_b) > 0 and all(same_numbers(gm, p, q) for p, q in zip(of_a, of_b, strict=True))
+
+
+def same_numbers(gm: fx.GraphModule, p: Placement, q: Placement) -> bool:
+    """Whether two placements of one adapter share their tensors, but for constants that are equal."""
+    own = []
+    for x, other in ((p, q), (q, p)):
+        shared, theta = {other.resolve(n).name for n in other.tensors}, theta_of(gm, x)
+        own.append({n: t for n, t in theta.items() if x.resolve(n).name not in shared})
+    return (
+        (p.adapter, p.method) == (q.adapter, q.method)
+        and own[0].keys() == own[1].keys()
+        and not any(p.tensors[n].trainable for n in own[0])
+        and all(equal(own[0][n], own[1][n]) for n in own[0])
+    )
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 
 def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:

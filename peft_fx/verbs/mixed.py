@@ -24,8 +24,9 @@ def mixed_batch(tuned: fx.GraphModule, names: Sequence[str] | None = None) -> fx
 
     Every call stacks the tensors anew; on SmolLM2 with 8 adapters of rank 16 that is a fiftieth of a call with 8 x 32 tokens.
     Raises GraphError naming the target and the reason for adapters without a form that acts row by row, where the method
-    rewrites the weight, say. Calls raise GraphError for ids of another dtype, number or range; compiled and exported graphs,
-    and those on accelerators, check the range by an assertion of torch's (RuntimeError).
+    rewrites the weight, say. Calls raise GraphError for ids of another dtype, number or range. Compiled and exported graphs, and
+    those on accelerators, check the range by an assertion of torch's: a RuntimeError, which torch.compile may hide behind
+    another one, as its `__context__`.
     """
     state = state_of(tuned, "mixed_batch")
     refuse_merged(state, "mixed_batch")

@@ -39,7 +39,7 @@ from ..store import (
     get_tensor,
     set_tensor,
     state_of,
-)  # fmt: skip
+)
 from ..target import ModuleTable
 from .adapters import base_weight, values_of
 from .derive import placements

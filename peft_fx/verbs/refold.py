@@ -18,12 +18,12 @@ from torch import fx, nn
 from ..errors import MergeError, RecipeError
 from ..methods.base import block_diagonal
 from ..passes.inject import lower
-from ..planning.plan import Placement, clashes
+from ..planning.plan import clashes
 from ..store import REPLACED, ROOT, Resident, State, get_tensor, set_tensor, shell, state_of
 from ..target import ModuleTable, Target
 from .adapters import allocate, only_one_with_biases
 from .derive import placements
-from .merge import by_target, folded, refuse_no_weight, restored, shelve
+from .merge import by_target, equal, folded, refuse_no_weight, restored, shelve, stays_tied
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
         with brought(scratch, gm, read):
             allocate(scratch, p, values, trainable)
     waits = waiting_device(gm)
-    names, report = dict.fromkeys(shelved(gm)), []
-    for group in by_target(chosen).values():
+    names, report, groups = dict.fromkeys(shelved(gm)), [], by_target(chosen)
+    for group in groups.values():
         target = group[0].target
         with brought(scratch, gm, (target.name, target.bias_name)):
             results, line = folded(scratch, group, check_finite=True)
@@ -103,7 +103,7 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
         report.append(line)
 
     finals = {name: get_tensor(scratch, name) for name in names}
-    refuse_untying(gm, finals, state.table)
+    keep_ties(gm, scratch, finals, groups, state.table)
     targets = {p.target.name: p.target for name in state.merged for p in (*placements(state, name), *chosen)}
     writes, first, padded, seen = [], {}, 0, {}
     for name, final in finals.items():
@@ -127,7 +127,9 @@ def refuse_what_cannot_be_unmerged(state: State) -> None:
     back = [p for name in state.before_merge for p in placements(state, name)]
     refused = [x for x in lower(state.base.graph, back, state.base.traces) if x.form == "refused"]
     if refused:
-        raise RecipeError(f"{refused[0].placement.target.name}: refused, since unmerge could not bring it: {refused[0].reason}")
+        raise RecipeError(
+            f"{refused[0].placement.target.name}: refused, since unmerge could not bring it: {refused[0].reason}"
+        )
 
 
 def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
@@ -155,16 +157,18 @@ def brought(scratch: fx.GraphModule, gm: fx.GraphModule, names: Iterable[str]) -
         set_tensor(scratch, name, kept)
 
 
-def refuse_untying(gm: fx.GraphModule, finals: dict[str, torch.Tensor | None], table: ModuleTable) -> None:
-    """Names that share one tensor now have to get equal numbers."""
-    for group in table.tied:
+def keep_ties(gm, scratch, finals: dict[str, torch.Tensor | None], groups: dict, table: ModuleTable) -> None:
+    """Names that share one tensor now get equal numbers. Raises MergeError where they would differ."""
+    for tie in table.tied:
         owners: dict[int, str] = {}
-        for name in sorted((n for n in group if get_tensor(gm, n) is not None), key=lambda n: n not in finals):
+        for name in sorted((n for n in tie if get_tensor(gm, n) is not None), key=lambda n: n not in finals):
             now = get_tensor(gm, name)
             owner = owners.setdefault(id(now), name)
-            if owner not in finals or owner == name:
+            if owner == name or owner not in finals:
                 continue
-            if not torch.equal(finals[owner].to(now.device), finals.get(name, now).to(now.device)):
+            if name in finals and stays_tied(scratch, groups, owner, name):
+                finals[name] = finals[owner]
+            elif not equal(finals[owner], finals.get(name, now)):
                 raise MergeError(
                     f"{owner}: refused: the folded weight is tied to {name}, which would change with it; "
                     "merge this adapter from the unmerged graph, with untie=True"
@@ -184,5 +188,7 @@ def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, targ
     if dense == tuple(now.shape[:2]):
         return block_diagonal(final, target.groups)
     if dense == tuple(final.shape[:2]):
-        raise MergeError(f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}")
+        raise MergeError(
+            f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}"
+        )
     raise MergeError(f"{name}: shape {tuple(final.shape)} does not fit the folded tensor {tuple(now.shape)}; {anew}")
