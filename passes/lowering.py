@@ -110,7 +110,9 @@ def activation_signature(site: Site) -> tuple:
     return tuple((str(n.target), text(n)) for n in (*site.chain, site.node))
 
 
-def replayed(site: Site, inputs: Sequence[torch.Tensor], x, weight, bias=None, groups: int | None = None) -> torch.Tensor:
+def replayed(
+    site: Site, inputs: Sequence[torch.Tensor], x, weight, bias=None, groups: int | None = None
+) -> torch.Tensor:
     """The operator at `site`, the views before it included, with other operands. inputs: of `activation_inputs`."""
     env = dict(zip(activation_inputs(site), inputs, strict=True)) | {site.parameter: weight}
     for node in site.chain:

@@ -10,8 +10,8 @@ factors, all factors side by side 1.7 to 7 times; only at 1 token per row with u
 some 20 us per operator. So linear operators always gather, and there is no rule to tune. The factors of a lookup or a
 convolution are side by side: a lookup reads few rows of A, and a convolution by rows would fix their number.
 
-A map or branch runs once per adapter: 4 adapters on two layers of that width took 1.3 (IA3) to 1.7 times (OFT) one adapter's whole call. Under vmap over rows
-it would run once, but some of vmap's rules fix the number of rows in the graph's symbols.
+A map or branch runs once per adapter: a call of two layers of that width with 4 adapters took 1.3 (IA3) to 1.7 times (OFT) as
+long as with one. Under vmap over rows it would run once, but some of vmap's rules fix the number of rows in the graph.
 
 Which axis of an activation holds the rows follows from the symbolic sizes: the batch is the first axis of the first tensor
 among the inputs, and that symbol has to be one axis of the operator's input, or, where a view has merged it with others,

@@ -61,7 +61,11 @@ class ReplicateLayers(Pass):
                 env[node] = new.node_copy(node)
         later = layers.depends_on_layers()
         for node in old.nodes:
-            if node.op == "output" or node in env or (node in later and (shape_only(node) or self.done(layers, env, node))):
+            if (
+                node.op == "output"
+                or node in env
+                or (node in later and (shape_only(node) or self.done(layers, env, node)))
+            ):
                 continue
             if node in layers.member:
                 self.emit_all(gm, new, layers, env, later)

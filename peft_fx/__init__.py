@@ -26,7 +26,7 @@ from .verbs.capture.model import capture
 from .verbs.compile import compile, inline, outline
 from .verbs.explain import explain, trainable_parameters
 from .verbs.export import export, load
-from .verbs.hotswap import hotswap, prepare_hotswap
+from .verbs.hotswap import hotswap, prepare_hotswap, prepare_swap
 from .verbs.merge import merge, unmerge
 from .verbs.mixed import mixed_batch
 from .verbs.package import load_package, package
@@ -34,7 +34,8 @@ from .verbs.switch import reserve, switch
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "compile", "delete_adapter", "disable_adapter",
-    "explain", "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge", "method", "mixed_batch", "outline",
-    "package", "prepare_hotswap", "reserve", "save_adapter", "set_adapter", "switch", "trainable_parameters", "unmerge",
+    "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "compile", "delete_adapter",
+    "disable_adapter", "explain", "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge",
+    "method", "mixed_batch", "outline", "package", "prepare_hotswap", "prepare_swap", "reserve", "save_adapter",
+    "set_adapter", "switch", "trainable_parameters", "unmerge",
 ]  # fmt: skip

@@ -30,9 +30,7 @@ def llama(layers=3):
 
 def gemma():
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = hf.Gemma3TextConfig(
-        **{**TEXT, "num_hidden_layers": 4}, head_dim=8, sliding_window=4, layer_types=kinds
-    )
+    config = hf.Gemma3TextConfig(**{**TEXT, "num_hidden_layers": 4}, head_dim=8, sliding_window=4, layer_types=kinds)
     return hf.Gemma3ForCausalLM(config)
 
 
@@ -120,7 +118,7 @@ def groups(outlined):
 
 
 def test_equal_layers_become_blocks_of_one_class_with_the_same_outputs_names_and_gradients(family):
-    name, tuned, inputs, expected = family
+    _, tuned, inputs, expected = family
     outlined = fx.outline(tuned)
     found = groups(outlined)
     assert expected is None or found == expected

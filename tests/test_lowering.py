@@ -99,7 +99,9 @@ def test_a_form_that_is_not_there_is_refused_with_the_reason():
     with pytest.raises(fx.RecipeError, match="lowering='activation' was asked for, but the weight is read by"):
         fx.apply(c.captured("attention_cross"), config, lowering="activation")
     dropped = {"peft_type": "LORA", "r": 2, "target_modules": ["layer"], "lora_dropout": 0.1}
-    with pytest.raises(fx.RecipeError, match="dropout 0.1 on the input needs a form at the operator, but lowering='wei"):
+    with pytest.raises(
+        fx.RecipeError, match="dropout 0.1 on the input needs a form at the operator, but lowering='wei"
+    ):
         fx.apply(c.captured("wide"), dropped, lowering="weight")
     with pytest.raises(fx.RecipeError, match="expected one of"):
         fx.apply(c.captured("wide"), dropped, lowering="dense")

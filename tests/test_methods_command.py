@@ -38,7 +38,9 @@ def test_a_method_shows_its_formula_its_options_and_its_keys(name):
 def test_what_is_known_of_lora_ia3_and_vera():
     lora, ia3, vera, dora = (facts(name) for name in ("LORA", "IA3", "VERA", "DORA"))
     assert lora.kinds == {kind: "" if kind == "norm" else "activation" for kind in KINDS}
-    assert (dora.kinds["linear"], dora.kinds["conv2d"]) == ("activation", "weight") and lora.neutral and not dora.neutral
+    assert (
+        (dora.kinds["linear"], dora.kinds["conv2d"]) == ("activation", "weight") and lora.neutral and not dora.neutral
+    )
     assert (lora.parameters, ia3.parameters, dora.parameters) == (2 * 8 * 256, 256, 2 * 8 * 256 + 256)
     assert vera.shared and not lora.shared and lora.ranks and not ia3.ranks
     assert lora.identity and ia3.identity and vera.identity and dora.identity

@@ -5,6 +5,7 @@ Methods of users are put into the same table, as classes, by `@peft_fx.method("N
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
 from ..config import AdapterConfig
@@ -66,7 +67,12 @@ def get_method(peft_type: str) -> Method:
     entry = METHODS[key]
     if isinstance(entry, type):
         return entry()
-    module, name = entry
+    return loaded(*entry)
+
+
+@cache
+def loaded(module: str, name: str) -> Method:
+    """A method of this package, which is imported when it is first asked for."""
     return getattr(import_module(f"{__name__}.{module}"), name)()
 
 

@@ -59,7 +59,9 @@ class DEFT(Branch):
         P = Tensor((target.out_features, r), partial(scaled_normal, STD), "deft_P", pad=((1, 1),) if padded else ())
         if config.para:
             return {"deft_P": P}
-        R = Tensor((r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",), pad=P.pad and ((0, 1),))
+        R = Tensor(
+            (r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",), pad=P.pad and ((0, 1),)
+        )
         return {"deft_P": P, "deft_R": R, "scaling": Tensor((), partial(constant, s), trainable=False)}
 
     def neutral(self, target, config):

@@ -56,9 +56,7 @@ class TinyLoRA(Matrices):
         right, left = partial(right_singular, swap), partial(left_singular, swap)
         return {
             "tinylora_A": Tensor((r, columns), right, "tinylora_A", trainable=False, pad=((0, 1),)),
-            "tinylora_B": Tensor(
-                (rows, r), left, "tinylora_B", trainable=False, needs=("tinylora_A",), pad=((1, 1),)
-            ),
+            "tinylora_B": Tensor((rows, r), left, "tinylora_B", trainable=False, needs=("tinylora_A",), pad=((1, 1),)),
         }
 
     def together(self, targets, config):

@@ -27,9 +27,7 @@ from .derive import derived, frozen, names_of, placements, refuse_merged, replic
 LOWERINGS = ("auto", "activation", "weight")
 
 
-def apply(
-    graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto"
-) -> fx.GraphModule:
+def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
     """Adds the adapters of a recipe and makes them active, after those that already are.
 
     recipe: a config, a Recipe, a dict, a path to .json / .yaml, or a PEFT config object. adapter_name: the name of a

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 from torch import fx, nn
 
+from ..config import AdapterConfig
 from ..errors import GraphError, RecipeError
 from ..passes.base import run
 from ..passes.inject import Inject
 from ..passes.mixed import MixedBatch
 from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
-from ..planning.plan import Placement, make_plan
+from ..planning.plan import Placement, Plan, make_plan
 from ..store import GATES, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
 
 
@@ -37,8 +38,16 @@ def injection(state: State) -> tuple[Inject, ...]:
 def placements(state: State, adapter: str) -> tuple[Placement, ...]:
     """What a resident adapter puts where."""
     resident = state.recipe[adapter]
-    chosen = make_plan(state.table, adapter, resident.config).placements
-    return tuple(replace(p, lowering=resident.lowering) for p in chosen)
+    chosen = planned(state, adapter, resident.config).placements
+    return chosen if resident.lowering == "auto" else tuple(replace(p, lowering=resident.lowering) for p in chosen)
+
+
+def planned(state: State, adapter: str, config: AdapterConfig) -> Plan:
+    """`make_plan`, once for each config that this base graph has met."""
+    known, key = state.base.traces, ("plan", adapter, repr(config))
+    if key not in known:
+        known[key] = make_plan(state.table, adapter, config)
+    return known[key]
 
 
 def frozen(gm: fx.GraphModule) -> fx.GraphModule:

@@ -14,15 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
+from ..config import AdapterConfig
 from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
-from ..planning.plan import Placement, Plan, make_plan
-from ..store import ADAPTERS, State, derive, get_tensor, set_tensor, state_of
+from ..planning.plan import Placement, Plan
+from ..store import ADAPTERS, Resident, State, derive, get_tensor, set_tensor, state_of
 from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
+from .derive import planned as plan_of
 from .refold import refold
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
@@ -44,13 +46,32 @@ class SwapReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Swap:
+    """An adapter in memory, checked and padded for the slots of one graph, from `prepare_swap`.
+
+    names: the state names of the tensors to write. resident: what it was made for.
+    """
+
+    adapter: str
+    slot: str
+    source: str
+    config: AdapterConfig
+    names: tuple[str, ...]
+    values: tuple[torch.Tensor, ...]
+    padded: int
+    zeroed: tuple[str, ...]
+    resident: Resident
+
+
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
     tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: a folder
-    with PEFT's files. Graphs derived from one another share the adapter's tensors: all of them see the swap. An optimiser
-    that keeps running keeps the momentum of the numbers before: clear its `state`, as for any parameter that is overwritten.
-    On a graph from `reserve` a new adapter_name takes a free slot, which stays off until `switch`.
+    with PEFT's files, or what `prepare_swap` made of one. Graphs derived from one another share the adapter's tensors: all of
+    them see the swap. An optimiser that keeps running keeps the momentum of the numbers before: clear its `state`, as for any
+    parameter that is overwritten. On a graph from `reserve` a new adapter_name takes a free slot, which stays off until
+    `switch`.
 
     A merged adapter gives way to one of any method, rank and targets: the weights are folded anew from the kept base. Calls
     in other threads see the old numbers or the new ones, never some of each.
@@ -64,22 +85,51 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     state_of(gm, "hotswap")
     with gm.peft_fx.sharing.swapping():
         state = state_of(gm)
-        slot = slot_for(state, adapter_name)
         refuse_freezing()
-        folder = local_folder(path)
-        config = read_config(folder)
-        plan = planned(state, slot, config)
-        values = match_tensors(plan, read_tensors(folder), where=str(path))
-        swap = refolded if slot in state.merged else overwritten
-        written, padded, zeroed = swap(gm, state, slot, adapter_name, config, plan, values)
+        if isinstance(path, Swap):
+            swap, slot = path, path.slot
+            written, padded, zeroed = write(gm, state, swap), swap.padded, swap.zeroed
+            adapter_name, path = swap.adapter, swap.source
+        else:
+            slot = slot_for(state, adapter_name)
+            if slot in state.merged:
+                written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(state, slot, path))
+            else:
+                swap = swap_of(gm, state, slot, adapter_name, path)
+                written, padded, zeroed = write(gm, state, swap), swap.padded, swap.zeroed
         if state.slots:
             state.slots[slot] = adapter_name
     elements = sum(t.numel() for t in written)
     return SwapReport(adapter_name, str(path), len(written), elements, padded, zeroed, time.perf_counter() - start)
 
 
-def overwritten(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
-    """Writes an adapter's own tensors; (tensors written, number padded, targets that the new adapter leaves out)."""
+def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> Swap:
+    """Reads and checks an adapter for later: `hotswap(tuned, swap)` then is a copy of its numbers.
+
+    Raises what `hotswap` raises, and HotswapError for a merged adapter, whose weights are folded when they are swapped.
+    """
+    gm = getattr(tuned, "_orig_mod", tuned)
+    state = state_of(gm, "prepare_swap")
+    slot = slot_for(state, adapter_name)
+    if slot in state.merged:
+        raise HotswapError(f"adapter {adapter_name!r} is merged: swap it from its folder, or unmerge it first")
+    swap = swap_of(gm, state, slot, adapter_name, path)
+    # of the slots' dtype and device, in memory of their own
+    slots = (get_tensor(gm, name) for name in swap.names)
+    return dataclasses.replace(swap, values=tuple(v.to(s, copy=True) for v, s in zip(swap.values, slots, strict=True)))
+
+
+def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
+    """An adapter's config, what it puts where, and its numbers by state name."""
+    folder = local_folder(path)
+    config = read_config(folder)
+    plan = planned(state, slot, config)
+    return config, plan, match_tensors(plan, read_tensors(folder), where=str(path))
+
+
+def swap_of(gm, state: State, slot: str, name: str, path) -> Swap:
+    """The checked swap that makes the slot hold the adapter at `path`; targets that it leaves out become neutral."""
+    config, plan, values = read(state, slot, path)
     old, new = by_place(placements(state, slot)), by_place(plan.placements)
     faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
@@ -92,17 +142,24 @@ def overwritten(gm, state: State, slot: str, name: str, config, plan: Plan, valu
     if left_out:
         config = with_targets_of(state.recipe[slot].config, config)
         new = by_place(planned(state, slot, config).placements)
-    writes = planned_writes(gm, slot, old, new, values, left_out)
-    written = [tensor for tensor, _, _ in writes]
-    with gm.peft_fx.sharing.writing(written), torch.no_grad():
-        for tensor, value, _ in writes:
-            tensor.copy_(value)
-        state.recipe[slot].config = config
-    return written, sum(p for _, _, p in writes), tuple(old[k].target.name for k in left_out)
+    names, fitting, padded = planned_writes(gm, slot, old, new, values, left_out)
+    zeroed = tuple(old[k].target.name for k in left_out)
+    return Swap(name, slot, str(path), config, names, fitting, padded, zeroed, state.recipe[slot])
+
+
+def write(gm, state: State, swap: Swap) -> list[torch.Tensor]:
+    """Copies a swap's numbers into the graph's tensors, and returns these."""
+    if state.recipe.get(swap.slot) is not swap.resident or swap.slot in state.merged:
+        raise HotswapError(f"adapter {swap.adapter!r}: this swap was prepared for another graph, or before a merge")
+    slots = [get_tensor(gm, name) for name in swap.names]
+    with gm.peft_fx.sharing.writing(slots), torch.no_grad():
+        torch._foreach_copy_(slots, list(swap.values))
+        state.recipe[swap.slot].config = swap.config
+    return slots
 
 
 def refolded(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
-    """Writes the folded weights of a merged adapter; returns the same."""
+    """Writes a merged adapter's folded weights; (tensors written, number padded, targets that the new adapter leaves out)."""
     try:
         return refold(gm, state, slot, config, values)
     except (MergeError, RecipeError) as error:
@@ -129,7 +186,7 @@ def refuse_freezing() -> None:
 
 def planned(state, adapter: str, config) -> Plan:
     try:
-        return make_plan(state.table, adapter, config)
+        return plan_of(state, adapter, config)
     except RecipeError as error:
         raise HotswapError(f"adapter {adapter!r} cannot be swapped in place, nothing was changed: {error}") from error
 
@@ -139,16 +196,16 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
     return {(p.method, p.target.name): p for p in chosen}
 
 
-def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_out: list) -> list:
-    """[(slot, value, padded)] that make the slots of `old` hold `new`; raises HotswapError before anything is written."""
+def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_out: list) -> tuple:
+    """(names, values, number padded) that make the slots of `old` hold `new`. Raises HotswapError where that cannot be."""
     faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in new]
-    writes, newer = [], {}
+    names, writes, padded, newer = [], [], 0, {}
     for place, p in new.items():
         was = old[place]
-        if (set(p.tensors), p.shared, input_dropout(p)) != (set(was.tensors), was.shared, input_dropout(was)):
+        if p is not was and shape_of(p) != shape_of(was):
             faults.append(f"{p.target.name}: tensors, ties or dropout differ from the resident adapter's")
             continue
-        if literals(p) != literals(was):
+        if p is not was and literals(p) != literals(was):
             faults.append(f"{p.target.name}: the resident graph was made for {literals(was)}, not for {literals(p)}")
             continue
         for name, spec in p.tensors.items():
@@ -168,9 +225,11 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
                 fixed = f"; with {p.method} a smaller adapter does not fit a larger slot: {reason}" if reason else ""
                 faults.append(fault + (WIDEN if spec.pad else fixed))
                 continue
-            writes.append((slot, fits, fits.shape != value.shape))
+            names.append(f"{ADAPTERS}.{p.resolve(name).name}")
+            writes.append(fits)
+            padded += fits.shape != value.shape
     refuse_faults(adapter, faults)
-    return writes
+    return tuple(names), tuple(writes), padded
 
 
 def refuse_faults(adapter: str, faults: list[str]) -> None:
@@ -198,8 +257,9 @@ def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor |
     return slot.new_empty(shape) if larger else crop_to(slot.detach(), shape, spec.pad).clone()  # the first is refused
 
 
-def input_dropout(p: Placement) -> float:
-    return p.rule.input_dropout(p.target, p.config)
+def shape_of(p: Placement) -> tuple:
+    """What of a placement the graph's structure depends on, besides sizes and literals."""
+    return set(p.tensors), p.shared, p.rule.input_dropout(p.target, p.config)
 
 
 def literals(p: Placement) -> tuple:

@@ -79,7 +79,9 @@ def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
         return state.active
     weights = acting(tuned, state)
     if part := next((slot for slot, weight in weights.items() if weight != 1), None):
-        raise MergeError(f"adapter {state.slots[part]!r} acts with weight {weights[part]}: switch it to 1 and merge then")
+        raise MergeError(
+            f"adapter {state.slots[part]!r} acts with weight {weights[part]}: switch it to 1 and merge then"
+        )
     return tuple(name for name in state.active if name in weights)
 
 

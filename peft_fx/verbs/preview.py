@@ -35,7 +35,9 @@ def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
     for placement in new:
         allocate_empty(gm, placement)
     present = [p for name in state.active for p in placements(state, name)]
-    accepted = [x.placement for x in lower(state.base.graph, [*present, *new], state.base.traces) if x.form != "refused"]
+    accepted = [
+        x.placement for x in lower(state.base.graph, [*present, *new], state.base.traces) if x.form != "refused"
+    ]
     shown = derive(gm, copy_graph(state.base.graph), state)
     shown.meta["peft_fx"] = state.update(reports=run((Inject(tuple(accepted)),), shown))
     return shown

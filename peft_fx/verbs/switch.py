@@ -83,4 +83,3 @@ def switch(
         for slot, gate in gates.items():
             gate.fill_(wanted.get(slot, 0.0))
     return before
-
