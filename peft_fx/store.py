@@ -225,6 +225,8 @@ def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
     modules = {name: shell(module, copies) for name, module in gm._modules.items()}
     modules = {ROOT: modules.pop(ROOT), **modules}
     buffers = {n: (b, n not in gm._non_persistent_buffers_set) for n, b in gm._buffers.items()}
+    if not hasattr(modules[ROOT], "sharing"):  # another tool's pass rebuilt the containers
+        modules[ROOT].sharing = Sharing()
     new = build(modules, dict(gm._parameters), buffers, graph, state)
     new.peft_fx.sharing.add(gm, new)
     return new

@@ -200,6 +200,33 @@ def test_numbers_that_an_old_momentum_moved_beyond_the_rank_are_not_dropped_on_s
     assert not (tmp_path / "out").exists()
 
 
+def test_a_prepared_swap_is_a_copy_that_can_be_made_again_and_again(family):
+    name, folders = family
+    graph = slot(name)
+    run = compiled(graph)
+    swaps = [peft_fx.prepare_swap(graph, folder) for folder in folders[:3]]
+    with torch.no_grad():
+        output(run, name)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for i in (0, 2, 1, 0):
+                assert peft_fx.hotswap(run, swaps[i]).source == str(folders[i])
+                close(output(run, name), output(peft_fx.load_adapter(captured(name), folders[i]), name))
+
+
+def test_a_prepared_swap_is_refused_by_another_graph_and_after_a_merge(tmp_path):
+    graph = tuned(captured("mixed"), {"target_modules": ["plain"]})
+    peft_fx.save_adapter(graph, tmp_path)
+    swap = peft_fx.prepare_swap(graph, tmp_path)
+    other = tuned(captured("mixed"), {"target_modules": ["plain"]}, seed=1)
+    for wrong in (other, peft_fx.merge(graph)):
+        before = bits(wrong)
+        with pytest.raises(HotswapError, match="prepared for another graph, or before a merge"):
+            peft_fx.hotswap(wrong, swap)
+        assert same_bits(before, bits(wrong))
+    with pytest.raises(HotswapError, match="is merged: swap it from its folder"):
+        peft_fx.prepare_swap(peft_fx.merge(graph), tmp_path)
+
+
 def test_targets_left_out_become_zero_and_a_full_adapter_comes_back(family):
     name, folders = family
     graph, base = slot(name), captured(name)

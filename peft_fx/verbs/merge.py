@@ -141,8 +141,10 @@ def rounded(exact: torch.Tensor, dtype: torch.dtype, operands: set) -> torch.Ten
 
 
 def finite(tensor: torch.Tensor) -> bool:
-    """Whether all elements are; extremes carry inf and nan, and need no memory."""
-    return not tensor.numel() or not tensor.is_floating_point() or all(math.isfinite(x) for x in tensor.aminmax())
+    """Whether all elements are. A finite sum has finite terms; an infinite one may be too many of them, so extremes decide."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    return math.isfinite(tensor.sum()) or all(math.isfinite(x) for x in tensor.aminmax())
 
 
 def rounding_error(result: torch.Tensor, exact: torch.Tensor) -> float:
