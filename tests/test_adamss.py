@@ -13,6 +13,8 @@ from peft_fx.methods import adamss
 from peft_fx.store import get_tensor
 from peft_fx.training.adamss import SubspaceAllocator
 
+pytestmark = pytest.mark.slow
+
 TWO = {"peft_type": "ADAMSS", "target_modules": ["layer"], "r": 6, "num_subspaces": 3, "subspace_rank": 2}
 LAYER = "base_model.model.layer"
 EXPERTS = {**TWO, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}

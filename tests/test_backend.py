@@ -11,6 +11,8 @@ from torch import nn
 
 import peft_fx
 
+pytestmark = pytest.mark.slow
+
 ALL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 

@@ -89,7 +89,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SLOW = [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=SLOW)
 def family(request):
     """(model, adapted graph, inputs, expected classes), adapters away from where they start."""
     build, inputs, options, expected = FAMILIES[request.param]

@@ -7,6 +7,8 @@ from methods import MODULES, cells, label
 
 import peft_fx as fx
 
+pytestmark = pytest.mark.slow
+
 CELLS = cells("PEFT") + cells("DEFINED")
 LAYER = {"target_modules": ["layer"]}
 FIRST = {name: next(x for x in CELLS if x[0] == name) for name in MODULES}

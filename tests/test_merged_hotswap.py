@@ -11,6 +11,8 @@ import peft_fx as fx
 from peft_fx.methods import get_method
 from peft_fx.store import state_of
 
+pytestmark = pytest.mark.slow
+
 LORA = {"peft_type": "LORA", "r": 2, "init_lora_weights": False}
 LAYER = {"target_modules": ["layer"]}
 # One adapter of each method that can be merged: its first cell on a plain linear layer, or else its first cell.

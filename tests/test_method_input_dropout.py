@@ -8,6 +8,8 @@ from torch.nn import functional as F
 import peft_fx as fx
 from peft_fx.store import get_tensor
 
+pytestmark = pytest.mark.slow
+
 P = 0.4
 # method, options with dropout
 CASES = [

@@ -10,6 +10,8 @@ import peft_fx as fx
 from peft_fx.store import get_tensor, state_of
 from peft_fx.verbs.derive import placements
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("VERA", {"r": 4}),
     ("RANDLORA", {"r": 3, "randlora_alpha": 6}),

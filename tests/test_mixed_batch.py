@@ -9,6 +9,8 @@ from torch import nn
 
 import peft_fx as fx
 
+pytestmark = pytest.mark.slow
+
 LAYER = {"target_modules": ["layer"]}
 LORA = {"peft_type": "LORA", "r": 4, "init_lora_weights": False, **LAYER}
 CASES = [

@@ -18,6 +18,8 @@ from torch import nn
 import peft_fx
 from peft_fx.errors import AdapterFileError, GraphError, HotswapError, PeftFxError
 
+pytestmark = pytest.mark.slow
+
 
 def package_of(graph, path, **options):
     return peft_fx.load_package(peft_fx.package(graph, path / "model.pt2", **options))

@@ -12,6 +12,8 @@ from peft_fx.methods.boft import rotations
 from peft_fx.methods.stacked import on_target
 from peft_fx.target import Target
 
+pytestmark = pytest.mark.slow
+
 OFT = {"peft_type": "OFT", "target_modules": ["layer"], "oft_block_size": 4, "module_dropout": 0.5}
 BOFT = {
     "peft_type": "BOFT", "target_modules": ["layer"], "boft_block_size": 2, "boft_n_butterfly_factor": 2,

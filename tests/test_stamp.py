@@ -10,6 +10,8 @@ from torch import nn
 
 import peft_fx as fx
 
+pytestmark = pytest.mark.slow
+
 TEXT = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2,
             num_hidden_layers=6, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
 
