@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .stacking import exactly, register_stacking, rows, wide
+from .stacking import exactly, register_gradients, register_stacking, rows, wide
 
 NARROW = 16  # below this block size the products are faster with the rows of x last
 
@@ -44,7 +44,7 @@ def _(x, R, blocks):
 
 def gradients(ctx, g):
     x, R = ctx.saved_tensors
-    (c, blocks), stack = (R.shape[-1], ctx.blocks), R.dim() - 3
+    (c, (blocks,)), stack = (R.shape[-1], ctx.rest), R.dim() - 3
     dx = butterfly(g, R.mT, blocks) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return dx, None, None
@@ -53,12 +53,7 @@ def gradients(ctx, g):
         return dx, X @ G.mT, None
 
 
-def keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.blocks = inputs[2]
-
-
-butterfly.register_autograd(gradients, setup_context=keep)
+register_gradients(butterfly, gradients)
 register_stacking(butterfly, axes=3)
 
 

@@ -14,7 +14,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .stacking import register_stacking, rows, wide
+from .stacking import register_gradients, register_stacking, rows, wide
 
 
 def reference(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def gradients(ctx, g):
     return dx, dk
 
 
-circulant.register_autograd(gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+register_gradients(circulant, gradients)
 register_stacking(circulant, axes=3)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .stacking import exactly, register_stacking, rows, wide
+from .stacking import exactly, register_gradients, register_stacking, rows, wide
 
 
 def reference(x: torch.Tensor, U: torch.Tensor, reverse: bool) -> torch.Tensor:
@@ -49,27 +49,22 @@ def _(x, U, reverse):
 
 def gradients(ctx, g):
     """Of Y = X - X V T Vᵀ, where T is a function of V too: dT = -T d(T^-1) T."""
-    x, U = ctx.saved_tensors
-    dx = householder(g, U, not ctx.reverse) if ctx.needs_input_grad[0] else None
+    (x, U), (reverse,) = ctx.saved_tensors, ctx.rest
+    dx = householder(g, U, not reverse) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return dx, None, None
     with exactly(x):
-        X, V, T = compact(x, U, ctx.reverse)
+        X, V, T = compact(x, U, reverse)
         G = rows(g.to(X.dtype), U.dim() - 2)
         P, Q = X @ V, G @ V
         S = T.mT @ (P.mT @ Q) @ T.mT  # gradient of the inverse of T
-        S = S.tril(-1) if ctx.reverse else S.triu(1)
+        S = S.tril(-1) if reverse else S.triu(1)
         dV = V @ (S + S.mT) - X.mT @ (Q @ T.mT) - G.mT @ (P @ T)
         norm = torch.linalg.vector_norm(U.to(V.dtype), dim=-2, keepdim=True).clamp_min(1e-12)  # as in F.normalize
         return dx, ((dV - V * (V * dV).sum(-2, keepdim=True)) / norm).to(U.dtype), None
 
 
-def keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
-    ctx.reverse = inputs[2]
-
-
-householder.register_autograd(gradients, setup_context=keep)
+register_gradients(householder, gradients)
 register_stacking(householder, axes=2)
 
 

@@ -28,6 +28,16 @@ def exactly(tensor: torch.Tensor):
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
+def register_gradients(op, gradients) -> None:
+    """gradients(ctx, g) finds x and p in ctx.saved_tensors and the further arguments in ctx.rest."""
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.rest = inputs[2:]
+
+    op.register_autograd(gradients, setup_context=keep)
+
+
 def register_stacking(op, axes: int) -> None:
     """vmap of op(x, p, *rest): p, whose own axes are `axes`, becomes a stack if it is batched."""
 

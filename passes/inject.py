@@ -108,7 +108,8 @@ def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKey
         return "a half-precision weight rounds single entries as a merge does"
     site = at[0]
     static = ("cost", type(get_method(p.method)), keys(p), bare(p), activation_signature(site))
-    key = (static, signature(site.x.meta["val"]), signature(site.parameter.meta["val"]))
+    shapes = tuple(t.shape for t in p.tensors.values())  # equal configs may give targets ranks of their own
+    key = (static, shapes, signature(site.x.meta["val"]), signature(site.parameter.meta["val"]))
     if key not in known:
         known[key] = costs(p, site)
     activation, weight = known[key]
@@ -121,17 +122,18 @@ def costs(p: Placement, site: Site) -> tuple[float, float]:
     W, b, x, *inputs = (None if n is None else n.meta["val"]
                         for n in (site.parameter, bias_of(site), site.x, *activation_inputs(site)))  # fmt: skip
     theta = [torch.empty(t.shape, dtype=t.dtype_on(W.dtype), device="meta") for t in p.tensors.values()]
-    maps = [(f.place, f.build(site, method, p.target, p.config, names)) for f in forms_of(method)]
+    before, after = ([f.build(site, method, p.target, p.config, names) for f in forms_of(method) if f.place == place]
+                     for place in ("input", "output"))  # fmt: skip
     changed, groups = weight_function(method, p.target, p.config, names), 1 if method.dense_groups(p.target) else None
 
     def activation(x, W, b, *tensors):
         theta, inputs = tensors[: len(names)], tensors[len(names) :]
-        old_x = x
-        for _, function in (m for m in maps if m[0] == "input"):
-            (x,) = function(x, *theta)
-        y = replayed(site, inputs, x, W, b)
-        for _, function in (m for m in maps if m[0] == "output"):
-            (y,) = function(y, old_x, W, b, *theta, *inputs)
+        mapped = x
+        for function in before:
+            (mapped,) = function(mapped, *theta)
+        y = replayed(site, inputs, mapped, W, b)
+        for function in after:
+            (y,) = function(y, x, W, b, *theta, *inputs)
         return y
 
     def weight(x, W, b, *tensors):
@@ -205,6 +207,7 @@ class Insert:
         self.inputs: dict[fx.Node, fx.Node] = {}  # operator node -> the input that it has in the base graph
         self.heads: dict[fx.Node, fx.Node] = {}  # operator node or parameter node -> its latest adapted value
         self.splices = itertools.count()
+        self.first_call = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def activation(self, x: Lowering) -> None:
         for form in forms_of(x.placement.rule):
@@ -287,10 +290,6 @@ class Insert:
                 view = self.nodes[name, "t"] = self.graph.call_function(aten.t.default, (node,))
             view.meta = {"val": node.meta["val"].t(), "custom": {TAG: {"target": shared.name, "role": "body"}}}
         return self.nodes[name, "t"]
-
-    @property
-    def first_call(self) -> fx.Node:
-        return next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
 
     def replace(self, old: fx.Node, new: fx.Node, label: dict) -> None:
         """Points every reader of `old` at `new`, but for the nodes of this splice; tags both ends, so that it can be undone."""

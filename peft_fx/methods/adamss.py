@@ -31,6 +31,7 @@ from .subspaces import clusters, directions, existing, join_A, join_B, leading, 
 class AdamssConfig(AsaFields):
     peft_type = "ADAMSS"
     absent = LORA_ONLY | {"bias", "exclude_modules"}
+    ranked = "subspace_rank"
 
     r: int = rank(100)
     num_subspaces: int = rank(5)
@@ -39,9 +40,6 @@ class AdamssConfig(AsaFields):
     use_dynamic_rank: bool = False
     svd_threshold: float = nonnegative(0.1)
     random_seed: int = 0
-
-    def with_rank(self, rank):
-        return replace(self, subspace_rank=rank)
 
 
 class AdaMSS(Matrices):

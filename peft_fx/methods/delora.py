@@ -10,7 +10,7 @@ no effect on embeddings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from torch.linalg import vector_norm
@@ -27,6 +27,7 @@ SMALLEST = 1e-4
 class DeloraConfig(AdapterConfig):
     peft_type = "DELORA"
     absent = LORA_ONLY
+    ranked = "r"
 
     r: int = rank(8)
     delora_lambda: float = 15
@@ -34,9 +35,6 @@ class DeloraConfig(AdapterConfig):
     init_weights: bool = True
     rank_pattern: dict = pattern_field(check_rank)
     lambda_pattern: dict = pattern_field()
-
-    def with_rank(self, rank):
-        return replace(self, r=rank, rank_pattern={})
 
 
 class DeLoRA(Matrices):

@@ -30,18 +30,14 @@ def scaled_normal(std, tensor, W=None):
     init.normal_(tensor, std=std)
 
 
-def normal_around_one(std, tensor, W=None):
-    """For `partial(normal_around_one, std)`."""
-    init.normal_(tensor, mean=1.0, std=std)
-
-
 def near(value, config):
     """`value`; with init_weights=False normal noise around it."""
-    return partial(constant, value) if config.init_weights else partial(around, value)
+    return partial(constant, value) if config.init_weights else partial(around, value, 0.1)
 
 
-def around(value, tensor, W=None):
-    init.normal_(tensor, value, 0.1)
+def around(value, std, tensor, W=None):
+    """For `partial(around, value, std)`."""
+    init.normal_(tensor, value, std)
 
 
 def near_eye(config):

@@ -19,7 +19,7 @@ import torch
 
 from ..config import LORA_ONLY, AdapterConfig, checked, one_of
 from .base import OutputMap, Tensor
-from .inits import normal_around_one, ones, scaled_normal, zeros
+from .inits import around, ones, scaled_normal, zeros
 from .shapes import divisors
 
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # variant -> numbers per output feature
@@ -53,7 +53,7 @@ class RoAd(OutputMap):
         shape = (int(target.out_features * SIZES[config.variant]),)
         starts = zeros, ones
         if not config.init_weights:
-            starts = partial(scaled_normal, 0.5), partial(normal_around_one, 0.5)
+            starts = partial(scaled_normal, 0.5), partial(around, 1.0, 0.5)
         return {name: Tensor(shape, start, name) for name, start in zip(self.off, starts, strict=True)}
 
     def map_output(self, y, theta, target, config):

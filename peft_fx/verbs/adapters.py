@@ -18,11 +18,11 @@ from ..files.read import local_folder, read_config, read_tensors
 from ..files.write import file_config, write_adapter
 from ..methods.base import Tensor, crop_to
 from ..passes.lowering import to_canonical
-from ..planning.plan import Placement, make_plan
+from ..planning.plan import Placement
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
 from ..target import Target
-from .derive import derived, frozen, names_of, placements, refuse_merged, replicated
+from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
 
 LOWERINGS = ("auto", "activation", "weight")
 
@@ -79,7 +79,7 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     if config.layer_replication:
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
-    plan = make_plan(state.table, name, config)
+    plan = planned(state, name, config)
     for entry in plan.unmatched:
         warnings.warn(f"adapter {name!r}: {entry}", stacklevel=4)
     values = None if source is None else match_tensors(plan, source[0], where=source[1])
@@ -188,8 +188,8 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
     state = state_of(tuned, "save_adapter")
     name = only_adapter(state) if adapter_name is None else names_of(state, adapter_name)[0]
     config = state.recipe[name].config
-    tensors = {}
-    for placement in placements(state, name):
+    plan, tensors = planned(state, name, config), {}
+    for placement in plan.placements:
         for tensor_name, _, spec in placement.saved():
             found = [filed(tuned, placement, tensor_name)]
             if spec.pieces:
@@ -197,7 +197,7 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
             tensors |= zip(placement.file_keys(tensor_name), found, strict=True)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
-    return write_adapter(Path(path), file_config(config, make_plan(state.table, name, config)), tensors)
+    return write_adapter(Path(path), file_config(config, plan), tensors)
 
 
 def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..errors import GraphError, RecipeError
+from ..methods import get_method
 from ..passes.base import run
 from ..passes.inject import Inject
 from ..passes.mixed import MixedBatch
@@ -44,7 +45,8 @@ def placements(state: State, adapter: str) -> tuple[Placement, ...]:
 
 def planned(state: State, adapter: str, config: AdapterConfig) -> Plan:
     """`make_plan`, once for each config that this base graph has met."""
-    known, key = state.base.traces, ("plan", adapter, repr(config))
+    known = state.base.traces
+    key = ("plan", adapter, type(get_method(config.peft_type)), repr(config))  # a user's method may be registered anew
     if key not in known:
         known[key] = make_plan(state.table, adapter, config)
     return known[key]
