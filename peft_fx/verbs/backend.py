@@ -22,6 +22,7 @@ from ..errors import GraphError, RecipeError
 from ..files.read import local_folder, read_config, read_tensors
 from ..passes.base import regions
 from ..passes.dynamo import CHECKPOINT, adapt
+from ..passes.products import options_with
 from ..passes.splice import signature
 from ..planning.modules import module_table
 from ..planning.plan import Placement
@@ -141,8 +142,9 @@ class Backend:
     def compiler(self, options: dict) -> Callable:
         if self.inner == "eager":
             return eager
-        if options and self.inner == "inductor":
-            return torch._TorchCompileInductorWrapper(options.get("mode"), options.get("options"), None)
+        if self.inner == "inductor":
+            chosen = options_with(options.get("mode"), options.get("options"))
+            return torch._TorchCompileInductorWrapper(None, chosen, None)
         chosen = lookup_backend(self.inner)
         return (lambda gm, inputs: chosen(gm, inputs, **options)) if options else chosen
 

@@ -7,6 +7,7 @@ from torch import fx
 
 from ..passes.base import run
 from ..passes.outline import Outline, block_classes
+from ..passes.products import options_with
 from ..store import copy_graph, derive, state_of
 from .derive import derived
 
@@ -24,17 +25,25 @@ def outline(tuned: fx.GraphModule) -> fx.GraphModule:
 
 
 def compile(
-    tuned: fx.GraphModule, *, mode: str | None = None, fullgraph: bool = True, dynamic: bool | None = True, **options
+    tuned: fx.GraphModule,
+    *,
+    mode: str | None = None,
+    fullgraph: bool = True,
+    dynamic: bool | None = True,
+    options: dict | None = None,
+    backend="inductor",
 ) -> fx.GraphModule:
     """The graph with its blocks compiled, each class of equal ones once: a cold start that does not grow with depth.
 
-    mode, fullgraph, dynamic, options: as for `torch.compile`. The result is called like `tuned`, shares its tensors, and
+    mode, fullgraph, dynamic, options, backend: as for `torch.compile`; mode and options go together here. Inductor's float32
+    products run through oneDNN where the processor is AMD's (`peft_fx.kernels.product`). The result is called like `tuned`, shares its tensors, and
     takes hotswaps and switches with 0 recompiles. In training the first block usually compiles apart: its input needs no
     gradient. What cannot be cut is compiled as a whole.
     """
     new = outline(tuned)
+    chosen = {"options": options_with(mode, options)} if backend == "inductor" else {"mode": mode, "options": options}
     for cls in block_classes(new):
-        cls.forward = torch.compile(cls.forward, mode=mode, fullgraph=fullgraph, dynamic=dynamic, **options)
+        cls.forward = torch.compile(cls.forward, fullgraph=fullgraph, dynamic=dynamic, backend=backend, **chosen)
     return new
 
 
