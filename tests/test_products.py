@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peft_fx.kernels import product
 from peft_fx.passes.products import Products, options_with
 from torch._inductor.utils import fresh_cache
 
 import peft_fx as fx
+from peft_fx.kernels import product
 
 pytestmark = [
     pytest.mark.slow,

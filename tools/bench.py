@@ -201,7 +201,9 @@ def memory(model: str, quick: bool) -> list[Line]:
     ours, theirs = against_peft(1 if quick else 3, True, "training", dict(model=model, dtype="bfloat16"),
                                 batch=4, length=256, peak=True)  # fmt: skip
     shown = (f"{statistics.median(v) / 2**20:.0f} MiB" for v in (ours, theirs))
-    return [Line(f"{model}: peak memory of a training step, bf16, 4 x 256, best of both", *shown, ratio(ours, theirs), 0.90)]
+    return [
+        Line(f"{model}: peak memory of a training step, bf16, 4 x 256, best of both", *shown, ratio(ours, theirs), 0.90)
+    ]
 
 
 def parts(quick: bool) -> dict[str, Callable[[], list[Line]]]:

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -102,15 +103,12 @@ def mixed(graph, theirs, folder: Path, inputs: dict) -> Iterator[Row]:
     def faster(model, make: Callable, **more) -> Callable[[], None]:
         """A call of the model as it is or as `make` compiles it."""
 
-        def call(model=model):
+        def call(model):
             with torch.no_grad():
                 model(**inputs, **more)
 
-        def compiled(model=make(model)):
-            call(model)
-
         taken = {}
-        for way in (call, compiled):
+        for way in (partial(call, model), partial(call, make(model))):
             way()
             taken[way] = min(seconds(way) for _ in range(3))
         return min(taken, key=taken.get)

@@ -35,10 +35,10 @@ def compile(
 ) -> fx.GraphModule:
     """The graph with its blocks compiled, each class of equal ones once: a cold start that does not grow with depth.
 
-    mode, fullgraph, dynamic, options, backend: as for `torch.compile`; mode and options go together here. Inductor's float32
-    products run through oneDNN where the processor is AMD's (`peft_fx.kernels.product`). The result is called like `tuned`, shares its tensors, and
-    takes hotswaps and switches with 0 recompiles. In training the first block usually compiles apart: its input needs no
-    gradient. What cannot be cut is compiled as a whole.
+    mode, fullgraph, dynamic, options, backend: as for `torch.compile`; here mode and options go together. Inductor's float32
+    products run through oneDNN where the processor is AMD's (`peft_fx.kernels.product`). The result is called like `tuned`,
+    shares its tensors, and takes hotswaps and switches with 0 recompiles. In training the first block usually compiles
+    apart: its input needs no gradient. What cannot be cut is compiled as a whole.
     """
     new = outline(tuned)
     chosen = {"options": options_with(mode, options)} if backend == "inductor" else {"mode": mode, "options": options}
