@@ -23,14 +23,24 @@ ROWS = 8  # below these the weight is read more slowly than it is multiplied
 torch.library.define("peft_fx::product", "(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")
 
 
-@torch.library.impl("peft_fx::product", "cpu")
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+
+
+torch.library.impl("peft_fx::product", "cpu", product)
 
 
 @torch.library.register_fake("peft_fx::product")
 def _(a, b, bias=None):
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+def added(W: torch.Tensor, B: torch.Tensor, A: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = W + B A, without gradients."""
+    plain = {(t.dtype, t.device.type) for t in (W, B, A)} == {(torch.float32, "cpu")}
+    if plain and faster_here() and worth_it(*B.shape, A.shape[1]) and B.is_contiguous() and A.is_contiguous():
+        return torch.add(W, product(B, A), out=out)
+    return torch.addmm(W, B, A, out=out)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..errors import GraphError
-from .regions import recompile
+from ..lazy import Lazy, graph_to_read
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Pass:
 
     requires / ensures raise GraphError if the graph does not hold what the pass needs / promises.
     """
+
+    def idle(self, gm: fx.GraphModule) -> bool:
+        """Whether there is nothing to do: then neither the call nor a check is needed, and no copy of the graph."""
+        return False
 
     def requires(self, gm: fx.GraphModule) -> None:
         """Checks the graph before the call."""
@@ -73,20 +77,33 @@ class settings:
 
 
 def run(passes: Iterable[Pass], gm: fx.GraphModule) -> tuple[Report, ...]:
-    """Runs the passes in order on `gm`, in place, linting after each; recompiles once at the end.
+    """Runs the passes in order on `gm`, in place, linting after each; its code is outdated then, or generated anew.
 
     Raises GraphError naming the pass when its requires / ensures or the lint fails; what the call itself raises passes
     through with the pass in its notes.
     """
     with without_collector():
         reports = tuple(report_of(p, gm) for p in passes if p.name not in _disabled.get())
-        recompile(gm)
+        renew_code(gm)
     return reports
+
+
+def renew_code(gm: fx.GraphModule) -> None:
+    """Regions get their code at once, since they can be called without the module around them."""
+    if not isinstance(gm, Lazy):
+        gm.recompile()  # regions too
+        return
+    for region in regions(gm):
+        region.recompile()
+    gm._outdate()
 
 
 def report_of(p: Pass, gm: fx.GraphModule) -> Report:
     """Runs one pass between its checks."""
-    before, start = op_counts(gm), time.perf_counter()
+    start = time.perf_counter()
+    if p.idle(gm):
+        return seen(Report(p.name, 0, time.perf_counter() - start, {}), gm)
+    before = op_counts(gm)
     with reported(p, "does not get what it requires"):
         p.requires(gm)
     try:
@@ -100,7 +117,11 @@ def report_of(p: Pass, gm: fx.GraphModule) -> Report:
     seconds = time.perf_counter() - start
     after = op_counts(gm)
     difference = {op: after[op] - before[op] for op in sorted(before | after) if after[op] != before[op]}
-    report = Report(p.name, changed, seconds, difference)
+    return seen(Report(p.name, changed, seconds, difference), gm)
+
+
+def seen(report: Report, gm: fx.GraphModule) -> Report:
+    """Shows a report to the observer."""
     if observer := _observer.get():
         observer(report, gm)
     return report
@@ -129,7 +150,7 @@ def reported(p: Pass, what: str) -> Iterator[None]:
 
 def op_counts(gm: fx.GraphModule) -> Counter:
     """Operator name -> number of call nodes, regions included."""
-    counts = Counter(op_name(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr"))
+    counts = Counter(op_name(n) for n in graph_to_read(gm).nodes if n.op not in ("placeholder", "output", "get_attr"))
     for region in regions(gm):
         counts += op_counts(region)
     return counts
@@ -142,5 +163,5 @@ def op_name(node: fx.Node) -> str:
 
 def regions(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The sub-graphs that higher-order operators of `gm` run."""
-    names = {n.target for n in gm.graph.nodes if n.op == "get_attr"}
+    names = {n.target for n in graph_to_read(gm).nodes if n.op == "get_attr"}
     return [m for name, m in gm._modules.items() if name in names and isinstance(m, fx.GraphModule)]

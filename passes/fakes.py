@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from ..errors import GraphError
 from .base import regions
@@ -13,7 +14,7 @@ def fake_mode_of(gm: fx.GraphModule):
     """The fake mode under which the graph was captured."""
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     for region in regions(gm):
         return fake_mode_of(region)
@@ -24,6 +25,6 @@ def fake_of(fake_mode, tensor: torch.Tensor) -> torch.Tensor:
     """A fake of `tensor` with static shape; an object of its own, since programs tell inputs apart by identity."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
         return fake_mode.from_tensor(tensor, static_shapes=True)
-    with fake_mode:  # four times faster than converting
-        fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return fake.requires_grad_(tensor.requires_grad)
+    # made directly, some thirty times faster than converting: there is one for each tensor of an adapter
+    meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(fake_mode, meta, tensor.device).requires_grad_(tensor.requires_grad)

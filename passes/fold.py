@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from ..errors import GraphError
+from ..lazy import graph_to_read
 from ..planning.plan import Placement
 from ..store import get_tensor
 from .base import Pass
@@ -22,6 +24,10 @@ from .match import parameter_nodes, sites
 @dataclass(frozen=True)
 class PointAtFolded(Pass):
     placements: tuple[Placement, ...]
+
+    def idle(self, gm):
+        nodes = parameter_nodes(graph_to_read(gm))
+        return all(fits(nodes.get(p.target.name), p, gm) for p in self.placements)
 
     def call(self, gm):
         nodes, fake_mode, changed = parameter_nodes(gm.graph), fake_mode_of(gm), 0
@@ -46,3 +52,17 @@ class PointAtFolded(Pass):
         for name in parameter_nodes(gm.graph):
             if not isinstance(get_tensor(gm, name), torch.Tensor) and not hasattr(gm, name):
                 raise GraphError(f"the graph reads {name}, which the module does not have")
+
+
+def fits(node: fx.Node | None, p: Placement, gm: fx.GraphModule) -> bool:
+    """Whether a folded weight is read as the one before it."""
+    if node is None:
+        return True
+    target, now = p.target, get_tensor(gm, p.target.name)
+    new_bias = not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None
+    return not new_bias and not p.rule.dense_groups(target) and looks(now) == looks(node.meta["val"])
+
+
+def looks(tensor: torch.Tensor) -> tuple:
+    """What a node's value says of a tensor, but for the device: all values of a graph keep that of the capture."""
+    return tensor.shape, tensor.stride(), tensor.dtype

@@ -64,8 +64,11 @@ def lower(graph: fx.Graph, placements: Sequence[Placement], known: dict) -> list
     """Decides the form of every placement, in order; nothing is changed. known: costs counted before, by signature."""
     nodes = {name: node for name, node in parameter_nodes(graph).items() if node.users}
     found = {p.target.name: readable(nodes[p.target.name], p.target) for p in placements if p.target.name in nodes}
-    reasons = [weight_reason(i, placements, found) for i in range(len(placements))]
     together = Counter(p.target.name for p in placements)
+    seen, reasons = set(), []
+    for p in placements:
+        reasons.append(weight_reason(p, found, p.target.name not in seen))
+        seen.add(p.target.name)
     keys = ConfigKeys()
     for i, p in enumerate(placements):
         if p.target.name in found and not reasons[i] and together[p.target.name] == 1:
@@ -77,9 +80,8 @@ def lower(graph: fx.Graph, placements: Sequence[Placement], known: dict) -> list
     ]
 
 
-def weight_reason(i: int, placements: Sequence[Placement], found: dict) -> str:
-    """Why a placement by itself cannot have the activation form; "" if it can."""
-    p = placements[i]
+def weight_reason(p: Placement, found: dict, first: bool) -> str:
+    """Why a placement by itself cannot have the activation form; "" if it can. first: of those on its target."""
     forms, (at, reason) = forms_of(p.rule), found.get(p.target.name, ([], ""))
     if not forms:
         return "the method rewrites the weight"
@@ -88,7 +90,7 @@ def weight_reason(i: int, placements: Sequence[Placement], found: dict) -> str:
     for form in forms:
         if form.kinds is not None and (other := {s.operator.kind for s in at} - form.kinds):
             return f"the method has no other form on {', '.join(sorted(other))}"
-    if any(q.target.name == p.target.name for q in placements[:i]):
+    if not first:
         if any(form.place == "input" for form in forms):
             return "a map of the input has to come first"
         if p.rule.reads:
@@ -182,6 +184,9 @@ class Inject(Pass):
 
     placements: tuple[Placement, ...]
     gated: bool = False
+
+    def idle(self, gm):
+        return not self.placements
 
     def call(self, gm):
         decided = lower(gm.graph, self.placements, gm.meta[ROOT].base.traces)

@@ -39,7 +39,9 @@ def options_with(mode: str | None, options: dict | None) -> dict:
 def suits(*operands: fx.Node) -> bool:
     """Whether the operator takes bias?, a and b of these metadata, and gains by it."""
     *bias, a, b = (n.meta["val"] for n in operands)
-    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (*bias, a, b)) or any(t.dim() != 1 for t in bias):
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (*bias, a, b)) or any(
+        t.dim() != 1 for t in bias
+    ):
         return False
     straight = a.is_contiguous() and (b.is_contiguous() or b.t().is_contiguous())
     return straight and product.worth_it(*(optimization_hint(n) for n in (*a.shape, b.shape[1])))

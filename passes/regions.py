@@ -67,11 +67,3 @@ def put_literal(gm: fx.GraphModule, user: fx.Node, node: fx.Node, literal) -> No
         user.args = (*user.args[:start], *(o for o in given if o is not node))
     else:
         user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: literal if n is node else n)
-
-
-def recompile(gm: fx.GraphModule) -> None:
-    """Generates the code of a graph module and of all its regions."""
-    for child in gm._modules.values():
-        if isinstance(child, fx.GraphModule):
-            recompile(child)
-    gm.recompile()

@@ -107,7 +107,12 @@ def same_literals(a: tuple, b: tuple) -> bool:
 def signature(value) -> Hashable:
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    return str(value.shape), str(value.stride()), value.dtype, value.device, value.requires_grad
+    return sizes(value.shape), sizes(value.stride()), value.dtype, value.device, value.requires_grad
+
+
+def sizes(values: Sequence[int | torch.SymInt]) -> tuple:
+    """Numbers as they are, symbolic ones by their expression: their text takes ten times longer."""
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in values)
 
 
 def refuse_lossy(graph: fx.Graph, tag: dict) -> None:

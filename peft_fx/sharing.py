@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from .errors import GraphError
+from .lazy import Lazy
 
 
 class Sharing:
@@ -26,7 +27,7 @@ class Sharing:
     def __init__(self):
         from torch._dynamo.eval_frame import skip_code  # slow to import
 
-        for function in (Shared.__call__, Sharing.begin, Sharing.end):
+        for function in (Shared.__call__, Sharing.begin, Sharing.end, Lazy._generate, Lazy.recompile):
             skip_code(function.__code__)  # Dynamo, which meets them on its way to `forward`, lets them run as they are
         self.changed = threading.Condition()
         self.forwards: dict[int, int] = {}  # thread -> how many nested ones it is in
@@ -114,7 +115,7 @@ def synchronize(devices: Iterable[torch.device]) -> None:
         torch.accelerator.synchronize(device)
 
 
-class Shared(fx.GraphModule):
+class Shared(Lazy):
     """A graph module whose calls are forwards to `Sharing`. Code that Dynamo made of such a call along with its caller's has
     no lock: its caller takes `forward()`."""
 

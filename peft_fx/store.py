@@ -14,7 +14,6 @@ A GraphModule subclass would be lost by the next pass; a submodule and `meta` ar
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +21,7 @@ from torch import fx, nn
 
 from .config import AdapterConfig
 from .errors import GraphError
+from .lazy import copy_graph
 from .sharing import Shared, Sharing
 from .target import ModuleTable
 
@@ -120,15 +120,6 @@ class Store(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy with its own nodes; `meta` is copied one level deep, the call structure (codegen) is shared."""
-    new = fx.Graph(tracer_cls=graph._tracer_cls)
-    result, output = new.graph_copy(graph, {}, return_output_node=True)
-    new.output(result).meta = copy.copy(output.meta)
-    new._codegen = graph._codegen
-    return new
-
-
 class BaseGraph:
     """Holds the base `fx.Graph` inside `gm.meta`; refuses pickling, which would lose tensors, with the remedy.
 
@@ -158,14 +149,26 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class Acted:
+    """What acted before a merge: the kept graph, what it was made from besides the base graph, and the passes' reports."""
+
+    graph: fx.Graph
+    made_from: tuple
+    reports: tuple
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@dataclass(frozen=True)
 class State:
     """Everything a graph module knows about itself, without a tensor.
 
     recipe: resident adapters in the order they were added. active: those in the graph, in order. merged: those folded
-    into the weights, in order; before_merge: what was active then. merge_report: one dict per merged target. reports: what
-    the passes did that made this graph. slots: the names that callers gave to adapters of a graph that switches them as
-    data: slot, which is the adapter's name here -> name, or None while it is free; {} on other graphs. mixed: each row of a
-    batch chooses among the active adapters.
+    into the weights, in order; before_merge: what was active then; acted: its graph. merge_report: one dict per merged
+    target. reports: what the passes did that made this graph. slots: the names that callers gave to adapters of a graph that
+    switches them as data: slot, which is the adapter's name here -> name, or None while it is free; {} on other graphs.
+    mixed: each row of a batch chooses among the active adapters.
     """
 
     table: ModuleTable
@@ -175,6 +178,7 @@ class State:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     before_merge: tuple[str, ...] = ()
+    acted: Acted | None = None
     merge_report: tuple[dict, ...] = ()
     reports: tuple = ()
     slots: dict[str, str | None] = field(default_factory=dict)
@@ -245,7 +249,7 @@ def shell(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -
         new.training = module.training
         return new
     new = copies[module] = module.__new__(type(module))
-    new.__dict__ = dict(module.__dict__)
+    new.__dict__.update(module.__dict__)
     for kind in ("_parameters", "_buffers"):
         new.__dict__[kind] = dict(module.__dict__[kind])
     new.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)

@@ -1,5 +1,6 @@
 """Adapter folders: read what PEFT writes, write what PEFT reads, and refuse what is damaged or hostile."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import warnings
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import build
 from torch import nn
@@ -281,6 +283,57 @@ BAD_TENSORS = {
 def test_a_damaged_safetensors_file_is_refused(tmp_path, data):
     with pytest.raises(AdapterFileError, match="adapter_model.safetensors: not a sound safetensors file"):
         read_tensors(folder_with(tmp_path, config_text(), data))
+
+
+SOUND_TENSORS = {
+    **{str(d)[6:]: {"b": torch.ones(2, 3, dtype=d), "a": torch.arange(5).to(d)} for d in (torch.float32, torch.float16,
+                                                                                   torch.bfloat16, torch.int64)},
+    "mixed": {"a": torch.ones(3, dtype=torch.float16), "b": torch.rand(2, 2), "c": torch.arange(3)},
+    "scalar_and_empty": {"a": torch.tensor(2.0), "b": torch.empty(0, 4), "c": torch.rand(1, 2, 1)},
+    "none": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", SOUND_TENSORS.values(), ids=SOUND_TENSORS)
+def test_a_safetensors_file_is_read_bit_by_bit(tmp_path, tensors):
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = read_tensors(tmp_path)
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+
+
+@pytest.mark.parametrize("spaces", range(4))
+def test_numbers_may_start_at_any_byte_of_a_safetensors_file(tmp_path, spaces):
+    header = {**entry([2], 0, 8), "__metadata__": {"": " " * spaces}}
+    data = safetensors_bytes(header, struct.pack("<2f", 1, 2))
+    assert read_tensors(folder_with(tmp_path, config_text(), data))["a"].tolist() == [1, 2]
+
+
+def replaced_while_read(tmp_path, monkeypatch, old, new):
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(old, path)
+    save_file(new, tmp_path / "new")
+
+    @contextlib.contextmanager
+    def replacing(*args, **options):
+        with safe_open(*args, **options) as file:
+            yield file
+        os.replace(tmp_path / "new", path)
+
+    monkeypatch.setattr("peft_fx.files.read.safe_open", replacing)
+    return read_tensors(tmp_path)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_a_whole(tmp_path, monkeypatch):
+    old, new = {"a": torch.ones(3)}, {"b": torch.zeros(2), "c": torch.ones(1)}
+    found = replaced_while_read(tmp_path, monkeypatch, old, new)
+    assert {k: t.tolist() for k, t in found.items()} == {"b": [0, 0], "c": [1]}
+
+
+def test_a_file_that_gets_shorter_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(AdapterFileError, match="not a sound safetensors file: file .* is smaller"):
+        replaced_while_read(tmp_path, monkeypatch, {"a": torch.ones(300)}, {"a": torch.ones(3)})
 
 
 class Code:

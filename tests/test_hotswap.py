@@ -449,6 +449,17 @@ def test_a_max_rank_that_a_grouped_convolution_cannot_have_is_refused():
         peft_fx.prepare_hotswap(tuned(captured("mixed"), SLOTS["mixed"]), max_rank=7)
 
 
+def test_a_swap_writes_what_follows_from_the_config_whatever_was_there(sound):
+    graph = tuned(captured("llama"), SLOTS["llama"])
+    scalings = [b for n, b in graph.named_buffers() if n.endswith(".scaling")]
+    for scaling in scalings:
+        scaling.fill_(7.0)
+    for _ in range(2):
+        peft_fx.hotswap(graph, sound)
+        assert scalings and {s.item() for s in scalings} == {8 / 4}
+        scalings[0].fill_(7.0)
+
+
 def test_a_swap_between_forward_and_backward_makes_backward_raise(sound):
     graph = tuned(captured("llama"), SLOTS["llama"])
     loss = loss_of(graph, "llama")

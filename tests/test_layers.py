@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "config", "target", "kernels", "sharing"},
+    {"errors", "config", "target", "kernels", "lazy", "sharing"},
     {"methods", "recipe"},
     {"planning", "store"},
     {"files"},
     {"passes"},
     {"verbs"},
+    {"hf"},
     {"", "cli", "training"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

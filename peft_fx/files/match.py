@@ -27,10 +27,12 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
     inside modules to save, and of shared tensors under each module. Raises AdapterFileError with what is missing, left
     over, or of the wrong shape or dtype.
     """
-    wanted = {key: (p, name) for p in plan.placements for name, _, _ in p.saved() for key in p.file_keys(name)}
+    wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
     missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
-    known = wanted.keys() | needless(tensors, plan)
-    extra = [k for k in tensors if k not in known]
+    extra = [k for k in tensors if k not in wanted]
+    if extra:
+        ignored = needless(tensors, plan)
+        extra = [k for k in extra if k not in ignored]
     faults = [
         *listed("missing", missing, extra),
         *listed("not expected", extra, missing or wanted),
@@ -39,10 +41,10 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
     ]
     found = {}
     if not faults:
-        owned = [(p, n, spec) for p in plan.placements for n, _, spec in p.saved() if n not in p.shared]
-        for p, name, spec in owned:
-            values = tuple(tensors[key] for key in p.file_keys(name))
-            found[p.state_name(name)] = values if spec.pieces else values[0]
+        for p, name, keys in plan.filed:
+            if name not in p.shared:
+                values = tuple(tensors[key] for key in keys)
+                found[p.state_name(name)] = values if p.tensors[name].pieces else values[0]
         faults = untied(wanted, tensors, found)
     if faults:
         more = [f"... and {len(faults) - 2 * SHOWN} more"] if len(faults) > 2 * SHOWN else []
@@ -78,7 +80,7 @@ def task_heads(config: AdapterConfig) -> tuple[str, ...]:
 
 def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -> list[str]:
     spec, faults = placement.tensors[name], []
-    if spec.pieces is None and tuple(tensor.shape) != tuple(spec.shape):
+    if spec.pieces is None and tensor.shape != tuple(spec.shape):
         faults.append(f"{key}: expected shape {tuple(spec.shape)}, got {tuple(tensor.shape)}")
     if spec.pieces is None and spec.trainable and not tensor.is_floating_point():
         faults.append(f"{key}: expected floating-point numbers, got {tensor.dtype}")

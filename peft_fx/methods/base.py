@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 
 from ..config import AdapterConfig
+from ..kernels import product
 from ..target import ModuleRecord, Target
 
 Theta = dict[str, torch.Tensor]
@@ -254,14 +255,16 @@ class Additive(Method):
         """What B is applied to in the activation form: h = scale * A x, its features on `axis`, or what becomes of them."""
         return h
 
-    def weight(self, W, b, theta, target, config):
+    def weight(self, W, b, theta, target, config, out=None):
+        """out: memory for W', contiguous or its transpose."""
         f = self.factors(theta | {"W": W} if self.reads else theta, target, config)
         groups = f.A.shape[-2 - len(target.kernel)] // f.B.shape[-1]
         B = block_diagonal(f.B, groups) if groups > 1 else f.B
         A, flat = (t.flatten(-1 - len(target.kernel)) if target.kernel else t for t in (f.A, W))
         # one product into W: the update of a stack of experts never exists by itself
-        add_product = torch.baddbmm if flat.dim() == 3 else torch.addmm
-        W = add_product(flat, f.scale * B, A).reshape(W.shape)
+        add_product = torch.baddbmm if flat.dim() == 3 else torch.addmm if out is None else product.added
+        out = None if out is None else out.view(flat.shape)
+        W = add_product(flat, f.scale * B, A, out=out).reshape(W.shape)
         if f.bias is not None:
             b = f.scale * f.bias if b is None else b + f.scale * f.bias
         return W, b

@@ -21,6 +21,11 @@ def constant(value, tensor, W=None):
     init.constant_(tensor, value)
 
 
+def number_of(initialiser):
+    """The number that a `partial(constant, value)` writes everywhere, whatever the base weight; None for any other."""
+    return initialiser.args[0] if getattr(initialiser, "func", None) is constant else None
+
+
 def normal(tensor, W=None):
     init.normal_(tensor)
 

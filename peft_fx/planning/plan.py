@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -96,6 +97,11 @@ class Plan:
     @property
     def targets(self) -> tuple[Target, ...]:
         return tuple(p.target for p in self.placements)
+
+    @cached_property
+    def filed(self) -> tuple[tuple[Placement, str, tuple[str, ...]], ...]:
+        """(placement, tensor name, keys) of everything that is in the adapter's file."""
+        return tuple((p, name, p.file_keys(name)) for p in self.placements for name, _, _ in p.saved())
 
 
 def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: bool = True) -> Plan:

@@ -189,12 +189,11 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
     name = only_adapter(state) if adapter_name is None else names_of(state, adapter_name)[0]
     config = state.recipe[name].config
     plan, tensors = planned(state, name, config), {}
-    for placement in plan.placements:
-        for tensor_name, _, spec in placement.saved():
-            found = [filed(tuned, placement, tensor_name)]
-            if spec.pieces:
-                found = spec.pieces.split(*found, *(filed(tuned, placement, other) for other in spec.pieces.reads))
-            tensors |= zip(placement.file_keys(tensor_name), found, strict=True)
+    for placement, tensor_name, keys in plan.filed:
+        found = [filed(tuned, placement, tensor_name)]
+        if pieces := placement.tensors[tensor_name].pieces:
+            found = pieces.split(*found, *(filed(tuned, placement, other) for other in pieces.reads))
+        tensors |= zip(keys, found, strict=True)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
     return write_adapter(Path(path), file_config(config, plan), tensors)

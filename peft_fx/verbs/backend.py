@@ -9,7 +9,7 @@ graph may serve several modules, so each call looks at which parameters it gets 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,21 +56,25 @@ def backend(
     The base's parameters get no gradients and keep their requires_grad. Functions that Dynamo leaves to Python (graph breaks
     in loops) and that use a target themselves are refused where they are noticed; fullgraph=True makes sure.
     """
-    new = Backend(recipe, inner, adapter_name, trainable, lowering)
+    new = Backend(sources(recipe, adapter_name), inner, trainable, lowering)
     return new if model is None else new.attach(model)
 
 
 class Backend:
-    """Adapters of one model, and a callable for torch.compile."""
+    """Adapters of one model, and a callable for torch.compile.
+
+    wanted: per adapter its name, config, and (file's tensors, where) or None for initial values.
+    """
 
     __name__ = "peft_fx"  # Dynamo's messages call backends by it
 
-    def __init__(self, recipe, inner, adapter_name: str, trainable: bool, lowering: str):
-        self.wanted = recipe, adapter_name, trainable, lowering
+    def __init__(self, wanted: Iterable[tuple], inner="eager", trainable: bool = True, lowering: str = "auto"):
+        self.wanted, self.trainable, self.lowering = tuple(wanted), trainable, lowering
         self.inner = inner
         self.model: nn.Module | None = None
         self._adapters: fx.GraphModule | None = None
         self.read: set[str] = set()  # targets that some graph reads
+        self.deleted = 0  # how many adapters: a name may come again with other tensors
         self.complete = False
 
     def attach(self, model: nn.Module) -> Backend:
@@ -81,18 +85,46 @@ class Backend:
                 f"this backend holds the adapters of another {type(self.model).__name__}: make one for each model"
             )
         if self.model is None:
-            recipe, adapter_name, trainable, lowering = self.wanted
             gm = without_graph(model)
-            for name, config, source in sources(recipe, adapter_name):
+            for name, config, source in self.wanted:
                 if config.layer_replication:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
-                gm = with_adapter(
-                    gm, name, Resident(config, lowering), source, source is None or trainable, activate=True
-                )
-            self._adapters = without_graph(model, gm.peft_fx, state_of(gm))
+                trainable = source is None or self.trainable
+                gm = with_adapter(gm, name, Resident(config, self.lowering), source, trainable, activate=True)
             self.model = model
+            self.keep(gm)
             give_frames(filter(of_torch, self.owners()))
         return self
+
+    def keep(self, gm: fx.GraphModule) -> None:
+        """From now on the adapters are those of `gm`."""
+        self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
+
+    def add(self, name: str, resident: Resident, source: tuple | None = None, trainable: bool = True) -> None:
+        """One more adapter, which does not act yet. source: (file's tensors, where); None: it starts as its method does.
+
+        Raises RecipeError and AdapterFileError as `apply` and `load_adapter` do; nothing has changed then.
+        """
+        self.keep(with_adapter(self.adapters, name, resident, source, trainable, activate=False))
+        give_frames(filter(of_torch, (self.model.get_submodule(p.target.path) for p in placements(self.state, name))))
+
+    def delete(self, name: str) -> None:
+        """Raises GraphError for a name that no adapter has."""
+        names_of(self.state, name)
+        recipe = {n: r for n, r in self.state.recipe.items() if n != name}
+        active = tuple(n for n in self.state.active if n != name)
+        self.adapters.peft_fx.adapters._modules.pop(name, None)
+        self.adapters.meta[ROOT] = self.state.update(recipe=recipe, active=active)
+        self.deleted += 1
+
+    @property
+    def state(self) -> State:
+        return state_of(self.adapters)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that act, in order."""
+        return self.state.active
 
     def owners(self) -> set[nn.Module]:
         """The modules that own targets."""
@@ -213,7 +245,8 @@ class Adapted:
 
     def key(self, args: Sequence) -> tuple:
         owner = self.owner
-        return tuple([id(args[i]) for i in self.watched]), owner.model.training, owner.adapters.meta[ROOT].active
+        seen = tuple([id(args[i]) for i in self.watched])
+        return seen, owner.model.training, owner.adapters.meta[ROOT].active, owner.deleted
 
     def add(self, args: Sequence, compiler: Callable) -> Variant:
         """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""
@@ -262,9 +295,11 @@ def without_graph(model: nn.Module, store: Store | None = None, state: State | N
     tree = skeleton(model)
     device = next(model.parameters(), torch.empty(0)).device
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
+    nothing = fx.Graph()
+    nothing.output(None)
     return build(
         {ROOT: store or Store(ByMode(model.training), ByDevice(device)), **tree._modules},
-        dict(tree._parameters), buffers, fx.Graph(), state or State(module_table(model), BaseGraph(fx.Graph())),
+        dict(tree._parameters), buffers, fx.Graph(), state or State(module_table(model), BaseGraph(nothing)),
     )  # fmt: skip
 
 

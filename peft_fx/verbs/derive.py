@@ -17,15 +17,44 @@ from ..passes.inject import Inject
 from ..passes.mixed import MixedBatch
 from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
 from ..planning.plan import Placement, Plan, make_plan
-from ..store import GATES, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
+from ..store import ADAPTERS, GATES, Acted, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
     """The graph that `state` describes, over `gm`'s tensors; `gm` is not changed."""
-    new = derive(gm, copy_graph(state.base.graph), state)
+    new = derive(gm, fx.Graph(), state)
+    new._keep(state.base.graph)
     reports = run(injection(state), new)
+    new._keep()
     new.meta["peft_fx"] = state.update(reports=reports)
     return new
+
+
+def acted(gm: fx.GraphModule, state: State) -> Acted | None:
+    """What acts in `gm` now, for after a merge; None where nobody promises that its graph was not changed."""
+    return Acted(gm._kept, made_from(gm, state), state.reports) if gm._kept else None
+
+
+def acting_again(gm: fx.GraphModule, state: State) -> fx.GraphModule:
+    """What `derived` gives for a new module, which becomes it where the graph from before the merge would come out again."""
+    before = state.acted
+    state = state.update(acted=None)
+    if before is None or before.made_from != made_from(gm, state):
+        return derived(gm, state)
+    gm._keep(before.graph)
+    gm.meta["peft_fx"] = state.update(reports=before.reports)
+    return gm
+
+
+def made_from(gm: fx.GraphModule, state: State) -> tuple:
+    """All that the graph of `state` depends on besides the base graph: what goes where, by which methods, over which tensors.
+
+    Their device is not in it: values in a graph keep that of the capture.
+    """
+    chosen = [p for name in state.active for p in placements(state, name)]
+    names = {f"{ADAPTERS}.{p.resolve(name).name}" for p in chosen for name in p.tensors}
+    tensors = {name: (t.shape, t.stride(), t.dtype, t.requires_grad) for name in names for t in [get_tensor(gm, name)]}
+    return injection(state), {type(get_method(p.method)) for p in chosen}, tensors
 
 
 def injection(state: State) -> tuple[Inject, ...]:

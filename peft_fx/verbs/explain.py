@@ -13,11 +13,11 @@ from torch import fx
 from ..passes.inject import lower
 from ..passes.match import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
-from ..planning.plan import make_plan
+from ..planning.plan import Plan, make_plan
 from ..recipe import as_recipe
 from ..store import Resident, State, state_of
 from ..target import ModuleRecord, Target
-from .derive import acting
+from .derive import acting, planned
 
 
 class ParameterCount(NamedTuple):
@@ -103,18 +103,16 @@ class Explanation:
 def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why."""
     state = state_of(graph, "explain")
-    if recipe is not None:
-        rows = [
-            r
-            for name, config in as_recipe(recipe, "default").items()
-            for r in rows_of(graph, state, name, Resident(config), "planned")
-        ]
-        return Explanation(tuple(rows))
     rows = []
+    if recipe is not None:
+        for name, config in as_recipe(recipe, "default").items():
+            plan = make_plan(state.table, name, config, strict=False)
+            rows += rows_of(graph, state, plan, Resident(config), name, "planned")
+        return Explanation(tuple(rows))
     for name, resident in state.recipe.items():
         on = acting(graph, state) if state.slots else state.active
         status = "merged" if name in state.merged else "active" if name in on else "resident"
-        rows += rows_of(graph, state, name, resident, status)
+        rows += rows_of(graph, state, planned(state, name, resident.config), resident, name, status)
     return Explanation(tuple(rows))
 
 
@@ -140,9 +138,10 @@ def readable(record: ModuleRecord) -> list[Target]:
     return targets + [t for t in by_name if isinstance(t, Target)]
 
 
-def rows_of(graph: fx.GraphModule, state: State, adapter: str, resident: Resident, status: str) -> list[Row]:
+def rows_of(
+    graph: fx.GraphModule, state: State, plan: Plan, resident: Resident, adapter: str, status: str
+) -> list[Row]:
     config = resident.config
-    plan = make_plan(state.table, adapter, config, strict=False)
     asked = [replace(p, lowering=resident.lowering) for p in plan.placements]
     base = state.base.graph
     nodes = parameter_nodes(base)

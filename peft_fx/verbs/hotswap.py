@@ -20,8 +20,9 @@ from ..files.match import match_tensors
 from ..files.read import local_folder, read_config, read_tensors
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
+from ..methods.inits import number_of
 from ..planning.plan import Placement, Plan
-from ..store import ADAPTERS, Resident, State, derive, get_tensor, set_tensor, state_of
+from ..store import ADAPTERS, Resident, State, derive, set_tensor, state_of
 from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
@@ -87,16 +88,19 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         state = state_of(gm)
         refuse_freezing()
         if isinstance(path, Swap):
-            swap, slot = path, path.slot
-            written, padded, zeroed = write(gm, state, swap), swap.padded, swap.zeroed
-            adapter_name, path = swap.adapter, swap.source
+            slot, adapter_name = path.slot, path.adapter
+            if state.recipe.get(slot) is not path.resident or slot in state.merged:
+                raise HotswapError(
+                    f"adapter {adapter_name!r}: this swap was prepared for another graph, or before a merge"
+                )
         else:
             slot = slot_for(state, adapter_name)
-            if slot in state.merged:
-                written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(state, slot, path))
-            else:
-                swap = swap_of(gm, state, slot, adapter_name, path)
-                written, padded, zeroed = write(gm, state, swap), swap.padded, swap.zeroed
+        if slot in state.merged:
+            written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(state, slot, path))
+        else:
+            slots = slots_of(gm, slot)
+            swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
+            written, padded, zeroed, path = write(gm, state, slots, swap), swap.padded, swap.zeroed, swap.source
         if state.slots:
             state.slots[slot] = adapter_name
     elements = sum(t.numel() for t in written)
@@ -113,10 +117,11 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
     slot = slot_for(state, adapter_name)
     if slot in state.merged:
         raise HotswapError(f"adapter {adapter_name!r} is merged: swap it from its folder, or unmerge it first")
-    swap = swap_of(gm, state, slot, adapter_name, path)
+    slots = slots_of(gm, slot)
+    swap = swap_of(gm, state, slot, slots, adapter_name, path)
     # of the slots' dtype and device, in memory of their own
-    slots = (get_tensor(gm, name) for name in swap.names)
-    return dataclasses.replace(swap, values=tuple(v.to(s, copy=True) for v, s in zip(swap.values, slots, strict=True)))
+    values = tuple(v.to(slots[n], copy=True) for n, v in zip(swap.names, swap.values, strict=True))
+    return dataclasses.replace(swap, values=values)
 
 
 def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
@@ -127,10 +132,13 @@ def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
     return config, plan, match_tensors(plan, read_tensors(folder), where=str(path))
 
 
-def swap_of(gm, state: State, slot: str, name: str, path) -> Swap:
-    """The checked swap that makes the slot hold the adapter at `path`; targets that it leaves out become neutral."""
+def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
+    """The checked swap that makes the slot hold the adapter at `path`; targets that it leaves out become neutral.
+
+    slots: the slot's tensors by state name.
+    """
     config, plan, values = read(state, slot, path)
-    old, new = by_place(placements(state, slot)), by_place(plan.placements)
+    old, new = by_place(planned(state, slot, state.recipe[slot].config).placements), by_place(plan.placements)
     faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
     for p in (old[k] for k in left_out):
@@ -142,20 +150,18 @@ def swap_of(gm, state: State, slot: str, name: str, path) -> Swap:
     if left_out:
         config = with_targets_of(state.recipe[slot].config, config)
         new = by_place(planned(state, slot, config).placements)
-    names, fitting, padded = planned_writes(gm, slot, old, new, values, left_out)
+    names, fitting, padded = planned_writes(gm, slot, slots, old, new, values, left_out)
     zeroed = tuple(old[k].target.name for k in left_out)
     return Swap(name, slot, str(path), config, names, fitting, padded, zeroed, state.recipe[slot])
 
 
-def write(gm, state: State, swap: Swap) -> list[torch.Tensor]:
+def write(gm, state: State, slots: dict, swap: Swap) -> list[torch.Tensor]:
     """Copies a swap's numbers into the graph's tensors, and returns these."""
-    if state.recipe.get(swap.slot) is not swap.resident or swap.slot in state.merged:
-        raise HotswapError(f"adapter {swap.adapter!r}: this swap was prepared for another graph, or before a merge")
-    slots = [get_tensor(gm, name) for name in swap.names]
-    with gm.peft_fx.sharing.writing(slots), torch.no_grad():
-        torch._foreach_copy_(slots, list(swap.values))
+    written = [slots[name] for name in swap.names]
+    with gm.peft_fx.sharing.writing(written), torch.no_grad():
+        torch._foreach_copy_(written, list(swap.values))
         state.recipe[swap.slot].config = swap.config
-    return slots
+    return written
 
 
 def refolded(gm, state: State, slot: str, name: str, config, plan: Plan, values: dict):
@@ -196,10 +202,10 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
     return {(p.method, p.target.name): p for p in chosen}
 
 
-def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_out: list) -> tuple:
+def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: dict, left_out: list) -> tuple:
     """(names, values, number padded) that make the slots of `old` hold `new`. Raises HotswapError where that cannot be."""
     faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in new]
-    names, writes, padded, newer = [], [], 0, {}
+    names, writes, padded, newer, numbers = [], [], 0, {}, {}
     for place, p in new.items():
         was = old[place]
         if p is not was and shape_of(p) != shape_of(was):
@@ -211,13 +217,20 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
         for name, spec in p.tensors.items():
             if name in p.shared:
                 continue
-            slot = slot_of(gm, p, name)
-            value = neutral_value(p, name, slot) if place in left_out else values.get(p.state_name(name))
-            if not isinstance(value, torch.Tensor):
+            state_name = p.state_name(name)
+            slot = slots[state_name]
+            value = neutral_value(p, name, slot) if place in left_out else values.get(state_name)
+            if value is None and (number := number_of(spec.init)) is not None:
+                # the same few for most targets
+                key = number, spec.shape, slot.dtype, slot.device
+                if key not in numbers:
+                    numbers[key] = torch.full(spec.shape, number, dtype=slot.dtype, device=slot.device)
+                value = numbers[key]
+            elif not isinstance(value, torch.Tensor):
                 made = torch.empty(spec.shape, dtype=slot.dtype, device=slot.device)
                 fill(made, gm, p, name, value, newer)
                 value = made
-            newer[p.state_name(name)] = value
+            newer[state_name] = value
             fits = fitted(value, slot, spec.pad)
             if fits is None:
                 fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"
@@ -225,9 +238,9 @@ def planned_writes(gm, adapter: str, old: dict, new: dict, values: dict, left_ou
                 fixed = f"; with {p.method} a smaller adapter does not fit a larger slot: {reason}" if reason else ""
                 faults.append(fault + (WIDEN if spec.pad else fixed))
                 continue
-            names.append(f"{ADAPTERS}.{p.resolve(name).name}")
+            names.append(state_name)
             writes.append(fits)
-            padded += fits.shape != value.shape
+            padded += fits is not value
     refuse_faults(adapter, faults)
     return tuple(names), tuple(writes), padded
 
@@ -266,8 +279,19 @@ def literals(p: Placement) -> tuple:
     return p.rule.literals(p.target, p.config)
 
 
-def slot_of(gm, p: Placement, name: str) -> torch.Tensor:
-    return get_tensor(gm, f"{ADAPTERS}.{p.resolve(name).name}")
+def slots_of(gm, adapter: str) -> dict[str, torch.Tensor]:
+    """State name -> tensor of a resident adapter. One walk over its modules, where a look-up per name is one each."""
+    found = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                found[prefix + name] = tensor
+        for name, child in module._modules.items():
+            visit(child, f"{prefix}{name}.")
+
+    visit(gm.peft_fx.adapters._modules[adapter], f"{adapter}.")
+    return found
 
 
 def fitted(value: torch.Tensor, slot: torch.Tensor, pad: tuple) -> torch.Tensor | None:
@@ -299,12 +323,13 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
     state = state.update(recipe={name: dataclasses.replace(r) for name, r in state.recipe.items()})
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
+        slots = slots_of(tuned, adapter)
         wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)
         for place, p in by_place(placements(state, adapter)).items():
             for name, spec in p.tensors.items():
                 if name in p.shared:
                     continue
-                tensor = slot_of(tuned, p, name)
+                tensor = slots[p.state_name(name)]
                 shape = wide[place].tensors[name].shape if spec.pad else tuple(tensor.shape)
                 padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
                 if padded is None:

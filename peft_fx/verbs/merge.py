@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import fx, nn
 
 from ..errors import MergeError
+from ..methods.base import Additive, Method
 from ..passes.base import run
 from ..passes.fold import PointAtFolded
-from ..passes.lowering import apply_weight
+from ..passes.lowering import apply_weight, to_canonical
 from ..planning.plan import Placement, clashes
-from ..store import ADAPTERS, REPLACED, State, copy_graph, derive, get_tensor, owner_of, set_tensor, state_of
-from .derive import acting, derived, injection, names_of, placements
+from ..store import ADAPTERS, REPLACED, State, derive, get_tensor, owner_of, set_tensor, state_of
+from .derive import acted, acting, acting_again, injection, names_of, placements
+from .memory import Memory
 
 KEEP = ("device", "cpu", None)
 
@@ -56,16 +59,19 @@ def merge(
     refuse_no_weight(chosen)
     if refused := clashes(chosen):
         raise MergeError("\n".join(map(str, refused)))
-    new = derive(tuned, copy_graph(state.base.graph), state)
+    before = acted(tuned, state) if keep_base else None
+    new = derive(tuned, fx.Graph(), state)
+    new._keep(state.base.graph)
     report, groups = [], by_target(chosen)
-    for group in groups.values():
-        results, line = folded(new, group, check_finite)
+    memory = Memory(get_tensor(new, name) for name in groups)
+    for name, group in groups.items():
+        results, line = folded(new, group, check_finite, memory.like(get_tensor(new, name)))
         for name, result in results.items():
             replace_tensor(new, name, result, keep_base)
         report.append(line)
     refuse_or_keep_ties(tuned, new, state, groups, untie)
     left = tuple(n for n in state.active if n not in names)
-    state = state.update(active=left, merged=names, before_merge=state.active, merge_report=tuple(report))
+    state = state.update(active=left, merged=names, before_merge=state.active, acted=before, merge_report=tuple(report))
     new.meta["peft_fx"] = state
     reports = run((PointAtFolded(tuple(chosen)), *injection(state)), new)
     new.meta["peft_fx"] = state.update(reports=reports)
@@ -99,8 +105,13 @@ def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:
     return groups
 
 
-def folded(gm: fx.GraphModule, group: list[Placement], check_finite: bool) -> tuple[dict[str, torch.Tensor], dict]:
-    """What merging the placements of one target gives: tensor name -> result, and its line of the report."""
+def folded(
+    gm: fx.GraphModule, group: list[Placement], check_finite: bool, place: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """What merging the placements of one target gives: tensor name -> result, and its line of the report.
+
+    place: memory for the weight, where it keeps its shape.
+    """
     target = group[0].target
     W = get_tensor(gm, target.name)
     b = get_tensor(gm, target.bias_name) if target.has_bias else None
@@ -108,21 +119,17 @@ def folded(gm: fx.GraphModule, group: list[Placement], check_finite: bool) -> tu
     with torch.no_grad():
         exact_W, exact_b = W.detach(), None if b is None else b.detach()
         old_b = exact_b
+        operands = {t.untyped_storage()._cdata for t in (W, b) if t is not None}
         for p in group:
-            method = p.rule
-            exact_W, exact_b = apply_weight(
-                method.weight,
-                exact_W,
-                exact_b,
-                theta_of(gm, p),
-                p.target,
-                p.config,
-                wide,
-                method.dense_groups(p.target),
-            )
-        operands = {t.untyped_storage()._cdata for p in group for t in theta_of(gm, p).values()}
-        operands |= {t.untyped_storage()._cdata for t in (W, b) if t is not None}
-        results = {target.name: rounded(exact_W, W.dtype, operands)}
+            method, theta = p.rule, theta_of(gm, p)
+            operands |= {t.untyped_storage()._cdata for t in theta.values()}
+            dense, weight = method.dense_groups(p.target), method.weight
+            last = p is group[-1] and wide == W.dtype and not dense and exact_W.shape == W.shape
+            if last and writes_in_place(method):
+                place = torch.empty_like(W, memory_format=torch.contiguous_format) if place is None else place
+                weight = partial(weight, out=to_canonical(place, p.target))
+            exact_W, exact_b = apply_weight(weight, exact_W, exact_b, theta, p.target, p.config, wide, dense)
+        results = {target.name: rounded(exact_W, W.dtype, operands, place)}
         if exact_b is not old_b:
             results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype, operands)
         for name, result in results.items():
@@ -134,8 +141,15 @@ def folded(gm: fx.GraphModule, group: list[Placement], check_finite: bool) -> tu
     return results, {"target": target.name, "adapters": adapters, "dtype": str(W.dtype), "rounding_error": error}
 
 
-def rounded(exact: torch.Tensor, dtype: torch.dtype, operands: set) -> torch.Tensor:
+def writes_in_place(method: Method) -> bool:
+    """Whether the method's `weight` takes the memory for its result."""
+    return getattr(method.weight, "__func__", None) is Additive.weight
+
+
+def rounded(exact: torch.Tensor, dtype: torch.dtype, operands: set, place: torch.Tensor | None = None) -> torch.Tensor:
     """`exact` in `dtype`, contiguous, in memory of its own: a substituted weight is the adapter's tensor itself."""
+    if place is not None and place.shape == exact.shape:
+        return place if place.data_ptr() == exact.data_ptr() else place.copy_(exact)
     result = exact.to(dtype).contiguous()
     return result.clone() if result.untyped_storage()._cdata in operands else result
 
@@ -223,9 +237,9 @@ def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
     for name in names:
         tree = merged.peft_fx.adapters._modules.get(name)
         for module in tree.modules() if tree is not None else ():
-            for kind in (module._parameters, module._buffers):
-                for leaf, tensor in list(kind.items()):
-                    set_tensor(module, leaf, tensor, persistent=False)
+            module._buffers.update(module._parameters)
+            module._parameters.clear()
+            module._non_persistent_buffers_set.update(module._buffers)
 
 
 def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
@@ -252,7 +266,7 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
     if not state.merged:
         raise MergeError("nothing to unmerge: no adapter is merged")
     new = restored(merged, state)
-    return derived(new, state_of(new))
+    return acting_again(new, state_of(new))
 
 
 def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.GraphModule:

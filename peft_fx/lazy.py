@@ -1,0 +1,106 @@
+"""A graph module that makes its code, and a copy of a graph that it shares, only for who asks for them.
+
+    `forward`, `code`   generated from the graph at the first call or look; passes only say that they are outdated
+    `graph`             of a module that runs a kept graph: a copy, made for who wants to change it
+
+A kept graph is one that nobody changes, so that many modules can run it: the base's, or what a verb derived from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+from torch import fx
+
+# Generating code renames nodes meanwhile: two threads must not do it for one graph.
+LOCK = threading.RLock()
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with its own nodes; `meta` is copied one level deep, the call structure (codegen) is shared."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    result, output = new.graph_copy(graph, {}, return_output_node=True)
+    new.output(result).meta = copy.copy(output.meta)
+    new._codegen = graph._codegen
+    return new
+
+
+class Lazy(fx.GraphModule):
+    """_kept: the graph that it runs, or began with if it has a copy of its own by now; None if it never had one to keep.
+
+    Underscores, as in torch's own classes: a model may have modules and parameters of any other name.
+    """
+
+    _kept: fx.Graph | None = None
+
+    def _keep(self, graph: fx.Graph | None = None) -> None:
+        """Runs `graph`, which nobody changes from now on; without one, the graph that it has."""
+        self._kept, self._graph = graph_to_read(self) if graph is None else graph, None
+        self._outdate()
+
+    def _outdate(self) -> None:
+        """The code is generated anew when it is asked for."""
+        if "forward" in vars(type(self)):
+            del type(self).forward
+
+    # GraphModule keeps its graph here, and reads it wherever it needs one.
+    @property
+    def _graph(self) -> fx.Graph:
+        with LOCK:
+            if self.__dict__["_graph"] is None:
+                self.__dict__["_graph"] = copy_graph(self._kept)
+                self.__dict__["_graph"].owning_module = self
+            return self.__dict__["_graph"]
+
+    @_graph.setter
+    def _graph(self, graph: fx.Graph | None) -> None:
+        before = self.__dict__.get("_graph")
+        if before is not None:
+            before.owning_module = None  # a graph waits for the garbage collector, and would keep the module's tensors
+        self.__dict__["_graph"] = graph
+
+    @property
+    def forward(self):
+        self._generate()
+        return self.forward  # the class's own by now
+
+    def _generate(self) -> None:
+        """Makes the code, unless it is there."""
+        with LOCK:
+            if "forward" not in vars(type(self)):
+                self.recompile()
+
+    def recompile(self):
+        with LOCK:
+            own = self.__dict__["_graph"]
+            try:
+                self.__dict__["_graph"] = graph_to_read(self)
+                return super().recompile()
+            finally:
+                self.__dict__["_graph"] = own
+
+    @property
+    def code(self) -> str:
+        self._generate()
+        return super().code
+
+    def __str__(self) -> str:
+        self._generate()
+        return super().__str__()
+
+    def __deepcopy__(self, memo):
+        self.graph  # noqa: B018  now it has one of its own
+        memo[id(self._kept)] = self._kept
+        new = super().__deepcopy__(memo)
+        new._kept = self._kept
+        return new
+
+    def __reduce__(self):
+        self.graph  # noqa: B018
+        return super().__reduce__()
+
+
+def graph_to_read(gm: fx.GraphModule) -> fx.Graph:
+    """The graph that `gm` runs, not to be changed."""
+    return gm.__dict__["_graph"] or gm._kept
