@@ -6,6 +6,8 @@
 The verbs below are free functions over `torch.fx.GraphModule`.
 """
 
+from importlib import import_module
+
 from .config import AdapterConfig
 from .errors import (
     AdapterFileError,
@@ -17,6 +19,7 @@ from .errors import (
     RecipeError,
 )
 from .kernels import butterfly, circulant, householder, noise  # noqa: F401  registers the operators that saved graphs call
+from .methods import INTERNAL, METHODS, get_config
 from .methods.lora import LoraConfig
 from .methods.own import method
 from .recipe import Recipe
@@ -39,3 +42,33 @@ __all__ = [
     "method", "mixed_batch", "outline", "package", "prepare_hotswap", "prepare_swap", "reserve", "save_adapter",
     "set_adapter", "switch", "trainable_parameters", "unmerge",
 ]  # fmt: skip
+
+# Names of PEFT's, imported when they are asked for: transformers takes seconds.
+_HF = {
+    "hf.types": ("PeftType", "TaskType"),
+    "hf.model": (
+        "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
+    ),
+    "hf.auto": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _HF.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if name.endswith("Config"):
+        for kind in METHODS.keys() - INTERNAL:
+            if (config := get_config(kind)).__name__ == name:
+                return config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    configs = (get_config(kind).__name__ for kind in METHODS.keys() - INTERNAL)
+    return sorted({*globals(), *_MODULES, *configs})

@@ -1,0 +1,276 @@
+"""`PeftModel` and its classes by task: a Hugging Face model, or any module, with adapters, under PEFT's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
+
+from ..config import AdapterConfig
+from ..errors import RecipeError
+from ..files.read import local_folder, read_config, read_tensors
+from ..files.write import plain
+from ..recipe import as_config
+from ..verbs.adapters import save_adapter
+from ..verbs.backend import Backend
+from .card import write_card
+from .tuner import Tuner
+from .types import HEADS, TaskType
+
+ADAPTERS = "base_model.adapters."  # where the state dict has them
+DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
+
+
+class PeftModel(PushToHubMixin, nn.Module):
+    """A model with adapters. It is called like the model, and passes on every attribute that it does not have itself.
+
+    model: the model, which is adapted in place: its parameters stay its own, its calls run adapted. peft_config: a config of
+    ours, of PEFT's, or a dict. Raises RecipeError, a ValueError, where nothing matches or a target is refused.
+    """
+
+    task_type: TaskType | None = None
+
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, autocast_adapter_dtype: bool = True,
+                 low_cpu_mem_usage: bool = False, *, source: tuple | None = None, trainable: bool = True):  # fmt: skip
+        super().__init__()
+        config = prepared(as_config(peft_config), model)
+        model.requires_grad_(False)
+        backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model)
+        self.base_model = Tuner(model, backend)
+        self.training = model.training
+
+    @property
+    def __class__(self):
+        """The model's, to `isinstance`: tools that know transformers' models take this for one, and save it as one."""
+        modules = self.__dict__.get("_modules", {})
+        return type(modules["base_model"].model) if "base_model" in modules else type(self)
+
+    def _get_name(self) -> str:
+        return type(self).__name__
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # Calls
+
+    @property
+    def forward(self):
+        """Calls the model; its signature is the model's, from which a Trainer learns what columns it takes."""
+        return signed(self.call, type(self.get_base_model()).forward)
+
+    def call(self, *args, **kwargs):
+        return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        return self.get_base_model().generate(*args, **kwargs)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, whose calls run adapted."""
+        return self.base_model.model
+
+    # Adapters
+
+    @property
+    def active_adapter(self) -> str:
+        """The one that acts, the first of several."""
+        return next(iter(self.base_model.chosen), DEFAULT)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        return self.peft_config[self.active_adapter]
+
+    def add_adapter(self, adapter_name: str, peft_config, low_cpu_mem_usage: bool = False,
+                    autocast_adapter_dtype: bool = True) -> None:  # fmt: skip
+        """One more adapter, of the type of those there are; it acts once it is set."""
+        self.add(adapter_name, as_config(peft_config))
+
+    def add(
+        self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True
+    ) -> None:
+        config = prepared(config, self.get_base_model())
+        first = next(iter(self.peft_config.values()), config)
+        if config.peft_type != first.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {first.peft_type} and {config.peft_type}: use "
+                "PeftMixedModel, or peft_fx.apply, which combine any"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or give another name")
+        self.base_model.add(adapter_name, config, source, trainable)
+
+    def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
+                     autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
+                     low_cpu_mem_usage: bool = False, key_mapping: dict | None = None, **kwargs) -> None:  # fmt: skip
+        """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`."""
+        folder = local_folder(model_id)
+        if adapter_name in self.peft_config:
+            self.base_model.backend.hotswap(folder, adapter_name)
+        else:
+            self.add(adapter_name, read_config(folder), (read_tensors(folder), str(model_id)), is_trainable)
+        self.base_model.set_requires_grad(adapter_name, is_trainable)
+        if not is_trainable:
+            self.eval()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """The one adapter that acts from now on, and is trainable unless inference_mode."""
+        if not isinstance(adapter_name, str):
+            raise TypeError(
+                f"adapter_name must be a single string, got {type(adapter_name).__name__}; several adapters at once: "
+                "model.base_model.set_adapter([...])"
+            )
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model inside the block."""
+        with self.base_model.disabled():
+            yield
+
+    # Counts
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all)."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # Files
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id, adapter_name: str = DEFAULT, is_trainable: bool = False,
+                        config=None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
+                        low_cpu_mem_usage: bool = False, key_mapping: dict | None = None, **kwargs) -> PeftModel:  # fmt: skip
+        """The model with an adapter from PEFT's files: a folder, or a Hub id. The class follows the file's task_type."""
+        folder = local_folder(model_id)
+        config = read_config(folder) if config is None else as_config(config)
+        chosen = class_of(config) if cls is PeftModel else cls
+        made = chosen(model, config, adapter_name, source=(read_tensors(folder), str(model_id)), trainable=is_trainable)
+        return made.train(is_trainable and made.training)
+
+    def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
+                        save_embedding_layers="auto", is_main_process: bool = True, **kwargs) -> None:  # fmt: skip
+        """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others below it.
+
+        A Trainer, which gives state_dict, gets a file more: what it loads when it resumes, all adapters by their names here.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise ValueError(f"there is no adapter {unknown[0]!r} to save; there are: {', '.join(self.peft_config)}")
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        if not is_main_process:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            save_adapter(self.base_model.backend.adapters, folder if name == DEFAULT else folder / name, name)
+        write_card(folder, [self.peft_config[n] for n in names], self.get_base_model())
+        if "state_dict" in kwargs:
+            state = kwargs["state_dict"] or self.state_dict()
+            ours = {k: t for k, t in state.items() if k.startswith(ADAPTERS)}
+            save_file(plain(ours), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """What a Trainer does not miss when it resumes: the model's own weights."""
+        return {k for k in self.state_dict() if not k.startswith(ADAPTERS)}
+
+
+class PeftModelForCausalLM(PeftModel):
+    task_type = TaskType.CAUSAL_LM
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    task_type = TaskType.SEQ_2_SEQ_LM
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    task_type = TaskType.SEQ_CLS
+
+
+class PeftModelForTokenClassification(PeftModel):
+    task_type = TaskType.TOKEN_CLS
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    task_type = TaskType.QUESTION_ANS
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    task_type = TaskType.FEATURE_EXTRACTION
+
+
+CLASSES = {cls.task_type: cls for cls in PeftModel.__subclasses__()}
+
+
+def class_of(config: AdapterConfig) -> type[PeftModel]:
+    """The class for a config's task_type. Raises RecipeError for a task that there is none of."""
+    if config.task_type is None:
+        return PeftModel
+    if config.task_type not in CLASSES:
+        raise RecipeError(
+            f"task_type={config.task_type!r}: expected one of {', '.join(t.value for t in TaskType)}, or None"
+        )
+    return CLASSES[TaskType(config.task_type)]
+
+
+def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, mixed: bool = False,
+                   autocast_adapter_dtype: bool = True, revision: str | None = None,
+                   low_cpu_mem_usage: bool = False) -> PeftModel:  # fmt: skip
+    """A `PeftModel` of the class for the config's task_type, around `model`, which is adapted in place."""
+    if isinstance(model, PeftModel):
+        warnings.warn("the model has adapters already; add_adapter adds one to them", stacklevel=2)
+    config = as_config(peft_config)
+    return class_of(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+    """The config with what follows from the model and the task: the base's name, heads that are trained whole."""
+    heads = HEADS.get(config.task_type, ())
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    kept = list(dict.fromkeys([*(config.modules_to_save or ()), *(h for h in heads if h in found)]))
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    return dataclasses.replace(config, modules_to_save=kept or None, base_model_name_or_path=base)
+
+
+@functools.cache
+def signature_of(forward) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def signed(call, forward):
+    """`call` with the signature of a method of another class."""
+
+    def called(*args, **kwargs):
+        return call(*args, **kwargs)
+
+    full = signature_of(forward)
+    called.__signature__ = full.replace(parameters=list(full.parameters.values())[1:])
+    return called
