@@ -50,6 +50,10 @@ _HF = {
         "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ),
+    "hf.functional": (
+        "get_layer_status", "get_model_status", "get_peft_model_state_dict", "hotswap_adapter",
+        "hotswap_adapter_from_state_dict", "set_peft_model_state_dict",
+    ),
     "hf.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",

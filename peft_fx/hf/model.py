@@ -22,11 +22,36 @@ from ..recipe import as_config
 from ..verbs.adapters import save_adapter
 from ..verbs.backend import Backend
 from .card import write_card
+from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tuner import Tuner
 from .types import HEADS, TaskType
 
 ADAPTERS = "base_model.adapters."  # where the state dict has them
 DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
+
+
+@functools.cache
+def signature_of(forward) -> inspect.Signature:
+    """A method's signature as its instances show it."""
+    full = inspect.signature(forward)
+    return full.replace(parameters=list(full.parameters.values())[1:])
+
+
+class Signed:
+    """`forward` of a `PeftModel`: its `call`, with the model's signature, from which a Trainer learns what columns it takes.
+
+    No property: accelerate gives an instance a `forward` of its own.
+    """
+
+    def __get__(self, model, owner=None):
+        if model is None:
+            return self
+
+        def forward(*args, **kwargs):
+            return model.call(*args, **kwargs)
+
+        forward.__signature__ = signature_of(type(model.get_base_model()).forward)
+        return forward
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -66,10 +91,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # Calls
 
-    @property
-    def forward(self):
-        """Calls the model; its signature is the model's, from which a Trainer learns what columns it takes."""
-        return signed(self.call, type(self.get_base_model()).forward)
+    forward = Signed()
 
     def call(self, *args, **kwargs):
         return self.get_base_model()(*args, **kwargs)
@@ -146,7 +168,14 @@ class PeftModel(PushToHubMixin, nn.Module):
         with self.base_model.disabled():
             yield
 
-    # Counts
+    # What there is
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """A record per adapted module."""
+        return layer_status(self.base_model)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return model_status(self.base_model, type(self).__name__)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all)."""
@@ -251,6 +280,15 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
     return class_of(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
+def tuner_of(model: nn.Module) -> Tuner:
+    """Raises TypeError for a model that `get_peft_model` did not make."""
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"expected a PeftModel from get_peft_model or PeftModel.from_pretrained, got {type(model).__name__}"
+        )
+    return model.base_model
+
+
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The config with what follows from the model and the task: the base's name, heads that are trained whole."""
     heads = HEADS.get(config.task_type, ())
@@ -258,19 +296,3 @@ def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     kept = list(dict.fromkeys([*(config.modules_to_save or ()), *(h for h in heads if h in found)]))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return dataclasses.replace(config, modules_to_save=kept or None, base_model_name_or_path=base)
-
-
-@functools.cache
-def signature_of(forward) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def signed(call, forward):
-    """`call` with the signature of a method of another class."""
-
-    def called(*args, **kwargs):
-        return call(*args, **kwargs)
-
-    full = signature_of(forward)
-    called.__signature__ = full.replace(parameters=list(full.parameters.values())[1:])
-    return called

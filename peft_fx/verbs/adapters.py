@@ -185,6 +185,13 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
 
     adapter_name may be left out when there is one adapter, or one active.
     """
+    return write_adapter(Path(path), *adapter_files(tuned, adapter_name))
+
+
+def adapter_files(
+    tuned: fx.GraphModule, adapter_name: str | None = None
+) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """What `save_adapter` writes: the config, and file key -> tensor."""
     state = state_of(tuned, "save_adapter")
     name = only_adapter(state) if adapter_name is None else names_of(state, adapter_name)[0]
     config = state.recipe[name].config
@@ -196,7 +203,7 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
         tensors |= zip(keys, found, strict=True)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
-    return write_adapter(Path(path), file_config(config, plan), tensors)
+    return file_config(config, plan), tensors
 
 
 def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tensor:

@@ -69,10 +69,10 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
     tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: a folder
-    with PEFT's files, or what `prepare_swap` made of one. Graphs derived from one another share the adapter's tensors: all of
-    them see the swap. An optimiser that keeps running keeps the momentum of the numbers before: clear its `state`, as for any
-    parameter that is overwritten. On a graph from `reserve` a new adapter_name takes a free slot, which stays off until
-    `switch`.
+    with PEFT's files, a pair (config, file key -> tensor), or what `prepare_swap` made of either. Graphs derived from one
+    another share the adapter's tensors: all of them see the swap. An optimiser that keeps running keeps the momentum of the
+    numbers before: clear its `state`, as for any parameter that is overwritten. On a graph from `reserve` a new
+    adapter_name takes a free slot, which stays off until `switch`.
 
     A merged adapter gives way to one of any method, rank and targets: the weights are folded anew from the kept base. Calls
     in other threads see the old numbers or the new ones, never some of each.
@@ -104,7 +104,8 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         if state.slots:
             state.slots[slot] = adapter_name
     elements = sum(t.numel() for t in written)
-    return SwapReport(adapter_name, str(path), len(written), elements, padded, zeroed, time.perf_counter() - start)
+    source = "memory" if isinstance(path, tuple) else str(path)
+    return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)
 
 
 def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> Swap:
@@ -126,10 +127,13 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
 
 def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
     """An adapter's config, what it puts where, and its numbers by state name."""
-    folder = local_folder(path)
-    config = read_config(folder)
+    if isinstance(path, tuple):
+        (config, tensors), where = path, "what was given"
+    else:
+        folder = local_folder(path)
+        config, tensors, where = read_config(folder), read_tensors(folder), str(path)
     plan = planned(state, slot, config)
-    return config, plan, match_tensors(plan, read_tensors(folder), where=str(path))
+    return config, plan, match_tensors(plan, tensors, where=where)
 
 
 def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
@@ -152,7 +156,8 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
         new = by_place(planned(state, slot, config).placements)
     names, fitting, padded = planned_writes(gm, slot, slots, old, new, values, left_out)
     zeroed = tuple(old[k].target.name for k in left_out)
-    return Swap(name, slot, str(path), config, names, fitting, padded, zeroed, state.recipe[slot])
+    source = "memory" if isinstance(path, tuple) else str(path)
+    return Swap(name, slot, source, config, names, fitting, padded, zeroed, state.recipe[slot])
 
 
 def write(gm, state: State, slots: dict, swap: Swap) -> list[torch.Tensor]:
