@@ -26,6 +26,7 @@ from .recipe import Recipe
 from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
 from .verbs.backend import backend
 from .verbs.capture.model import capture
+from .verbs.combine import combine
 from .verbs.compile import compile, inline, outline
 from .verbs.explain import explain, trainable_parameters
 from .verbs.export import export, load
@@ -37,11 +38,13 @@ from .verbs.switch import reserve, switch
 
 __all__ = [
     "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "compile", "delete_adapter",
+    "PeftConfig", "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "combine", "compile", "delete_adapter",
     "disable_adapter", "explain", "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge",
     "method", "mixed_batch", "outline", "package", "prepare_hotswap", "prepare_swap", "reserve", "save_adapter",
     "set_adapter", "switch", "trainable_parameters", "unmerge",
 ]  # fmt: skip
+
+PeftConfig = AdapterConfig  # PEFT's name
 
 # Names of PEFT's, imported when they are asked for: transformers takes seconds.
 _HF = {

@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import RecipeError
 
+CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 65536  # an adapter file that asks for more is damaged or hostile
 # field -> whether one string (a regex, or a single name) may stand for the list
 NAME_FIELDS = {
@@ -54,6 +58,9 @@ class AdapterConfig:
     alternatives: ClassVar[tuple[str, ...]] = ()
     # the field that holds the rank, where an adapter fits into a wider one; a rank_pattern overrides it
     ranked: ClassVar[str] = ""
+    # a folder or Hub id -> its config; files/read.py, some layers above, puts it here
+    reader: ClassVar[Callable[[Any], AdapterConfig]]
+    is_prompt_learning: ClassVar[bool] = False
 
     task_type: str | None = None
     auto_mapping: dict | None = None
@@ -128,6 +135,27 @@ class AdapterConfig:
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def save_pretrained(self, folder) -> None:
+        """Writes `adapter_config.json`, whole or not at all."""
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
+            file.write(self.to_json())
+        os.replace(file.name, path)
+
+    @classmethod
+    def from_pretrained(cls, folder, subfolder: str | None = None, **changes):
+        """The config in a folder or a Hub repository, of this class or one derived from it; changes: fields to replace.
+
+        Raises AdapterFileError, and RecipeError for another method's config.
+        """
+        config = AdapterConfig.reader(Path(folder) / subfolder if subfolder else folder)
+        if not isinstance(config, cls):
+            raise RecipeError(
+                f"{folder}: expected a {cls.__name__}, got a {type(config).__name__}: read it with PeftConfig"
+            )
+        return dataclasses.replace(config, **changes)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]):

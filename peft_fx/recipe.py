@@ -9,11 +9,10 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
-from .config import AdapterConfig
+from .config import CONFIG_FILE, AdapterConfig
 from .errors import RecipeError
 from .methods import get_config
 
-CONFIG_FILE = "adapter_config.json"
 RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
 
 

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..config import CONFIG_FILE as CONFIG
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
 from ..recipe import config_from_dict
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -47,6 +47,9 @@ def read_config(folder) -> AdapterConfig:
         return config_from_dict(data)
     except RecipeError as error:
         raise AdapterFileError(f"{path}: {error}") from error
+
+
+AdapterConfig.reader = staticmethod(read_config)
 
 
 def read_tensors(folder) -> dict[str, torch.Tensor]:

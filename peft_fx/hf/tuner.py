@@ -16,6 +16,7 @@ from torch import nn
 from ..config import AdapterConfig
 from ..store import Resident, get_tensor, owner_of, state_of
 from ..verbs.backend import Backend
+from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
 from ..verbs.merge import by_target, folded, refuse_no_weight
 from .entrance import above, close_entrances, open_entrances
@@ -77,6 +78,15 @@ class Tuner(nn.Module):
         """source: (file's tensors, where), None for initial values. It does not act until `set_adapter`."""
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
+                             combination_type: str = "svd", **options) -> None:  # fmt: skip
+        """A new LoRA adapter, made of others as `peft_fx.combine` makes it; it does not act until `set_adapter`."""
+        self.known(adapters)
+        if adapter_name in self.peft_config:
+            return
+        config, tensors = combined(self.backend.adapters, adapters, weights, Combination(combination_type, **options))
+        self.add(adapter_name, config, (tensors, "the combination"))
 
     def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
