@@ -50,7 +50,7 @@ PeftConfig = AdapterConfig  # PEFT's name
 _HF = {
     "hf.types": ("PeftType", "TaskType"),
     "hf.model": (
-        "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+        "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ),
     "hf.functional": (

@@ -140,9 +140,10 @@ class AdapterConfig:
         """Writes `adapter_config.json`, whole or not at all."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-            file.write(self.to_json())
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            whole = Path(temporary) / CONFIG_FILE
+            whole.write_text(self.to_json(), encoding="utf-8")
+            os.replace(whole, path)
 
     @classmethod
     def from_pretrained(cls, folder, subfolder: str | None = None, **changes):

@@ -162,6 +162,23 @@ def test_adapters_come_go_and_take_turns(llamas, tmp_path):
     assert not torch.equal(logits(model), second)
 
 
+def test_adapters_of_several_types_act_together(tmp_path):
+    base = model_of("tied_llama")
+    model = peft_fx.get_peft_model(base, peft_fx.LoraConfig(**LORA), "lora", mixed=True)
+    model.add_adapter("oft", peft_fx.OFTConfig(oft_block_size=4, target_modules=["q_proj", "o_proj"]))
+    with torch.no_grad():
+        for parameter in model.base_model.adapters.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.set_adapter(["lora", "oft"])
+    model.save_pretrained(tmp_path)
+    graph = peft_fx.capture(model_of("tied_llama"), kwargs=inputs("tied_llama"))
+    for name in ("lora", "oft"):
+        graph = peft_fx.load_adapter(graph, tmp_path / name, name)
+    together = logits(model.eval())
+    torch.testing.assert_close(together, logits(peft_fx.set_adapter(graph, ["lora", "oft"])))
+    torch.testing.assert_close(model.merge_and_unload()(**inputs("tied_llama")).logits, together, atol=1e-4, rtol=1e-4)
+
+
 def test_disabled_inside_the_block(llamas):
     _, model = llamas
     before = logits(model)
@@ -361,6 +378,8 @@ def test_refusals(llamas, tmp_path):
         peft_fx.get_peft_model(model_of("bert"), peft_fx.LoraConfig(target_modules=["not_there"]))
     with pytest.raises(ValueError, match="task_type='NOTHING'"):
         peft_fx.get_peft_model(model_of("bert"), peft_fx.LoraConfig(task_type="NOTHING"))
+    with pytest.raises(ValueError, match="has adapters already"):
+        peft_fx.get_peft_model(model, peft_fx.LoraConfig(**LORA))
     with pytest.raises(TypeError, match="expected a PeftModel"):
         peft_fx.get_layer_status(model_of("bert"))
     with pytest.raises(AttributeError, match="no attribute 'NotThere'"):

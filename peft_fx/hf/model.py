@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,15 +126,18 @@ class PeftModel(PushToHubMixin, nn.Module):
         self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True
     ) -> None:
         config = prepared(config, self.get_base_model())
+        self.refuse_other_types(config)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or give another name")
+        self.base_model.add(adapter_name, config, source, trainable)
+
+    def refuse_other_types(self, config: AdapterConfig) -> None:
         first = next(iter(self.peft_config.values()), config)
         if config.peft_type != first.peft_type:
             raise ValueError(
                 f"Cannot combine adapters with different peft types. Found {first.peft_type} and {config.peft_type}: use "
-                "PeftMixedModel, or peft_fx.apply, which combine any"
+                "get_peft_model(..., mixed=True), or peft_fx.apply, which combine any"
             )
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or give another name")
-        self.base_model.add(adapter_name, config, source, trainable)
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
                      autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
@@ -259,6 +261,17 @@ class PeftModelForFeatureExtraction(PeftModel):
 CLASSES = {cls.task_type: cls for cls in PeftModel.__subclasses__()}
 
 
+class PeftMixedModel(PeftModel):
+    """Adapters of any types on one model, several of which act at once, in order. Unlike PEFT's it is saved and merged too."""
+
+    def refuse_other_types(self, config: AdapterConfig) -> None:
+        """None is refused."""
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """These act from now on, in order."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+
 def class_of(config: AdapterConfig) -> type[PeftModel]:
     """The class for a config's task_type. Raises RecipeError for a task that there is none of."""
     if config.task_type is None:
@@ -273,11 +286,15 @@ def class_of(config: AdapterConfig) -> type[PeftModel]:
 def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, mixed: bool = False,
                    autocast_adapter_dtype: bool = True, revision: str | None = None,
                    low_cpu_mem_usage: bool = False) -> PeftModel:  # fmt: skip
-    """A `PeftModel` of the class for the config's task_type, around `model`, which is adapted in place."""
+    """A `PeftModel` of the class for the config's task_type, around `model`, adapted in place. mixed: a PeftMixedModel.
+
+    Raises ValueError for a model that has adapters already.
+    """
     if isinstance(model, PeftModel):
-        warnings.warn("the model has adapters already; add_adapter adds one to them", stacklevel=2)
+        raise ValueError("the model has adapters already: model.add_adapter(name, config) adds one to them")
     config = as_config(peft_config)
-    return class_of(config)(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    chosen = PeftMixedModel if mixed else class_of(config)
+    return chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def tuner_of(model: nn.Module) -> Tuner:
