@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig
-from ..store import Resident, get_tensor, owner_of, state_of
+from ..store import Resident, get_tensor, owner_of
 from ..verbs.backend import Backend
 from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .entrance import above, close_entrances, open_entrances
+from .entrance import Entrances
 
 
 class Tuner(nn.Module):
@@ -33,25 +33,24 @@ class Tuner(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
         self.__dict__["replaced"] = {}
-        self.__dict__["opened"] = ()  # paths of the targets whose calls run adapted
+        self.__dict__["entrances"] = Entrances(model, backend)
         self.refresh()
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in super().__getstate__().items() if k != "entrances"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.backend.keep(self.backend.adapters)  # a copied graph module has the adapters, but not the model's tree
-        self.__dict__["opened"] = ()
+        self.__dict__["entrances"] = Entrances(self.model, self.backend)
         self.refresh()
 
     def refresh(self) -> None:
         """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
         self.adapters = self.backend.adapters.peft_fx.adapters
-        state = state_of(self.backend.adapters)
-        paths = tuple(dict.fromkeys(p.target.path for name in state.recipe for p in placements(state, name)))
-        if paths != self.opened:
-            self.__dict__["opened"] = paths
-            open_entrances(above(self.model, paths), self.backend)
-        acting = () if not self.enabled else tuple(n for n in self.chosen if n not in self.merged_adapters)
-        self.backend.set_adapter(acting)
+        state = self.backend.state
+        self.entrances.open(p.target.path for name in state.recipe for p in placements(state, name))
+        self.backend.set_adapter(tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters))
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -68,7 +67,7 @@ class Tuner(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        return {name: resident.config for name, resident in state_of(self.backend.adapters).recipe.items()}
+        return {name: resident.config for name, resident in self.backend.state.recipe.items()}
 
     @property
     def active_adapters(self) -> list[str]:
@@ -148,7 +147,7 @@ class Tuner(nn.Module):
         if again := [n for n in names if n in self.merged_adapters]:
             warnings.warn(f"Already merged, left as they are: {', '.join(again)}.", stacklevel=3)
         names = tuple(n for n in names if n not in self.merged_adapters)
-        state = state_of(self.backend.adapters)
+        state = self.backend.state
         chosen = [p for name in names for p in placements(state, name)]
         refuse_no_weight(chosen)
         results = {}
@@ -164,7 +163,7 @@ class Tuner(nn.Module):
     def replace(self, name: str, value: torch.Tensor) -> None:
         """`value` in place of a parameter of the model, which is kept for `unmerge_adapter`."""
         old = get_tensor(self.model, name)
-        tied = bool(state_of(self.backend.adapters).table.tied_to(name))
+        tied = bool(self.backend.state.table.tied_to(name))
         if old is not None and old.shape == value.shape and not tied:
             self.replaced.setdefault(name, old.detach().clone())
             with torch.no_grad():
@@ -196,7 +195,7 @@ class Tuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters."""
-        close_entrances(above(self.model, self.opened))
+        self.entrances.close()
         return self.model
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
