@@ -155,6 +155,7 @@ def graphs_compiled(work):
     return counters["stats"]["unique_graphs"] - before
 
 
+@pytest.mark.slow
 def test_the_number_of_compiled_graphs_does_not_grow_with_depth(depths):
     def inference(graph):
         with torch.no_grad():

@@ -93,6 +93,7 @@ def test_switches_under_load(form, tmp_path):
     under_load(caller(model), lambda names: fx.switch(model, names), ["a", "b"])
 
 
+@pytest.mark.slow
 @forms("eager", "blocks compiled")
 def test_merged_swaps_under_load(form, tmp_path):
     a, b = folders(

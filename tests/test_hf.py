@@ -72,13 +72,14 @@ def test_a_call_gives_what_peft_gives(llamas):
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, reference(inputs_embeds=embedded).logits)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=() if w == "greedy" else pytest.mark.slow) for w in WAYS])
 def test_generated_tokens_are_pefts(llamas, way):
     reference, model = llamas
     assert torch.equal(generated(model, **WAYS[way]), generated(reference, **WAYS[way]))
     assert (logits(model) - logits(model_of("tied_llama"))).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["greedy", "beam"])
 def test_generated_tokens_of_an_encoder_and_a_decoder(tmp_path, way):
     """generate calls the encoder on its own, past the model."""
@@ -86,6 +87,7 @@ def test_generated_tokens_of_an_encoder_and_a_decoder(tmp_path, way):
     assert torch.equal(generated(model, "t5", **WAYS[way]), generated(reference, "t5", **WAYS[way]))
 
 
+@pytest.mark.slow
 def test_any_module_of_the_model_is_adapted_when_it_is_called_itself(llamas):
     reference, model = llamas
     x = inputs("tied_llama")
@@ -95,6 +97,7 @@ def test_any_module_of_the_model_is_adapted_when_it_is_called_itself(llamas):
     torch.testing.assert_close(layer(model), layer(reference))
 
 
+@pytest.mark.slow
 def test_many_kinds_of_calls_do_not_make_dynamo_give_up(llamas):
     """After a few graphs of one function Dynamo runs it as it is written: the adapters would be gone without a word."""
     reference, model = llamas
@@ -105,6 +108,7 @@ def test_many_kinds_of_calls_do_not_make_dynamo_give_up(llamas):
             torch.testing.assert_close(model(input_ids=ids, **more).logits, reference(input_ids=ids, **more).logits)
 
 
+@pytest.mark.slow
 def test_inside_a_torch_compile_of_the_users(llamas):
     reference, model = llamas
     compiled = torch.compile(lambda **x: 2 * model(**x).logits, backend="eager")
@@ -162,6 +166,7 @@ def test_adapters_come_go_and_take_turns(llamas, tmp_path):
     assert not torch.equal(logits(model), second)
 
 
+@pytest.mark.slow
 def test_adapters_of_several_types_act_together(tmp_path):
     base = model_of("tied_llama")
     model = peft_fx.get_peft_model(base, peft_fx.LoraConfig(**LORA), "lora", mixed=True)
@@ -179,6 +184,7 @@ def test_adapters_of_several_types_act_together(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(**inputs("tied_llama")).logits, together, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_disabled_inside_the_block(llamas):
     _, model = llamas
     before = logits(model)
@@ -208,6 +214,7 @@ def test_merging_gives_what_peft_gives_and_unmerging_changes_no_bit(tmp_path, ta
     torch.testing.assert_close(plain(**inputs("tied_llama")).logits, logits(reference))
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_not_finite_changes_nothing(llamas):
     _, model = llamas
     before = {n: t.clone() for n, t in model.get_base_model().state_dict().items()}
@@ -219,6 +226,7 @@ def test_a_merge_that_is_not_finite_changes_nothing(llamas):
     assert model.merged_adapters == ()
 
 
+@pytest.mark.slow
 def test_a_copy_has_adapters_of_its_own(llamas):
     _, model = llamas
     new, before = copy.deepcopy(model), logits(model)
@@ -248,6 +256,7 @@ def test_files_go_to_peft_and_back(llamas, tmp_path):
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["README.md", "second"]
 
 
+@pytest.mark.slow
 def test_an_adapter_in_memory(llamas):
     reference, model = llamas
     found, expected = peft_fx.get_peft_model_state_dict(model), peft.get_peft_model_state_dict(reference)
@@ -271,6 +280,7 @@ def test_a_swap_from_a_file_compiles_nothing(llamas, tmp_path):
         torch.testing.assert_close(logits(model), logits(other))
 
 
+@pytest.mark.slow
 def test_the_base_model_is_found_from_the_files(tmp_path):
     base = model_of("tied_llama")
     base.save_pretrained(tmp_path / "base")
@@ -283,6 +293,7 @@ def test_the_base_model_is_found_from_the_files(tmp_path):
         peft_fx.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
 
 
+@pytest.mark.slow
 def test_status_says_what_pefts_says(llamas):
     reference, model = llamas
     found, expected = peft_fx.get_model_status(model), peft.get_model_status(reference)

@@ -133,6 +133,7 @@ class Model(torch.nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "name"),
     [
