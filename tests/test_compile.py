@@ -234,3 +234,8 @@ def test_what_repeats_nothing_is_one_part_and_a_cut_graph_is_not_cut_again(depth
     assert groups(fx.outline(layer)) == [] and fx.outline(layer)(torch.ones(2, 4)).shape == (2, 3)
     with pytest.raises(fx.GraphError, match="cut already"):
         fx.outline(fx.outline(depths[2]))
+
+
+def test_a_model_that_was_not_captured_is_refused():
+    with pytest.raises(fx.GraphError, match="outline needs a graph made by peft_fx.capture"):
+        fx.compile(llama())

@@ -18,9 +18,10 @@ def outline(tuned: fx.GraphModule) -> fx.GraphModule:
     Each block is an `nn.Module` in the place of the module it was, with that module's parameters: what FSDP wraps, what is
     recomputed, what is compiled once. Blocks that compute the same share one class.
     """
-    new = derive(tuned, copy_graph(tuned.graph), state_of(tuned, "outline"))
+    state = state_of(tuned, "outline")
+    new = derive(tuned, copy_graph(tuned.graph), state)
     reports = run([Outline()], new)
-    new.meta["peft_fx"] = state_of(tuned).update(reports=reports)
+    new.meta["peft_fx"] = state.update(reports=reports)
     return new
 
 
