@@ -70,6 +70,7 @@ def inspected(*arguments) -> dict:
 # What is opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["model", "base_pt2"])
 def test_every_source_lists_the_same_possible_targets(files, source):
     found = inspected(getattr(files, source))
@@ -330,6 +331,7 @@ def test_version_is_the_packages():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"peft-fx {version('peft-fx')}\n"
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_file_in_a_process_of_its_own(files):
     command = [
         sys.executable,

@@ -72,6 +72,7 @@ def assert_sum(graph, name, weights, adapters=("a", "b")):
         assert (whole[target] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_rslora_other_ranks_and_patterns_sum_to_the_definition(tmp_path, kind):
     """PEFT is off by sqrt(r) with use_rslora, and takes the largest rank of all layers for each."""
@@ -116,6 +117,7 @@ def test_convolutions_and_embeddings(kind):
 
 @pytest.mark.parametrize("config", [{"peft_type": "LOHA", "r": 2}, {"peft_type": "OFT", "oft_block_size": 4}, {"peft_type": "IA3", "feedforward_modules": []}],
                          ids=lambda c: c["peft_type"])  # fmt: skip
+@pytest.mark.slow
 def test_updates_of_any_method(config):
     torch.manual_seed(0)
     graph = peft_fx.capture(model_of("tied_llama"), kwargs=inputs("tied_llama"))
@@ -129,6 +131,7 @@ def test_updates_of_any_method(config):
     assert_sum(new, "c", [1.0, 0.3])
 
 
+@pytest.mark.slow
 def test_the_face_has_it_too(tmp_path):
     reference, _ = pair(tmp_path)
     model = peft_fx.PeftModel.from_pretrained(model_of("tied_llama"), tmp_path / "a", "a")

@@ -187,6 +187,7 @@ def test_inductor_compiles_blocks_for_training_and_inference(depths):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_swaps_and_switches_reach_compiled_blocks_without_recompiling(depths, tmp_path):
     other = fx.apply(fx.set_adapter(depths[2], []), LORA, "other")
     other = fx.delete_adapter(fx.set_adapter(other, "other"), "default")
@@ -221,6 +222,7 @@ def test_copies_of_a_cut_graph_hold_their_own_tensors(depths):
     }
 
 
+@pytest.mark.slow
 def test_ranks_by_pattern_group_blocks_by_equal_shape():
     torch.manual_seed(0)
     graph = fx.capture(llama(4).eval(), kwargs=ids())

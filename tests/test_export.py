@@ -62,7 +62,7 @@ def there_and_back(graph, path):
     return peft_fx.load(path)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[pytest.param(c, marks=() if c == "llama" else pytest.mark.slow) for c in CASES])
 def case(request, tmp_path_factory):
     """(model's name, tuned graph, the graph loaded from its file), in eval mode."""
     name, config = CASES[request.param]

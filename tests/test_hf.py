@@ -141,6 +141,7 @@ def test_the_base_is_frozen_and_counted_as_in_peft(capsys):
     assert all(("lora_" in n) == p.requires_grad for n, p in models[1].named_parameters())
 
 
+@pytest.mark.slow
 def test_adapters_come_go_and_take_turns(llamas, tmp_path):
     reference, model = llamas
     other = peft.get_peft_model(model_of("tied_llama"), peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, "r": 2}))
@@ -197,6 +198,7 @@ def test_disabled_inside_the_block(llamas):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_modules", ["all-linear", ["embed_tokens", "q_proj"]], ids=["linear", "tied"])
 def test_merging_gives_what_peft_gives_and_unmerging_changes_no_bit(tmp_path, target_modules):
     reference, model = pair("tied_llama", tmp_path, target_modules=target_modules)
@@ -243,6 +245,7 @@ def test_a_copy_has_adapters_of_its_own(llamas):
 # Files
 
 
+@pytest.mark.slow
 def test_files_go_to_peft_and_back(llamas, tmp_path):
     reference, model = llamas
     model.add_adapter("second", peft_fx.LoraConfig(**LORA))
@@ -270,6 +273,7 @@ def test_an_adapter_in_memory(llamas):
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 def test_a_swap_from_a_file_compiles_nothing(llamas, tmp_path):
     _, model = llamas
     other = peft.get_peft_model(model_of("tied_llama"), peft.LoraConfig(task_type="CAUSAL_LM", **{**LORA, "r": 2}))

@@ -43,6 +43,7 @@ def test_the_operator_is_its_definition(case):
     assert torch.allclose(op(x, p, *rest), definition(x, p, *rest), atol=1e-12)
 
 
+@pytest.mark.slow
 @EVERY
 def test_first_and_second_derivatives_are_those_of_finite_differences(case):
     op, rest, (x, p) = case[0], case[4], operands(case)
@@ -50,6 +51,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(case):
     assert torch.autograd.gradgradcheck(lambda x, p: op(x, p, *rest), (x, p))
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_s_checks_of_operators_pass(case, dtype):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 PACKAGES = SETUP["options"]["packages"].split()
