@@ -69,13 +69,14 @@ _MODULES = {name: module for module, names in _HF.items() for name in names}
 def __getattr__(name: str):
     if name in _MODULES:
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    if name.endswith("Config"):
-        for kind in METHODS.keys() - INTERNAL:
-            if (config := get_config(kind)).__name__ == name:
-                return config
+    if name.endswith("Config") and name in (configs := _configs()):
+        return configs[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    configs = (get_config(kind).__name__ for kind in METHODS.keys() - INTERNAL)
-    return sorted({*globals(), *_MODULES, *configs})
+    return sorted({*globals(), *_MODULES, *_configs()})
+
+
+def _configs() -> dict[str, type[AdapterConfig]]:
+    return {config.__name__: config for config in map(get_config, METHODS.keys() - INTERNAL)}

@@ -21,7 +21,7 @@ from ..recipe import as_config
 from ..verbs.adapters import save_adapter
 from ..verbs.backend import Backend
 from .card import write_card
-from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import Tuner
 from .types import HEADS, TaskType
 
@@ -181,8 +181,7 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all)."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+        return parameter_counts(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from ..store import ADAPTERS, get_tensor
 from ..verbs.derive import placements
 from .tuner import Tuner
@@ -69,7 +71,7 @@ def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
 def model_status(tuner: Tuner, kind: str) -> TunerModelStatus:
     """kind: what to call the class of the model around the tuner."""
     layers = layer_status(tuner)
-    counts = [(p.numel(), p.requires_grad) for p in tuner.parameters()]
+    trainable, total = parameter_counts(tuner)
     grads, devices = {}, {}
     for adapter in tuner.peft_config:
         grads[adapter] = agreed([r.requires_grad[adapter] for r in layers if adapter in r.requires_grad])
@@ -77,12 +79,18 @@ def model_status(tuner: Tuner, kind: str) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(tuner.model).__name__, adapter_model_type=kind,
         peft_types={n: c.peft_type for n, c in tuner.peft_config.items()},
-        trainable_params=sum(n for n, trained in counts if trained),
-        total_params=sum(n for n, _ in counts),
+        trainable_params=trainable,
+        total_params=total,
         num_adapter_layers=len(layers), enabled=tuner.enabled, active_adapters=tuner.active_adapters,
         merged_adapters=list(tuner.merged_adapters), requires_grad=grads, available_adapters=list(tuner.peft_config),
         devices=devices,
     )  # fmt: skip
+
+
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
+    """(trainable, all)."""
+    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
 
 def agreed(values: list) -> bool | str:

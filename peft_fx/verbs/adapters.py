@@ -158,10 +158,15 @@ def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
     state = state_of(tuned, "delete_adapter")
     refuse_merged(state, "delete_adapter")
     names_of(state, name)
-    recipe = {n: r for n, r in state.recipe.items() if n != name}
-    new = derived(tuned, state.update(recipe=recipe, active=tuple(n for n in state.active if n != name)))
+    new = derived(tuned, without(state, name))
     new.peft_fx.adapters._modules.pop(name, None)
     return new
+
+
+def without(state: State, name: str) -> State:
+    """The state with an adapter less."""
+    recipe = {n: r for n, r in state.recipe.items() if n != name}
+    return state.update(recipe=recipe, active=tuple(n for n in state.active if n != name))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
 from ..store import ROOT, BaseGraph, ByDevice, ByMode, Resident, State, Store, build, get_tensor, state_of
-from .adapters import save_adapter, with_adapter
+from .adapters import save_adapter, with_adapter, without
 from .capture.model import skeleton
 from .derive import names_of, placements
 from .hotswap import SwapReport, hotswap
@@ -111,10 +111,8 @@ class Backend:
     def delete(self, name: str) -> None:
         """Raises GraphError for a name that no adapter has."""
         names_of(self.state, name)
-        recipe = {n: r for n, r in self.state.recipe.items() if n != name}
-        active = tuple(n for n in self.state.active if n != name)
         self.adapters.peft_fx.adapters._modules.pop(name, None)
-        self.adapters.meta[ROOT] = self.state.update(recipe=recipe, active=active)
+        self.adapters.meta[ROOT] = without(self.state, name)
         self.deleted += 1
 
     @property

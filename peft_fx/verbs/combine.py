@@ -64,7 +64,7 @@ class Combination:
 
     @property
     def rule(self) -> tuple[str, bool]:
-        return RULES[self.type.removesuffix("_svd") or "svd"]
+        return RULES[self.type.removesuffix("_svd")]
 
     @property
     def of_updates(self) -> bool:
@@ -100,7 +100,7 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
         factors[name] = by_update(gm, parts, how) if how.of_updates else by_factors(gm, parts, how)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     rank = max(ranks.values())
-    others = {exactly(groups[n][0].target.pattern_path): r for n, r in ranks.items() if r != rank}
+    others = {f"^{re.escape(groups[n][0].target.pattern_path)}": r for n, r in ranks.items() if r != rank}
     first = state.recipe[names[0]].config
     config = LoraConfig(
         task_type=first.task_type, base_model_name_or_path=first.base_model_name_or_path, r=rank, lora_alpha=rank,
@@ -132,10 +132,6 @@ def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]
                 )
             groups.setdefault(p.target.name, []).append(p)
     return groups
-
-
-def exactly(path: str) -> str:
-    return f"^{re.escape(path)}"
 
 
 def by_update(gm, parts: list[tuple[Placement, float]], how: Combination) -> tuple[torch.Tensor, torch.Tensor]:
