@@ -67,7 +67,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         super().__init__()
         config = prepared(as_config(peft_config), model)
         model.requires_grad_(False)
-        backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model)
+        backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model, frames=False)
         self.base_model = Tuner(model, backend)
         self.training = model.training
 

@@ -19,7 +19,7 @@ from ..verbs.backend import Backend
 from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .entrance import Entrances
+from .hosts import Hosts
 
 
 class Tuner(nn.Module):
@@ -33,24 +33,20 @@ class Tuner(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
         self.__dict__["replaced"] = {}
-        self.__dict__["entrances"] = Entrances(model, backend)
+        self.__dict__["hosts"] = Hosts(model, backend)
         self.refresh()
-
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in super().__getstate__().items() if k != "entrances"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.backend.keep(self.backend.adapters)  # a copied graph module has the adapters, but not the model's tree
-        self.__dict__["entrances"] = Entrances(self.model, self.backend)
         self.refresh()
 
     def refresh(self) -> None:
         """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
         self.adapters = self.backend.adapters.peft_fx.adapters
-        state = self.backend.state
-        self.entrances.open(p.target.path for name in state.recipe for p in placements(state, name))
-        self.backend.set_adapter(tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters))
+        acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
+        self.backend.set_adapter(acting)
+        self.hosts.refresh(acting)
 
     def forward(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -195,7 +191,7 @@ class Tuner(nn.Module):
 
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters."""
-        self.entrances.close()
+        self.hosts.close()
         return self.model
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:

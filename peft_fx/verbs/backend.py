@@ -77,8 +77,11 @@ class Backend:
         self.deleted = 0  # how many adapters: a name may come again with other tensors
         self.complete = False
 
-    def attach(self, model: nn.Module) -> Backend:
-        """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does."""
+    def attach(self, model: nn.Module, frames: bool = True) -> Backend:
+        """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does.
+
+        frames: give torch's modules with targets frames that Dynamo can compile (`give_frames`).
+        """
         model = getattr(model, "_orig_mod", model)
         if self.model is not None and self.model is not model:
             raise GraphError(
@@ -91,9 +94,9 @@ class Backend:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
                 trainable = source is None or self.trainable
                 gm = with_adapter(gm, name, Resident(config, self.lowering), source, trainable, activate=True)
-            self.model = model
+            self.model, self.frames = model, frames
             self.keep(gm)
-            give_frames(filter(of_torch, self.owners()))
+            self.open(self.acting())
         return self
 
     def keep(self, gm: fx.GraphModule) -> None:
@@ -106,7 +109,11 @@ class Backend:
         Raises RecipeError and AdapterFileError as `apply` and `load_adapter` do; nothing has changed then.
         """
         self.keep(with_adapter(self.adapters, name, resident, source, trainable, activate=False))
-        give_frames(filter(of_torch, (self.model.get_submodule(p.target.path) for p in placements(self.state, name))))
+        self.open(placements(self.state, name))
+
+    def open(self, chosen: Iterable[Placement]) -> None:
+        if self.frames:
+            give_frames(filter(of_torch, (self.model.get_submodule(p.target.path) for p in chosen)))
 
     def delete(self, name: str) -> None:
         """Raises GraphError for a name that no adapter has."""
