@@ -39,12 +39,13 @@ class Counter(TorchDispatchMode):
 
 def cost(function: Callable, arguments: Sequence[torch.Tensor | None], trained: Sequence[bool]) -> float:
     """Of `function(*arguments)` and the gradients of its one result for those arguments that are trained."""
-    on_meta = [None if a is None else meta(a, t) for a, t in zip(arguments, trained, strict=True)]
-    with torch.enable_grad(), Counter() as counter:
-        result = function(*on_meta)
-        leaves = [t for t in on_meta if t is not None and t.requires_grad]
-        if leaves:
-            torch.autograd.grad(result, leaves, torch.empty_like(result), allow_unused=True)
+    with torch.inference_mode(False), torch.enable_grad():  # a model's first call may be in inference_mode
+        on_meta = [None if a is None else meta(a, t) for a, t in zip(arguments, trained, strict=True)]
+        with Counter() as counter:
+            result = function(*on_meta)
+            leaves = [t for t in on_meta if t is not None and t.requires_grad]
+            if leaves:
+                torch.autograd.grad(result, leaves, torch.empty_like(result), allow_unused=True)
     return counter.cost
 
 

@@ -18,6 +18,7 @@ from .errors import (
     PeftFxError,
     RecipeError,
 )
+from .hf.submodules import make_submodules
 from .kernels import butterfly, circulant, householder, noise  # noqa: F401  registers the operators that saved graphs call
 from .methods import INTERNAL, METHODS, get_config
 from .methods.lora import LoraConfig
@@ -57,6 +58,16 @@ _HF = {
         "get_layer_status", "get_model_status", "get_peft_model_state_dict", "hotswap_adapter",
         "hotswap_adapter_from_state_dict", "set_peft_model_state_dict",
     ),
+    "hf.hotswap": ("prepare_model_for_compiled_hotswap",),
+    "hf.injection": ("inject_adapter_in_model",),
+    "hf.constants": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING", "PeftError",
+        "PeftWarning",
+    ),
+    "hf.helpers": ("get_peft_config", "shift_tokens_right"),
+    "hf.kappa": ("find_kappa_target_modules",),
+    "hf.kbit": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
+    "hf.weights": ("get_base_model_state_dict", "load_peft_weights", "set_base_model_state_dict"),
     "hf.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
@@ -80,3 +91,6 @@ def __dir__():
 
 def _configs() -> dict[str, type[AdapterConfig]]:
     return {config.__name__: config for config in map(get_config, METHODS.keys() - INTERNAL)}
+
+
+make_submodules(__name__)

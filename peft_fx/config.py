@@ -1,7 +1,8 @@
 """`AdapterConfig`: the hyper-parameters of one adapter, with PEFT's field names, defaults and JSON.
 
-A config is a frozen dataclass. What a method adds is a subclass with more fields, in the method's own file. Fields that
-PEFT has and this version cannot do are declared too, so that files round-trip; setting them is refused with the reason.
+A config is a dataclass, checked when it is made and again when it is used. What a method adds is a subclass with more
+fields, in the method's own file. Fields that PEFT has and this version cannot do are declared too, so that files
+round-trip; setting them is refused with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_param
 PLAIN_TYPES = {"bool": bool, "int": int, "float": (int, float)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdapterConfig:
     """Fields that every method shares: which modules are adapted, which are trained whole, and the file's bookkeeping.
 
@@ -84,7 +85,7 @@ class AdapterConfig:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (set, tuple)):
-                object.__setattr__(self, f.name, sorted(value) if isinstance(value, set) else list(value))
+                setattr(self, f.name, sorted(value) if isinstance(value, set) else list(value))
             reason = self.refused.get(f.name)
             if reason and value not in (default_of(f), None, False):
                 raise RecipeError(f"{type(self).__name__}: {f.name}={value!r} is refused: {reason}")
@@ -197,7 +198,7 @@ def check_dict(config: AdapterConfig, name: str) -> None:
     value = getattr(config, name)
     if value is not None and not isinstance(value, dict):
         raise RecipeError(f"{name}: expected a dict, got {value!r}")
-    object.__setattr__(config, name, value or {})
+    setattr(config, name, value or {})
 
 
 def check_type(what: str, value, annotation: str) -> None:

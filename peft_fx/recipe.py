@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -73,9 +75,9 @@ def as_recipe(obj, adapter_name: str = "default") -> Recipe:
 
 
 def as_config(obj) -> AdapterConfig:
-    """An AdapterConfig from a config of ours, of PEFT's, or a dict. Raises RecipeError."""
+    """An AdapterConfig of its own from a config of ours, of PEFT's, or a dict. Raises RecipeError."""
     if isinstance(obj, AdapterConfig):
-        return obj
+        return dataclasses.replace(copy.deepcopy(obj))  # it may have been changed, and may be again
     if isinstance(obj, dict):
         return config_from_dict(obj)
     if hasattr(obj, "to_dict") and getattr(obj, "peft_type", None) is not None:

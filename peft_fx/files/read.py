@@ -18,14 +18,51 @@ from ..config import CONFIG_FILE as CONFIG
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
 from ..recipe import config_from_dict
+from ..target import ModuleTable
+from .foreign import from_foreign
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 MAX_CONFIG_BYTES = 16 * 2**20
 # methods that PEFT has renamed: old peft_type -> new one, and the part of the keys that changed with it
 RENAMED = {"BONE": ("MISS", ".bone_", ".miss_")}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that most adapters have
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def read_adapter(
+    source, table: ModuleTable, config: AdapterConfig | None = None
+) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+    """Config, and PEFT's keys -> tensors, of an adapter for the model of `table`. Raises AdapterFileError.
+
+    source: an adapter folder or hub id, or a LoRA file of another program's, or the folder of one (`foreign.py`).
+    config: in place of the one that is there.
+    """
+    if (file := foreign_file(source)) is not None:
+        found, tensors = from_foreign(read_safetensors(file), metadata_of(file), table, where=str(source))
+        return config or found, tensors
+    folder = local_folder(source)
+    return config or read_config(folder), read_tensors(folder)
+
+
+def foreign_file(source) -> Path | None:
+    """The one safetensors file that `source` is or has, unless it is an adapter folder."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise AdapterFileError(f"{source}: expected an adapter folder or a .safetensors file; pickles are not opened: "
+                                   "convert it to safetensors")  # fmt: skip
+        return path
+    folder = local_folder(source)
+    if any((folder / name).exists() for name in (CONFIG, TENSORS, PICKLE)):
+        return None
+    names = [DIFFUSERS] if (folder / DIFFUSERS).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(names) > 1:
+        raise AdapterFileError(
+            f"{source}: has no {CONFIG} and several .safetensors files, give one: {', '.join(names)}"
+        )
+    return file_in(folder, names[0]) if names else None
 
 
 def read_config(folder) -> AdapterConfig:
@@ -102,6 +139,11 @@ def of_one_dtype(path: Path) -> dict[str, torch.Tensor] | None:
     return {key: part.view(shape) for key, part, shape in zip(headers, numbers.split(sizes), shapes, strict=True)}
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """PEFT's older format, restricted to tensors: code in it is refused, never run."""
     try:
@@ -132,22 +174,35 @@ def file_in(folder: Path, name: str) -> Path | None:
 
 def local_folder(source) -> Path:
     """A local folder as it is; a hub id is downloaded, adapter files only. Raises AdapterFileError."""
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = located(source)
+    if path.is_file():
         raise AdapterFileError(f"{source}: is a file, expected an adapter folder")
+    return path
+
+
+def located(source, subfolder: str | None = None, **hub) -> Path:
+    """A local file or folder as it is; adapter files of a hub id are downloaded. hub: arguments of `snapshot_download`.
+
+    Raises AdapterFileError.
+    """
+    path = Path(source)
+    if path.exists():
+        return path / subfolder if subfolder else path
     if not HUB_ID.fullmatch(str(source)):
         raise AdapterFileError(f"{source}: no such folder, and no hub id of the form org/name")
-    return download(str(source))
+    if hub.get("use_auth_token") is not None:
+        hub["token"] = hub.pop("use_auth_token")
+    folder = download(str(source), subfolder, hub)
+    return folder / subfolder if subfolder else folder
 
 
-def download(repo_id: str) -> Path:
+def download(repo_id: str, subfolder: str | None, hub: dict) -> Path:
     from huggingface_hub import snapshot_download  # needed for hub ids only
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG, TENSORS, PICKLE]))
+        wanted = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG, TENSORS, PICKLE, DIFFUSERS)]
+        return Path(snapshot_download(repo_id, allow_patterns=wanted, **hub))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise AdapterFileError(f"{repo_id}: no local folder, and not to be had from the hub: {reason}") from error

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +19,18 @@ from ..planning.plan import Plan
 from .read import CONFIG, TENSORS
 
 PEFT_VERSION = "0.21.2"  # the release of PEFT whose files these are
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file with our own version in its header: PEFT warns of any key in the config that it does not know."""
+    metadata = {"format": "pt", "peft_fx": version("peft-fx")}
+    save_file(tensors, path, metadata=metadata)
+    # safetensors writes them in either order; equal adapters are to be equal files
+    one, other = (json.dumps(dict(m), separators=(",", ":")).encode() for m in (metadata, reversed(metadata.items())))
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        file.write(header.replace(other, one, 1))
 
 
 def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> Path:
@@ -33,7 +46,7 @@ def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            save_file(plain(tensors), Path(temporary) / TENSORS, metadata={"format": "pt"})
+            write_tensors(plain(tensors), Path(temporary) / TENSORS)
             (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
             move_into_place(Path(temporary), folder, (TENSORS, CONFIG))
     except OSError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,8 +31,10 @@ from ..methods import get_method
 from ..passes.dynamo import adapt
 from ..passes.fakes import fake_of
 from ..passes.inject import bare
+from ..planning.kinds import Refusal, module_targets
 from ..planning.plan import Placement
 from ..store import ADAPTERS, BaseGraph, State, owner_of
+from ..target import ModuleRecord
 from ..verbs.backend import Backend
 from ..verbs.derive import placements
 from ..verbs.python_parts import give_frames, of_torch
@@ -41,6 +44,15 @@ GRAPHS = 1 << 16
 LIMITS = {"fail_on_recompile_limit_hit": True, "accumulated_recompile_limit": GRAPHS}
 LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
 BASE = "__base__"  # what callers name for rows without an adapter
+# operator kind -> sizes before and behind the features, of inputs that are usual
+INPUTS = {
+    "linear": ([(256,), (2, 128)], ()),
+    "embedding": ([(2, 128)], ()),
+    "norm": ([(2, 128)], ()),
+    "conv1d": ([(2,)], (256,)),
+    "conv2d": ([(2,)], (64, 64)),
+    "conv3d": ([(2,)], (16, 64, 64)),
+}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules that call or hold their parts as modules
 
 
@@ -63,7 +75,10 @@ class Untraceable(Exception):
 
 
 class Traced:
-    """The graph of modules that are alike, for one kind of call. adapted: adapters that are alike -> (what runs, whose tensors)."""
+    """The graph of modules that are alike, for one kind of call.
+
+    adapted: adapters that are alike -> what runs, and whose tensors it takes.
+    """
 
     def __init__(self, module: nn.Module, args: Sequence[torch.Tensor]):
         self.graph, self.names = traced(module, args)
@@ -99,6 +114,7 @@ class Host:
         self.name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
         self.forward = getattr(module, self.name)
         self.dynamo = bool(module._modules)
+        self.used = False
         self.compiled: Callable | None = None
         self.forget()
         setattr(module, self.name, self)
@@ -127,6 +143,8 @@ class Host:
         self.ready = self.tables.setdefault(self.hosts.active, {})
 
     def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            self.foresee()
         if self.hosts.mixed and (rows := self.hosts.rows()):
             return self.by_rows(rows, args, kwargs)
         return self.run(self.ready, self.hosts.active, args, kwargs)
@@ -138,11 +156,19 @@ class Host:
         key = (self.module.training, *map(kind, args))
         ready = table.get(key)
         if ready is None:
-            prepare(self, table, key, active, args)
-            if self.dynamo:
+            if not prepare(self, table, key, active, args):
+                self.dynamo = True
                 return through_dynamo(self, active, args, kwargs)
             ready = table[key]
         return ready.run(*args, *[place[name] for place, name in ready.tensors])
+
+    @torch._dynamo.assume_constant_result
+    def foresee(self) -> None:
+        """Prepares the usual kinds of call, before a compiler that cannot stop for it gets here."""
+        for x in () if self.dynamo else usual_inputs(self.module, self.hosts.backend.state.table[self.path]):
+            key = (self.module.training, kind(x))
+            if key not in self.ready:
+                prepare(self, self.ready, key, self.hosts.active, (x,))
 
     def by_rows(self, rows: Rows, args: tuple, kwargs: dict):
         """Each row of the batch with its own adapter: the rows of one adapter together, then in their order again.
@@ -170,7 +196,7 @@ class Host:
 @torch.compiler.disable(recursive=False)
 def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dict):
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
-    backend = host.hosts.backend
+    backend, host.used = host.hosts.backend, True
     if host.compiled is None:
         host.compiled = torch.compile(host.forward, backend=backend, recompile_limit=GRAPHS, isolate_recompiles=True)
     others = backend.active
@@ -185,18 +211,20 @@ def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dic
 
 
 @torch.compiler.disable
-def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: tuple) -> None:
-    """Fills `table` for such arguments, or leaves the host to Dynamo."""
+def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: tuple) -> bool:
+    """Fills `table` for such arguments. False if no single graph does."""
+    host.used = True
     chosen = host.hosts.placements(host, active)
     if not chosen:
         table[key] = Ready(host.forward, ())
-        return
+        return True
     try:
         # what tracing saves for a backward is nothing to a checkpoint that this call is in
         with saved_tensors_hooks(lambda t: t, lambda t: t):
             table[key] = host.hosts.traced(host.module, key, args).ready(host, chosen)
     except Untraceable:
-        host.dynamo = True
+        return False
+    return True
 
 
 class Rows:
@@ -226,22 +254,40 @@ class Hosts:
         self.opened: dict[nn.Module, Host] = {}
         self.graphs: dict[tuple, Traced] = {}
         self.mixed: dict[int, Rows] = {}
+        self.calls = 0
         backend.complete = True  # its graphs are of single modules: none reads every target
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "graphs": {}, "mixed": {}}
 
+    def lock(self) -> None:
+        """Makes calls of the model forwards to the lock. A copied module has forgotten it."""
+        self.model._compiled_call_impl = self.locked
+
     def locked(self, *args, **kwargs):
         """A call of the model: no swap comes between its modules."""
         if torch.compiler.is_compiling():
             return self.model._call_impl(*args, **kwargs)
+        self.calls += 1
+        if self.calls == 2:
+            self.check_used()
         with self.backend.adapters.peft_fx.sharing.forward():
             return self.model._call_impl(*args, **kwargs)
+
+    def check_used(self) -> None:
+        """Warns of modules with adapters that the first call of the model did not call."""
+        acting = [h for h in self.opened.values() if self.placements(h, self.active)]
+        if unused := [h.path for h in acting if not h.used]:
+            warnings.warn(
+                f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, were not called in the model's first call: "
+                "it has no use for them with such inputs, or reads their weights elsewhere, where no adapter acts",
+                stacklevel=4,
+            )
 
     def refresh(self, active: tuple[str, ...]) -> None:
         """After adapters came or went, or tensors of theirs or of the model were replaced. active: those that act now."""
         self.active = active
-        self.model._compiled_call_impl = self.locked  # copies of modules lose it
+        self.lock()
         self.placed = {name: placements(self.backend.state, name) for name in self.backend.state.recipe}
         paths = {p.target.path for found in self.placed.values() for p in found}
         wholes = {path for path in paths if self.model.get_submodule(path)._modules}
@@ -307,6 +353,21 @@ def kind(x: torch.Tensor) -> tuple:
     return x.dtype, x.dim(), device, autocast
 
 
+def usual_inputs(module: nn.Module, record: ModuleRecord) -> Iterator[torch.Tensor]:
+    """What such a module is usually called with; nothing for one that is not known."""
+    if isinstance(targets := module_targets(record), Refusal):
+        return
+    for target in targets:
+        W = module._parameters[target.parameter]
+        outer, inner = INPUTS[target.kind]
+        for sizes in outer:
+            if target.kind == "embedding":
+                yield W.new_empty(sizes, dtype=torch.long)
+            else:
+                features = target.shape[0] if target.kind == "norm" else target.shape[1] * target.groups
+                yield W.new_empty(*sizes, features, *inner)
+
+
 def likeness(p: Placement) -> tuple:
     """Equal for placements whose graphs differ in nothing but the names of their tensors."""
     shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
@@ -315,7 +376,7 @@ def likeness(p: Placement) -> tuple:
 
 
 def attributes(module: nn.Module) -> Iterator[tuple]:
-    """All that a forward without parts can read of its module: tensors by what a graph sees of them, others by value or identity."""
+    """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers"):
             yield from (

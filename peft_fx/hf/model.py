@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
 
 from ..config import AdapterConfig
 from ..errors import RecipeError
-from ..files.read import local_folder, read_config, read_tensors
+from ..files.read import located, read_adapter
 from ..files.write import plain
+from ..planning.modules import module_table
+from ..planning.plan import PREFIX
 from ..recipe import as_config
 from ..verbs.adapters import save_adapter
 from ..verbs.backend import Backend
@@ -29,28 +33,14 @@ ADAPTERS = "base_model.adapters."  # where the state dict has them
 DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
 
 
-@functools.cache
-def signature_of(forward) -> inspect.Signature:
-    """A method's signature as its instances show it."""
-    full = inspect.signature(forward)
-    return full.replace(parameters=list(full.parameters.values())[1:])
+def signed(model: nn.Module, forward: Callable) -> Callable:
+    """A function like `forward`, a method, with the signature of the model's: from it a Trainer learns what columns it takes."""
 
+    def signed_forward(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
 
-class Signed:
-    """`forward` of a `PeftModel`: its `call`, with the model's signature, from which a Trainer learns what columns it takes.
-
-    No property: accelerate gives an instance a `forward` of its own.
-    """
-
-    def __get__(self, model, owner=None):
-        if model is None:
-            return self
-
-        def forward(*args, **kwargs):
-            return model.call(*args, **kwargs)
-
-        forward.__signature__ = signature_of(type(model.get_base_model()).forward)
-        return forward
+    signed_forward.__signature__ = inspect.signature(type(model).forward)
+    return signed_forward
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -69,7 +59,12 @@ class PeftModel(PushToHubMixin, nn.Module):
         model.requires_grad_(False)
         backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model, frames=False)
         self.base_model = Tuner(model, backend)
+        if not autocast_adapter_dtype:
+            self.base_model.cast_to_base(adapter_name)
+        if getattr(model, "is_activation_checkpointing", False):
+            model.enable_input_require_grads()  # reentrant checkpoints pass gradients on to inputs that ask for them alone
         self.training = model.training
+        self.forward = MethodType(signed(model, type(self).forward), self)
 
     @property
     def __class__(self):
@@ -90,13 +85,11 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # Calls
 
-    forward = Signed()
-
-    def call(self, *args, **kwargs):
-        return self.get_base_model()(*args, **kwargs)
+    def forward(self, *args, **kwargs):
+        return self._modules["base_model"](*args, **kwargs)  # Dynamo takes `self.base_model` for that of `self.__class__`
 
     def generate(self, *args, **kwargs):
-        return self.get_base_model().generate(*args, **kwargs)
+        return self.base_model.generate(*args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The model itself, whose calls run adapted."""
@@ -120,16 +113,17 @@ class PeftModel(PushToHubMixin, nn.Module):
     def add_adapter(self, adapter_name: str, peft_config, low_cpu_mem_usage: bool = False,
                     autocast_adapter_dtype: bool = True) -> None:  # fmt: skip
         """One more adapter, of the type of those there are; it acts once it is set."""
-        self.add(adapter_name, as_config(peft_config))
+        self.add(adapter_name, as_config(peft_config), autocast=autocast_adapter_dtype)
 
-    def add(
-        self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True
-    ) -> None:
+    def add(self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True,
+            autocast: bool = True) -> None:  # fmt: skip
         config = prepared(config, self.get_base_model())
         self.refuse_other_types(config)
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or give another name")
         self.base_model.add(adapter_name, config, source, trainable)
+        if not autocast:
+            self.base_model.cast_to_base(adapter_name)
 
     def refuse_other_types(self, config: AdapterConfig) -> None:
         first = next(iter(self.peft_config.values()), config)
@@ -141,16 +135,24 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
                      autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
-                     low_cpu_mem_usage: bool = False, key_mapping: dict | None = None, **kwargs) -> None:  # fmt: skip
-        """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`."""
-        folder = local_folder(model_id)
+                     low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
+                     **hub) -> _IncompatibleKeys:  # fmt: skip
+        """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`.
+
+        key_mapping: regex -> replacement, for modules that are called otherwise in the files. hub: subfolder, revision, token and
+        whatever else huggingface_hub's `snapshot_download` takes. The two options on memory are not read: a file's tensors are
+        taken as they are. Raises AdapterFileError for files that do not fit: what is returned is empty.
+        """
+        config, tensors = read_adapter(located(model_id, **hub), self.base_model.backend.state.table)
+        tensors = renamed(tensors, key_mapping)
         if adapter_name in self.peft_config:
-            self.base_model.backend.hotswap(folder, adapter_name)
+            self.base_model.backend.hotswap((config, tensors), adapter_name)
         else:
-            self.add(adapter_name, read_config(folder), (read_tensors(folder), str(model_id)), is_trainable)
+            self.add(adapter_name, config, (tensors, str(model_id)), is_trainable, autocast_adapter_dtype)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
+        return _IncompatibleKeys([], [])
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """The one adapter that acts from now on, and is trainable unless inference_mode."""
@@ -194,12 +196,17 @@ class PeftModel(PushToHubMixin, nn.Module):
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id, adapter_name: str = DEFAULT, is_trainable: bool = False,
                         config=None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
-                        low_cpu_mem_usage: bool = False, key_mapping: dict | None = None, **kwargs) -> PeftModel:  # fmt: skip
-        """The model with an adapter from PEFT's files: a folder, or a Hub id. The class follows the file's task_type."""
-        folder = local_folder(model_id)
-        config = read_config(folder) if config is None else as_config(config)
+                        low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
+                        **hub) -> PeftModel:  # fmt: skip
+        """The model with an adapter from PEFT's files: a folder, or a Hub id. The class follows the file's task_type.
+
+        The arguments are those of `load_adapter`.
+        """
+        given = None if config is None else as_config(config)
+        config, tensors = read_adapter(located(model_id, **hub), module_table(model), given)
         chosen = class_of(config) if cls is PeftModel else cls
-        made = chosen(model, config, adapter_name, source=(read_tensors(folder), str(model_id)), trainable=is_trainable)
+        made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable,
+                      source=(renamed(tensors, key_mapping), str(model_id)))  # fmt: skip
         return made.train(is_trainable and made.training)
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
@@ -296,13 +303,15 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
     return chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
-def tuner_of(model: nn.Module) -> Tuner:
-    """Raises TypeError for a model that `get_peft_model` did not make."""
-    if not isinstance(model, PeftModel):
-        raise TypeError(
-            f"expected a PeftModel from get_peft_model or PeftModel.from_pretrained, got {type(model).__name__}"
-        )
-    return model.base_model
+def renamed(tensors: dict, mapping: dict[str, str] | None) -> dict:
+    """The tensors under keys in which the first regex that matches is replaced."""
+
+    def new(key: str) -> str:
+        path = key.removeprefix(PREFIX)
+        changed = (re.sub(pattern, to, path) for pattern, to in (mapping or {}).items() if re.search(pattern, path))
+        return key[: len(key) - len(path)] + next(changed, path)
+
+    return {new(key): tensor for key, tensor in tensors.items()}
 
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:

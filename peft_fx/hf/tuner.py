@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+from rich.progress import track
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..config import AdapterConfig
-from ..store import Resident, get_tensor, owner_of
+from ..store import ADAPTERS, Resident, get_tensor, owner_of
 from ..verbs.backend import Backend
 from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .hosts import Hosts
+from .hosts import BASE, Hosts
+
+INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
+CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
 
 
 class Tuner(nn.Module):
@@ -38,18 +43,49 @@ class Tuner(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.backend.keep(self.backend.adapters)  # a copied graph module has the adapters, but not the model's tree
-        self.refresh()
+        if "_modules" in self.model.__dict__:  # not while a model is copied that holds its tuner
+            self.hosts.lock()
 
     def refresh(self) -> None:
         """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
         self.adapters = self.backend.adapters.peft_fx.adapters
+        if INJECTED in self.model.__dict__:
+            self.model.add_module(CHILD, self.adapters)
         acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
         self.backend.set_adapter(acting)
         self.hosts.refresh(acting)
 
-    def forward(self, *args, **kwargs):
-        return self.model(*args, **kwargs)
+    def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self.by_rows(adapter_names, (args, kwargs)):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        if adapter_names is None:
+            return self.model.generate(*args, **kwargs)
+        with self.by_rows(adapter_names, (args, kwargs)):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def by_rows(self, names: list[str], inputs: tuple) -> Iterator[None]:
+        """Inside the block each row of a batch goes through the adapter named for it, "__base__" for none.
+
+        Raises ValueError in training, for merged adapters, unknown names, and another number of names than rows.
+        """
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call eval() first")
+        if self.merged_adapters:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call unmerge_adapter() first")
+        self.known(set(names) - {BASE})
+        first = next((x for x in tree_leaves(inputs) if torch.is_tensor(x) and x.dim()), None)
+        if first is not None and len(first) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(first)} respectively."
+            )
+        with self.hosts.by_rows(names) if self.enabled else nullcontext():
+            yield
 
     def __getattr__(self, name: str):
         try:
@@ -73,6 +109,15 @@ class Tuner(nn.Module):
         """source: (file's tensors, where), None for initial values. It does not act until `set_adapter`."""
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
+
+    def cast_to_base(self, name: str) -> None:
+        """An adapter's parameters in the dtype of the weights that they are for."""
+        for p in placements(self.backend.state, name):
+            dtype = get_tensor(self.model, p.target.name).dtype
+            for tensor in p.tensors:
+                parameter = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}")
+                if isinstance(parameter, nn.Parameter) and dtype.is_floating_point:
+                    parameter.data = parameter.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
                              combination_type: str = "svd", **options) -> None:  # fmt: skip
@@ -136,7 +181,9 @@ class Tuner(nn.Module):
 
     # Merging
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
         """Folds adapters, None: the active ones, into the model's parameters. safe_merge: refuse inf and nan."""
         names = tuple(adapter_names or self.chosen)
         self.known(names)
@@ -147,7 +194,7 @@ class Tuner(nn.Module):
         chosen = [p for name in names for p in placements(state, name)]
         refuse_no_weight(chosen)
         results = {}
-        for group in by_target(chosen).values():
+        for group in track(by_target(chosen).values(), "Merging", disable=not progressbar):
             found, _ = folded(self.backend.adapters, group, safe_merge)
             results |= found
         with self.backend.adapters.peft_fx.sharing.writing(results.values()):
@@ -196,5 +243,19 @@ class Tuner(nn.Module):
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
         """The model with adapters folded in, and nothing else left of them."""
-        self.merge_adapter(adapter_names, safe_merge)
+        self.merge_adapter(adapter_names, safe_merge, progressbar)
+        if any(self.backend.state.table.tied_to(name) for name in self.replaced) and hasattr(self.model, "config"):
+            self.model.config.tie_word_embeddings = False  # or the next from_pretrained would tie them again
         return self.unload()
+
+
+def tuner_of(model: nn.Module) -> Tuner:
+    """The adapters of a PeftModel, or of a model that they were injected into. Raises TypeError for any other."""
+    inside = model._modules.get("base_model")
+    tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
+    if not isinstance(tuner, Tuner):
+        raise TypeError(
+            f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
+            "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
+        )
+    return tuner

@@ -25,7 +25,7 @@ from .matrices import Matrices, row_size
 from .scales import fixed
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdaLoraConfig(LoraConfig):
     peft_type = "ADALORA"
     ignored = (*LoraConfig.refused, "use_rslora", "lora_bias", "alpha_pattern", "use_dora")

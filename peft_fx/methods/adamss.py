@@ -27,7 +27,7 @@ from .matrices import Matrices, row_size
 from .subspaces import clusters, directions, existing, join_A, join_B, leading, split_A, split_B, start
 
 
-@dataclass(frozen=True)
+@dataclass
 class AdamssConfig(AsaFields):
     peft_type = "ADAMSS"
     absent = LORA_ONLY | {"bias", "exclude_modules"}

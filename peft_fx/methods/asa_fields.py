@@ -8,7 +8,7 @@ from ..config import AdapterConfig, nonnegative, positive, probability, rank
 from ..errors import RecipeError
 
 
-@dataclass(frozen=True)
+@dataclass
 class AsaFields(AdapterConfig):
     use_asa: bool = False
     asa_target_subspaces: int = rank(50)

@@ -15,7 +15,7 @@ from .base import OutputMap, Tensor
 from .inits import normal, zeros
 
 
-@dataclass(frozen=True)
+@dataclass
 class BeftConfig(AdapterConfig):
     peft_type = "BEFT"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}

@@ -23,7 +23,7 @@ from .orthogonal import NO_INPUTS, cayley, without_blocks_of_one
 from .shapes import indivisible
 
 
-@dataclass(frozen=True)
+@dataclass
 class BOFTConfig(AdapterConfig):
     peft_type = "BOFT"
     absent = LORA_ONLY

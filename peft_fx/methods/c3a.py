@@ -24,7 +24,7 @@ from .matrices import row_size
 from .shapes import nearest_divisor
 
 
-@dataclass(frozen=True)
+@dataclass
 class C3AConfig(AdapterConfig):
     peft_type = "C3A"
     absent = LORA_ONLY | {"exclude_modules"}

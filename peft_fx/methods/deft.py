@@ -25,7 +25,7 @@ from .matrices import row_size
 STD = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeftConfig(AdapterConfig):
     peft_type = "DEFT"
     absent = LORA_ONLY

@@ -23,7 +23,7 @@ from .matrices import Matrices
 SMALLEST = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass
 class DeloraConfig(AdapterConfig):
     peft_type = "DELORA"
     absent = LORA_ONLY

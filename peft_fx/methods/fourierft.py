@@ -16,7 +16,7 @@ import torch
 from .spectral import Spectral, SpectralConfig
 
 
-@dataclass(frozen=True)
+@dataclass
 class FourierFTConfig(SpectralConfig):
     peft_type = "FOURIERFT"
 

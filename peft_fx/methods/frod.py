@@ -22,7 +22,7 @@ from .matrices import row_size
 from .rotations import categories, decompose, nonzeros, of_category, start
 
 
-@dataclass(frozen=True)
+@dataclass
 class FrodConfig(AdapterConfig):
     peft_type = "FROD"
     absent = LORA_ONLY | {"exclude_modules"}

@@ -21,7 +21,7 @@ from .matrices import row_size
 FIELD = dict(A="config_A_B", B="config_A_B", C="config_C", D="config_D_E", E="config_D_E")
 
 
-@dataclass(frozen=True)
+@dataclass
 class GloraConfig(AdapterConfig):
     peft_type = "GLORA"
     absent = LORA_ONLY | {"exclude_modules", "layers_pattern", "layers_to_transform"}

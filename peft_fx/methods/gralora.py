@@ -25,7 +25,7 @@ from .scales import fixed
 from .shapes import divisors
 
 
-@dataclass(frozen=True)
+@dataclass
 class GraloraConfig(AdapterConfig):
     peft_type = "GRALORA"
     absent = LORA_ONLY | {"exclude_modules"}

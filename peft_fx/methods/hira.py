@@ -19,7 +19,7 @@ from .base import Rewrite, Tensor
 from .inits import kaiming, normal, scaled_normal, zeros
 
 
-@dataclass(frozen=True)
+@dataclass
 class HiraConfig(AdapterConfig):
     peft_type = "HIRA"
     absent = LORA_ONLY | {"bias"}

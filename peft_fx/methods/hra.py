@@ -23,7 +23,7 @@ from .matrices import row_size
 from .orthogonal import NO_INPUTS, single
 
 
-@dataclass(frozen=True)
+@dataclass
 class HRAConfig(AdapterConfig):
     peft_type = "HRA"
     absent = LORA_ONLY

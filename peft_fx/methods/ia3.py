@@ -18,7 +18,7 @@ from .base import InputMap, OutputMap, Tensor
 from .inits import normal, ones
 
 
-@dataclass(frozen=True)
+@dataclass
 class IA3Config(AdapterConfig):
     peft_type = "IA3"
     absent = LORA_ONLY | {"bias", "layers_pattern", "layers_to_transform"}

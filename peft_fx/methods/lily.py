@@ -19,7 +19,7 @@ from .base import Branch, Tensor, Together
 from .inits import constant, kaiming, zeros
 
 
-@dataclass(frozen=True)
+@dataclass
 class LilyConfig(AdapterConfig):
     peft_type = "LILY"
     absent = LORA_ONLY | {"bias"}

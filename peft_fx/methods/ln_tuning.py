@@ -19,7 +19,7 @@ from .inits import copy_base
 TRAINED = {"parameter": True, "buffer": False}  # kind of what a module owns -> whether its copy is trained
 
 
-@dataclass(frozen=True)
+@dataclass
 class LNTuningConfig(AdapterConfig):
     peft_type = "LN_TUNING"
     absent = LORA_ONLY | {"bias", "layers_pattern", "layers_to_transform"}

@@ -23,7 +23,7 @@ from .lycoris import Lycoris, LycorisConfig, core_shape, with_core
 from .matrices import row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoHaConfig(LycorisConfig):
     peft_type = "LOHA"
 

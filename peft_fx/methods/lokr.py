@@ -30,7 +30,7 @@ from .shapes import factorization
 AT_ZERO = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoKrConfig(LycorisConfig):
     peft_type = "LOKR"
 

@@ -22,7 +22,7 @@ from .lora_fields import LoraFields
 from .scales import Ranked, fixed
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoraConfig(LoraFields):
     peft_type = "LORA"
     ranked = "r"

@@ -10,7 +10,7 @@ NEEDS_DATA = "initialisations that look at data are not part of this version"
 VARIANT = "this LoRA variant is not part of this version"
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoraFields(AdapterConfig):
     refused = dict.fromkeys(
         ("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora",

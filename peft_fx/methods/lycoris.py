@@ -20,7 +20,7 @@ from .base import Branch
 from .scales import Ranked
 
 
-@dataclass(frozen=True)
+@dataclass
 class LycorisConfig(AdapterConfig):
     absent = LORA_ONLY | {"bias"}
     ranked = "r"

@@ -25,7 +25,7 @@ from .matrices import row_size
 from .shapes import indivisible
 
 
-@dataclass(frozen=True)
+@dataclass
 class MissConfig(AdapterConfig):
     peft_type = "MISS"
     absent = LORA_ONLY

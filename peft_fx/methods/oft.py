@@ -25,7 +25,7 @@ from .matrices import row_size
 from .orthogonal import NO_INPUTS, terms
 
 
-@dataclass(frozen=True)
+@dataclass
 class OFTConfig(AdapterConfig):
     peft_type = "OFT"
     absent = LORA_ONLY

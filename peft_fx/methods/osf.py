@@ -24,7 +24,7 @@ from .inits import normal
 from .matrices import Matrices, row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class OSFConfig(AdapterConfig):
     peft_type = "OSF"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}

@@ -43,7 +43,7 @@ def method(name: str) -> Callable[[type[Method]], type[Method]]:
 
 
 def config_of(cls: type[Method], peft_type: str) -> type[AdapterConfig]:
-    """The nested config, or one made of the class's annotated attributes, as a frozen dataclass."""
+    """The nested config, or one made of the class's annotated attributes, as a dataclass."""
     nested = vars(cls).get("Config")
     source = cls if nested is None else nested
     base = getattr(cls, "Config", AdapterConfig)
@@ -55,4 +55,4 @@ def config_of(cls: type[Method], peft_type: str) -> type[AdapterConfig]:
         if without := [n for n in own if n not in vars(source)]:
             raise RecipeError(f"{peft_type}: config field {without[0]!r} has no default")
         body |= {"__annotations__": own} | {n: vars(source)[n] for n in own}
-    return dataclasses.dataclass(frozen=True)(type("Config", (base,), body))
+    return dataclasses.dataclass(type("Config", (base,), body))

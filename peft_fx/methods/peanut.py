@@ -25,7 +25,7 @@ TRAINED = ("prelu", "xielu")  # activations with parameters, for which the file 
 MAX_DEPTH = 1024  # a file that asks for more is damaged or hostile
 
 
-@dataclass(frozen=True)
+@dataclass
 class PeanutConfig(AdapterConfig):
     peft_type = "PEANUT"
     absent = LORA_ONLY | {"bias"}

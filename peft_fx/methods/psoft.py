@@ -24,7 +24,7 @@ from .matrices import Matrices, row_size
 from .orthogonal import cayley, identity_like, neumann, skew, terms
 
 
-@dataclass(frozen=True)
+@dataclass
 class PsoftConfig(AdapterConfig):
     peft_type = "PSOFT"
     absent = LORA_ONLY | {"bias"}

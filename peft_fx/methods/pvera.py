@@ -24,7 +24,7 @@ from .base import Tensor
 from .vera import VeRA
 
 
-@dataclass(frozen=True)
+@dataclass
 class PveraConfig(AdapterConfig):
     peft_type = "PVERA"
     absent = LORA_ONLY | {"exclude_modules"}

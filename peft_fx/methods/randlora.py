@@ -25,7 +25,7 @@ from .inits import constant, normal, zeros
 from .matrices import Matrices, row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class RandLoraConfig(AdapterConfig):
     peft_type = "RANDLORA"
     absent = LORA_ONLY | {"exclude_modules"}

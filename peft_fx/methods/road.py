@@ -25,7 +25,7 @@ from .shapes import divisors
 SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}  # variant -> numbers per output feature
 
 
-@dataclass(frozen=True)
+@dataclass
 class RoadConfig(AdapterConfig):
     peft_type = "ROAD"
     absent = LORA_ONLY | {"exclude_modules", "layers_to_transform", "layers_pattern", "bias"}

@@ -25,7 +25,7 @@ from .inits import normal, ones, zeros
 from .matrices import row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShiraConfig(AdapterConfig):
     peft_type = "SHIRA"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}

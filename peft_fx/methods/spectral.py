@@ -24,7 +24,7 @@ from .matrices import row_size
 from .scales import fixed
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpectralConfig(AdapterConfig):
     absent = LORA_ONLY
 

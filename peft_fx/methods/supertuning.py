@@ -27,7 +27,7 @@ from .matrices import row_size
 MAX_SIZE = 2**31  # files hold positions as int32
 
 
-@dataclass(frozen=True)
+@dataclass
 class SupertuningConfig(AdapterConfig):
     peft_type = "SUPERTUNING"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
@@ -43,7 +43,7 @@ class SupertuningConfig(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.r is not None and self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", float(2 * self.r))
+            self.lora_alpha = float(2 * self.r)
 
 
 class SuperTuning(Entries):

@@ -25,7 +25,7 @@ from .inits import normal, uniform, zeros
 from .matrices import Matrices, row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class TinyLoraConfig(AdapterConfig):
     peft_type = "TINYLORA"
     absent = LORA_ONLY | {"exclude_modules"}

@@ -17,7 +17,7 @@ from .substitute import Tokens
 HOLDERS = {("embedding", True), ("linear", False)}  # (kind, stored transposed) of what has a row per token
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainableTokensConfig(AdapterConfig):
     peft_type = "TRAINABLE_TOKENS"
     absent = LORA_ONLY | {"bias", "exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"}
@@ -52,7 +52,7 @@ class TrainableTokens(Tokens):
 
     def tensors(self, target, config):
         named = replace(config, token_indices=[])
-        object.__setattr__(named, "trainable_token_indices", config.token_indices)
+        named.trainable_token_indices = config.token_indices
         spec = super().tensors(target, named)
         rows = replace(spec["trainable_tokens_delta"], key="trainable_tokens_delta")
         rows = rows if config.init_weights else replace(rows, init=normal)

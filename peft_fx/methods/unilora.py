@@ -21,7 +21,7 @@ from .inits import normal, uniform
 from .matrices import Matrices, row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class UniLoraConfig(AdapterConfig):
     peft_type = "UNILORA"
     absent = LORA_ONLY | {"exclude_modules"}

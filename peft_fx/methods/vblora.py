@@ -23,7 +23,7 @@ from .shapes import indivisible
 from .topk import topk_pieces
 
 
-@dataclass(frozen=True)
+@dataclass
 class VBLoRAConfig(AdapterConfig):
     peft_type = "VBLORA"
     absent = LORA_ONLY

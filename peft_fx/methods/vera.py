@@ -19,7 +19,7 @@ from .inits import constant, normal, ones, zeros
 from .matrices import Matrices, row_size
 
 
-@dataclass(frozen=True)
+@dataclass
 class VeraConfig(AdapterConfig):
     peft_type = "VERA"
     absent = LORA_ONLY | {"exclude_modules"}

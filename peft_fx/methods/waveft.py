@@ -22,7 +22,7 @@ from .spectral import Spectral, SpectralConfig, too_many
 from .wavelets import FILTERS, dwt, idwt, low_and_high
 
 
-@dataclass(frozen=True)
+@dataclass
 class WaveFTConfig(SpectralConfig):
     peft_type = "WAVEFT"
 

@@ -14,11 +14,12 @@ from torch import fx, nn
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, GraphError, RecipeError
 from ..files.match import match_tensors
-from ..files.read import local_folder, read_config, read_tensors
+from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
 from ..methods.base import Tensor, crop_to
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
+from ..planning.selection import resolved_target_modules
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
 from ..target import Target
@@ -52,16 +53,15 @@ def load_adapter(
     trainable: bool = False,
     lowering: str = "auto",
 ) -> fx.GraphModule:
-    """Adds an adapter from PEFT's files (a folder, or a Hub repository id).
+    """Adds an adapter from PEFT's files (a folder, or a Hub repository id), or from a LoRA file of diffusers' or kohya-ss's.
 
     It becomes active if no adapter is; else it stays resident until `set_adapter`, as in PEFT.
     trainable: whether its tensors require grad. lowering: as for `apply`. Raises AdapterFileError for files that cannot be
     read or do not fit.
     """
     state = state_of(graph, "load_adapter")
-    folder = local_folder(path)
-    config = read_config(folder)
-    resident, source = Resident(config, lowering), (read_tensors(folder), str(path))
+    config, tensors = read_adapter(path, state.table)
+    resident, source = Resident(config, lowering), (tensors, str(path))
     gm = with_adapter(graph, adapter_name, resident, source, trainable, activate=not state.active)
     return derived(gm, state_of(gm))
 
@@ -101,10 +101,11 @@ def only_one_with_biases(state: State, name: str, config: AdapterConfig) -> None
 def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool) -> None:
     """Registers a placement's tensors, initialised or from a file."""
     base = get_tensor(gm, placement.target.name)
+    device = offloaded_to(gm.get_submodule(placement.target.path)) if base.device.type == "meta" else None
     for name, spec in placement.tensors.items():
         if name in placement.shared:
             continue
-        tensor = empty_tensor(spec, base)
+        tensor = empty_tensor(spec, base, device)
         state_name = placement.state_name(name)
         fill(tensor, gm, placement, name, (values or {}).get(state_name), {})
         full = f"{ADAPTERS}.{state_name}"
@@ -141,9 +142,16 @@ def base_weight(gm: fx.GraphModule, target: Target) -> torch.Tensor:
     return to_canonical(W if target.expert is None else W[target.expert], target)
 
 
-def empty_tensor(spec: Tensor, base: torch.Tensor) -> torch.Tensor:
-    """Memory for one tensor of an adapter of the weight `base`."""
-    return torch.empty(spec.shape, dtype=spec.dtype_on(base.dtype), device=base.device)
+def empty_tensor(spec: Tensor, base: torch.Tensor, device=None) -> torch.Tensor:
+    """Memory for one tensor of an adapter of the weight `base`, where that is unless a device is given."""
+    return torch.empty(spec.shape, dtype=spec.dtype_on(base.dtype), device=base.device if device is None else device)
+
+
+def offloaded_to(module: nn.Module):
+    """The device to which accelerate brings a module's weights for a call; None if it does not."""
+    hook = getattr(module, "_hf_hook", None)
+    devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
+    return next((d for d in devices if d is not None), None)
 
 
 def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule:
@@ -208,6 +216,11 @@ def adapter_files(
         tensors |= zip(keys, found, strict=True)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
+    # Default targets are written out, as PEFT does: SGLang reads the names from here. A regex, which the defaults of a few
+    # models are, cannot stand beside layers_to_transform; there readers apply the default again.
+    names = resolved_target_modules(state.table, config)
+    if isinstance(names, list) or config.layers_to_transform is None:
+        config = dataclasses.replace(config, target_modules=names)
     return file_config(config, plan), tensors
 
 

@@ -73,6 +73,7 @@ class Backend:
         self.inner = inner
         self.model: nn.Module | None = None
         self._adapters: fx.GraphModule | None = None
+        self.copied = False
         self.read: set[str] = set()  # targets that some graph reads
         self.deleted = 0  # how many adapters: a name may come again with other tensors
         self.complete = False
@@ -92,7 +93,7 @@ class Backend:
             for name, config, source in self.wanted:
                 if config.layer_replication:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
-                trainable = source is None or self.trainable
+                trainable = (source is None or self.trainable) and not config.inference_mode
                 gm = with_adapter(gm, name, Resident(config, self.lowering), source, trainable, activate=True)
             self.model, self.frames = model, frames
             self.keep(gm)
@@ -101,7 +102,7 @@ class Backend:
 
     def keep(self, gm: fx.GraphModule) -> None:
         """From now on the adapters are those of `gm`."""
-        self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
+        self._adapters, self.copied = without_graph(self.model, gm.peft_fx, state_of(gm)), False
 
     def add(self, name: str, resident: Resident, source: tuple | None = None, trainable: bool = True) -> None:
         """One more adapter, which does not act yet. source: (file's tensors, where); None: it starts as its method does.
@@ -140,7 +141,12 @@ class Backend:
         """The model's tree with the adapters beside it and no operators: what save_adapter and hotswap take."""
         if self._adapters is None:
             raise GraphError("this backend has no model yet: peft_fx.backend(recipe, model=model), or .attach(model)")
+        if self.copied:
+            self.keep(self._adapters)  # a copied graph module has the adapters, but not the model's tree
         return self._adapters
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, copied=True)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapters' parameters, named <adapter>.<target>.<tensor>."""

@@ -17,7 +17,7 @@ from torch import fx, nn
 from ..config import AdapterConfig
 from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
-from ..files.read import local_folder, read_config, read_tensors
+from ..files.read import read_adapter
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
 from ..methods.inits import number_of
@@ -68,8 +68,8 @@ class Swap:
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
-    tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: a folder
-    with PEFT's files, a pair (config, file key -> tensor), or what `prepare_swap` made of either. Graphs derived from one
+    tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: what
+    `load_adapter` takes, a pair (config, file key -> tensor), or what `prepare_swap` made of either. Graphs derived from one
     another share the adapter's tensors: all of them see the swap. An optimiser that keeps running keeps the momentum of the
     numbers before: clear its `state`, as for any parameter that is overwritten. On a graph from `reserve` a new
     adapter_name takes a free slot, which stays off until `switch`.
@@ -130,8 +130,7 @@ def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
     if isinstance(path, tuple):
         (config, tensors), where = path, "what was given"
     else:
-        folder = local_folder(path)
-        config, tensors, where = read_config(folder), read_tensors(folder), str(path)
+        (config, tensors), where = read_adapter(path, state.table), str(path)
     plan = planned(state, slot, config)
     return config, plan, match_tensors(plan, tensors, where=where)
 

@@ -150,6 +150,8 @@ def skeleton(model: nn.Module) -> nn.Module:
         if module not in copies:
             new = copies[module] = nn.Module()
             new.training = module.training
+            if hasattr(module, "_hf_hook"):  # accelerate's: says where offloaded weights are during a call
+                new._hf_hook = module._hf_hook
             new._parameters.update(module._parameters)
             new._buffers.update(module._buffers)
             new._non_persistent_buffers_set |= module._non_persistent_buffers_set

@@ -1,0 +1,127 @@
+"""The base model's embedding and head in an adapter's file: a model that got new tokens is not the one on the Hub any more.
+
+PEFT writes them where it must assume that they are no longer the base's (`save_embedding_layers="auto"`): if the config names
+them as targets, trained token rows aside, or if the vocabulary has another size than the base's config says. Their keys
+tell how PEFT wraps the module. Loading writes them into the base model.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from torch import nn
+
+from ..config import AdapterConfig
+from ..errors import AdapterFileError
+from ..planning.modules import module_table
+from ..planning.plan import PREFIX
+from ..planning.selection import choose_saved
+from ..store import get_tensor
+from ..target import ModuleTable
+from ..verbs.derive import placements
+from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from .tuner import Tuner
+
+# what a module's own parameters are called below its path, by the method on it; "": none is
+BASE = {"SAVED": "original_module.", "TOKENS": "token_adapter.base_layer.", "": ""}
+ADAPTED = "base_layer."  # any other
+COPY = "modules_to_save."  # PEFT writes a saved module's trained copy twice
+
+
+def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") -> dict[str, torch.Tensor]:
+    """File key -> tensor: what goes into the adapter's file besides its own tensors. save_embedding_layers: as in PEFT."""
+    model, config = tuner.model, tuner.peft_config[adapter]
+    targeted = names_embedding(model, config)
+    save = save_embedding_layers
+    if save == "auto":
+        save = changed(model, config, targeted)
+    if not save:
+        return {}
+    state = tuner.backend.state
+    paths = embedding_paths(state.table)
+    if not paths:
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=3
+        )
+    methods = {p.target.path: p.method for p in placements(state, adapter)}
+    found = {}
+    for path in paths:
+        method = methods.get(path, "")
+        if targeted and method in BASE:
+            continue
+        for name in model.get_submodule(path).state_dict():
+            # what a merge has replaced is the base's
+            tensor = tuner.replaced.get(f"{path}.{name}", get_tensor(model, f"{path}.{name}"))
+            found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = tensor.detach()
+    return found
+
+
+def embedding_paths(table: ModuleTable) -> list[str]:
+    """Of the input embedding and of the head; [] for models that are not transformers'."""
+    return list(dict.fromkeys(p for p in (table.input_embedding, table.output_head) if p is not None))
+
+
+def names_embedding(model: nn.Module, config: AdapterConfig) -> bool:
+    """Whether target_modules has one of the two names of embeddings that PEFT looks for."""
+    names = config.target_modules or []
+    if not isinstance(names, str):
+        return any(name in names for name in EMBEDDING_LAYER_NAMES)
+    if names == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return False
+    paths = (path for path, _ in model.named_modules() if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+    return any(re.fullmatch(names, path) for path in paths)
+
+
+def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
+    """What "auto" means."""
+    tokens = config.peft_type == "TRAINABLE_TOKENS" or config.trainable_token_indices is not None
+    if targeted and not tokens:
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
+        )
+        return True
+    size, base = getattr(getattr(model, "config", None), "vocab_size", None), config.base_model_name_or_path
+    if not size or not base:
+        return False
+    try:
+        before = type(model.config).from_pretrained(base).vocab_size
+    except (OSError, ValueError):  # no such folder or repository, or offline and not in the cache
+        warnings.warn(
+            f"Could not find a config file in {base} - will assume that the vocabulary was not modified.", stacklevel=4
+        )
+        return False
+    if size != before:
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
+            stacklevel=4,
+        )
+    return size != before
+
+
+def load_embeddings(model: nn.Module, config: AdapterConfig, tensors: dict, where: str) -> dict[str, torch.Tensor]:
+    """Writes what a file has of the base's embedding and head into `model`; returns the adapter's own tensors.
+
+    Raises AdapterFileError, and has changed nothing, for a tensor of another shape than the model's.
+    """
+    table, rest, new = module_table(model), dict(tensors), []
+    saved = {s.path for s in choose_saved(table, config)[0]}
+    for path in embedding_paths(table):
+        infixes = [ADAPTED, *BASE.values()]
+        if path in saved:
+            infixes.remove("")  # the key of the trained copy
+        for name, parameter in model.get_submodule(path).state_dict(keep_vars=True).items():
+            rest.pop(f"{PREFIX}{path}.{COPY}{name}", None)
+            for key in (key for infix in infixes if (key := f"{PREFIX}{path}.{infix}{name}") in rest):
+                tensor = rest.pop(key)
+                if tensor.shape != parameter.shape:
+                    raise AdapterFileError(
+                        f"{where}: {key}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}: "
+                        f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
+                    )
+                new.append((parameter, tensor))
+    with torch.no_grad():
+        for parameter, tensor in new:
+            parameter.copy_(tensor)
+    return rest

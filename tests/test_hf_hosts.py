@@ -1,0 +1,214 @@
+"""How calls of a PeftModel run: module by module, and what may be done to the model around that."""
+
+import copy
+import threading
+
+import accelerate
+import peft
+import pytest
+import torch
+from graphs import inputs, model_of
+from torch import nn
+
+import peft_fx
+
+LORA = dict(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tuned(name="tied_llama", **config):
+    torch.manual_seed(0)
+    return peft_fx.get_peft_model(model_of(name).eval(), {"peft_type": "LORA", **LORA, **config}).eval()
+
+
+def logits(model, name="tied_llama", **more):
+    return model(**inputs(name), **more).logits
+
+
+def pefts(model, folder, name="tied_llama"):
+    """PEFT's model with the adapter of ours."""
+    model.save_pretrained(folder)
+    return peft.PeftModel.from_pretrained(model_of(name).eval(), folder)
+
+
+def through_dynamo(model):
+    return [h.path for h in model.base_model.hosts.opened.values() if h.dynamo]
+
+
+@pytest.mark.parametrize("name", ["tied_llama", "gpt2", "bert", "mixtral"])
+def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
+    """One graph, before any call was made; in it a swap compiles nothing."""
+    targets = {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}  # PEFT reads more into "all-linear" there
+    model = tuned(name, **targets)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(**inputs(name))[0]
+    torch.testing.assert_close(found, model(**inputs(name))[0])
+    tuned(name, r=2, lora_alpha=7, **targets).save_pretrained(tmp_path)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        peft_fx.hotswap_adapter(model, tmp_path, "default")
+        swapped = compiled(**inputs(name))[0]
+    torch.testing.assert_close(swapped, pefts(model, tmp_path / "new", name)(**inputs(name))[0])
+    assert (swapped - found).abs().max() > 1e-3
+
+
+def test_a_model_prepared_for_swaps_takes_larger_ranks_without_compiling(tmp_path):
+    model = tuned()
+    tuned(r=12, lora_alpha=5).save_pretrained(tmp_path)
+    with pytest.raises(peft_fx.HotswapError, match="rank|shape|larger"):
+        peft_fx.hotswap_adapter(model, tmp_path, "default")
+    before = logits(model)
+    peft_fx.prepare_model_for_compiled_hotswap(model, target_rank=16)
+    torch.testing.assert_close(logits(model), before)
+    model.compile(backend="aot_eager", fullgraph=True)
+    logits(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        peft_fx.hotswap_adapter(model, tmp_path, "default")
+        found = logits(model)
+    torch.testing.assert_close(
+        found,
+        pefts(model, tmp_path / "new").logits
+        if False
+        else logits(peft.PeftModel.from_pretrained(model_of("tied_llama").eval(), tmp_path)),
+    )
+    with pytest.raises(ValueError, match="before"):
+        peft_fx.prepare_model_for_compiled_hotswap(model, target_rank=16)
+
+
+@pytest.mark.slow
+def test_inductor_and_export_take_it_too():
+    model = tuned()
+    expected = logits(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(**inputs("tied_llama")).logits, expected)
+    program = torch.export.export(model, (), {**inputs("tied_llama"), "use_cache": False}, strict=False)
+    torch.testing.assert_close(program.module()(**inputs("tied_llama"), use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_is_pefts(tmp_path, dtype):
+    model = peft_fx.get_peft_model(model_of("tied_llama").to(dtype).eval(), {"peft_type": "LORA", **LORA}).eval()
+    model.save_pretrained(tmp_path)
+    reference = peft.PeftModel.from_pretrained(model_of("tied_llama").to(dtype).eval(), tmp_path)
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert torch.equal(logits(model), logits(reference)) or dtype == torch.bfloat16
+            torch.testing.assert_close(logits(model), logits(reference), atol=1e-2, rtol=0)
+
+
+def test_copies_are_adapted_and_apart():
+    model = tuned()
+    before = logits(model)
+    for copied in (copy.deepcopy(model), copy.deepcopy(model.get_base_model())):
+        assert torch.equal(logits(copied), before)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.base_model.adapters.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(model), before) and not torch.equal(logits(copied), before)
+    copied.add_adapter("other", model.peft_config["default"])
+    copied.set_adapter("other")
+    assert not torch.equal(logits(copied), logits(model)) and copied.merge_and_unload() is not model.get_base_model()
+
+
+def test_tensors_may_be_replaced_and_moved():
+    """What runs reads the tensors that the modules hold at the time."""
+    model = tuned()
+    before = logits(model)
+    q = model.get_base_model().model.layers[0].self_attn.q_proj
+    q.weight = nn.Parameter(2 * q.weight.detach())
+    doubled = logits(model)
+    assert not torch.equal(doubled, before)
+    q.weight = nn.Parameter(q.weight.detach() / 2)
+    assert torch.equal(logits(model), before)
+    wide = copy.deepcopy(model).double()
+    torch.testing.assert_close(logits(wide).float(), before)
+    assert logits(model.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_hooks_see_their_module():
+    model = tuned()
+    seen = []
+    q = model.get_base_model().model.layers[0].self_attn.q_proj
+    handle = q.register_forward_hook(lambda module, args, output: seen.append(output) or 0 * output)
+    zeroed = logits(model)
+    handle.remove()
+    assert len(seen) == 1 and not torch.equal(zeroed, logits(model))
+
+
+def test_weights_that_accelerate_brings_at_each_call(tmp_path):
+    expected = logits(tuned())
+    model = accelerate.cpu_offload(model_of("tied_llama").eval(), execution_device="cpu")
+    tuned().save_pretrained(tmp_path)
+    model = peft_fx.PeftModel.from_pretrained(model, tmp_path)
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.weight.device.type == "meta"
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_a_call_in_one_thread_and_a_swap_in_another(tmp_path):
+    """No call sees some old numbers and some new ones."""
+    model = tuned()
+    folders = [tmp_path / "one", tmp_path / "two"]
+    model.save_pretrained(folders[0])
+    tuned(lora_alpha=3).save_pretrained(folders[1])
+    right = []
+    for folder in folders:
+        peft_fx.hotswap_adapter(model, folder, "default")
+        right.append(logits(model).detach())
+    found, done = [], threading.Event()
+
+    def calls():
+        while not done.is_set():
+            found.append(logits(model).detach())
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    for i in range(20):
+        peft_fx.hotswap_adapter(model, folders[i % 2], "default")
+    done.set()
+    thread.join()
+    assert found and all(any(torch.equal(y, r) for r in right) for y in found)
+
+
+def test_what_goes_through_dynamo(tmp_path):
+    """A module with parts, one that reads its part's weight, and a stack of experts with a loop over them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.last(self.layer(self.attention(x, x, x)[0]))
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = torch.randn(2, 3, 8)
+    graph = peft_fx.capture(net, (x,))
+    recipe = {
+        "peft_type": "LORA",
+        "r": 2,
+        "target_modules": ["attention", "linear1", "last"],
+        "init_lora_weights": False,
+    }
+    model = peft_fx.get_peft_model(copy.deepcopy(net), recipe).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():  # torch's fast path reads the weights of the layer's parts
+        torch.testing.assert_close(model(x), peft_fx.load_adapter(graph, tmp_path)(x))
+    assert through_dynamo(model) == ["attention", "layer"]
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.slow
+def test_experts_are_adapted(tmp_path):
+    model = tuned("mixtral", target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    torch.testing.assert_close(logits(model, "mixtral"), logits(pefts(model, tmp_path, "mixtral"), "mixtral"))
+    y = torch.compile(model, backend="eager")(**inputs("mixtral")).logits
+    torch.testing.assert_close(y, logits(model, "mixtral"))
