@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .errors import RecipeError
+from .errors import NotAFolderError, RecipeError, UnsupportedError, WrongTypeError
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 65536  # an adapter file that asks for more is damaged or hostile
@@ -99,7 +99,7 @@ class AdapterConfig:
         if not isinstance(self.layers_to_transform, (int, list, type(None))) or any(
             isinstance(i, bool) or not isinstance(i, int) for i in indices(self.layers_to_transform)
         ):
-            raise RecipeError(f"layers_to_transform: expected layer indices, got {self.layers_to_transform!r}")
+            raise WrongTypeError(f"layers_to_transform: expected layer indices, got {self.layers_to_transform!r}")
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -110,7 +110,7 @@ class AdapterConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             raise RecipeError("layers_pattern is given without layers_to_transform: name the layer indices too")
         if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
-            raise RecipeError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'")
+            raise UnsupportedError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'")
 
         sizes = [getattr(self, name) for name in self.alternatives]
         if sizes and (min(sizes) < 0 or sizes.count(0) != 1):
@@ -140,6 +140,8 @@ class AdapterConfig:
     def save_pretrained(self, folder) -> None:
         """Writes `adapter_config.json`, whole or not at all."""
         path = Path(folder) / CONFIG_FILE
+        if path.parent.is_file():
+            raise NotAFolderError(f"{path.parent} is a file, expected a folder to write {CONFIG_FILE} into")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
             whole = Path(temporary) / CONFIG_FILE
@@ -190,14 +192,14 @@ def check_names(what: str, value, string: bool) -> None:
     if value is None or (string and isinstance(value, str)):
         return
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise RecipeError(f"{what}: expected a list of names{' or a string' if string else ''}, got {value!r}")
+        raise WrongTypeError(f"{what}: expected a list of names{' or a string' if string else ''}, got {value!r}")
 
 
 def check_dict(config: AdapterConfig, name: str) -> None:
     """None means {}; raises RecipeError for anything that is no dict."""
     value = getattr(config, name)
     if value is not None and not isinstance(value, dict):
-        raise RecipeError(f"{name}: expected a dict, got {value!r}")
+        raise WrongTypeError(f"{name}: expected a dict, got {value!r}")
     setattr(config, name, value or {})
 
 
@@ -208,7 +210,7 @@ def check_type(what: str, value, annotation: str) -> None:
         return
     boolean = isinstance(value, bool) and expected is not bool
     if boolean or not isinstance(value, expected) or not math.isfinite(value):
-        raise RecipeError(f"{what}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
+        raise WrongTypeError(f"{what}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
 
 
 def check_rank(what: str, value) -> None:

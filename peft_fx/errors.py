@@ -1,6 +1,7 @@
 """Errors, one class per question a caller may want to answer; all are `PeftFxError`.
 
-Each message names the target or file, what came, what was expected, and the remedy.
+Each message names the target or file, what came, what was expected, and the remedy. Each class is also what PEFT raises in
+such a place, so that the `except` of a script that was written for PEFT catches it.
 """
 
 
@@ -16,7 +17,43 @@ class RecipeError(PeftFxError, ValueError):
     """A config, recipe or selection that cannot be applied to this graph."""
 
 
-class AdapterFileError(PeftFxError, ValueError):
+class NothingToAdaptError(RecipeError):
+    """A config that matches nothing; PEFT's NoMatchingPeftModuleError."""
+
+
+class TargetError(RecipeError, TypeError):
+    """A target that the method cannot adapt."""
+
+
+class WrongTypeError(RecipeError, TypeError):
+    """A value of a type that its field cannot have."""
+
+
+class UnsupportedError(RecipeError, NotImplementedError):
+    """A choice that there is not."""
+
+
+class UnknownMethodError(RecipeError, KeyError):
+    """A peft_type that there is not, or none."""
+
+    __str__ = Exception.__str__  # KeyError's would quote the message
+
+
+class AdapterNameError(RecipeError, KeyError):
+    """A name that no adapter has, or that none can have."""
+
+    __str__ = Exception.__str__
+
+
+class NoAdaptersError(PeftFxError, TypeError, ValueError, AttributeError):
+    """A model without adapters where one with some is expected."""
+
+
+class NotAFolderError(PeftFxError, ValueError, AssertionError):
+    """A file where a folder is to be written."""
+
+
+class AdapterFileError(PeftFxError, ValueError, RuntimeError):
     """An adapter folder that cannot be read, or does not fit the graph."""
 
 
@@ -24,9 +61,13 @@ class MergeError(PeftFxError, ValueError):
     """A merge that would be wrong: non-finite result, tied weight, nothing to merge."""
 
 
-class HotswapError(PeftFxError, ValueError):
+class HotswapError(PeftFxError, ValueError, RuntimeError):
     """A swap that cannot be done in place; no tensor has been changed."""
 
 
 class GraphError(PeftFxError, RuntimeError):
     """A graph that breaks a pass's `requires` or `ensures`, or an operation a captured graph cannot do."""
+
+
+class UnmatchedWarning(UserWarning, RuntimeWarning):
+    """An entry of a config that matches nothing, beside others that do."""

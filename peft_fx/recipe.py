@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .config import CONFIG_FILE, AdapterConfig
-from .errors import RecipeError
+from .errors import RecipeError, UnknownMethodError, WrongTypeError
 from .methods import get_config
 
 RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
@@ -49,7 +49,7 @@ class Recipe:
     def from_dict(cls, data: dict, adapter_name: str = "default") -> Recipe:
         """Reads {"adapters": {name: config}}, or one config dict, which gets `adapter_name`."""
         if not isinstance(data, dict):
-            raise RecipeError(f"a recipe is a dict, got {type(data).__name__}")
+            raise WrongTypeError(f"a recipe is a dict, got {type(data).__name__}")
         if "adapters" not in data:
             return cls({adapter_name: config_from_dict(data)})
         extra = sorted(map(str, data.keys() - {"adapters"}))
@@ -82,12 +82,12 @@ def as_config(obj) -> AdapterConfig:
         return config_from_dict(obj)
     if hasattr(obj, "to_dict") and getattr(obj, "peft_type", None) is not None:
         return config_from_dict({**obj.to_dict(), "peft_type": obj.peft_type})
-    raise RecipeError(f"expected a config, a recipe, a dict or a path, got {type(obj).__name__}")
+    raise WrongTypeError(f"expected a config, a recipe, a dict or a path, got {type(obj).__name__}")
 
 
 def config_from_dict(data: dict) -> AdapterConfig:
     if data.get("peft_type") is None:
-        raise RecipeError(f"a config names its peft_type, e.g. 'LORA'; got the keys {sorted(map(str, data))}")
+        raise UnknownMethodError(f"a config names its peft_type, e.g. 'LORA'; got the keys {sorted(map(str, data))}")
     plain = {key: plain_value(value) for key, value in data.items() if key not in RUNTIME_ONLY}
     return get_config(plain["peft_type"]).from_dict(plain)
 

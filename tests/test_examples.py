@@ -21,10 +21,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import peft_fx
 
 SCRIPTS = sorted((Path(__file__).parent / "examples").glob("*.py"))
-MISSING = {
-    "seq2seq_ia3": "IA3 has no default targets by model type",
-    "clm_lora_new_tokens": "embeddings that grew are not saved with the adapter",
-}
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -102,30 +98,6 @@ def world(tmp_path_factory):
     return folder
 
 
-class Start:
-    """`get_peft_model` that remembers the first run's numbers, adapters and generator, for the next run to start from."""
-
-    def __init__(self):
-        self.numbers = self.state = None
-
-    def around(self, library):
-        get_peft_model = library.get_peft_model
-
-        def call(*args, **kwargs):
-            model = get_peft_model(*args, **kwargs)
-            if self.numbers is None:
-                self.numbers = {
-                    k: v.clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
-                }
-                self.state = torch.get_rng_state()
-            else:
-                library.set_peft_model_state_dict(model, self.numbers)
-                torch.set_rng_state(self.state)
-            return model
-
-        return call
-
-
 def furnish(folder, world):
     """A folder to run in, with all that the scripts read."""
     folder.mkdir()
@@ -134,13 +106,12 @@ def furnish(folder, world):
     return folder
 
 
-def run(script, library, folder, world, start, monkeypatch):
+def run(script, library, folder, world, monkeypatch):
     """What a script found, with the library in place of its import; it reads and writes in `folder`."""
     furnish(folder, world)
     (folder / script.name).write_text(script.read_text().replace(" peft_fx ", f" {library.__name__} "))
     with monkeypatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(library, "get_peft_model", start.around(library))
         found = runpy.run_path(str(folder / script.name))["results"]
     return json.loads(json.dumps(found))
 
@@ -161,13 +132,9 @@ def compare(found, expected, where="results"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [
-    pytest.param(s, id=s.stem, marks=[pytest.mark.xfail(reason=MISSING[s.stem], strict=False)] if s.stem in MISSING else [])
-    for s in SCRIPTS
-])  # fmt: skip
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.stem)
 def test_the_script_gives_what_it_gives_with_peft(script, world, tmp_path, monkeypatch):
-    start = Start()
-    expected, found = (run(script, lib, tmp_path / lib.__name__, world, start, monkeypatch) for lib in (peft, peft_fx))
+    expected, found = (run(script, lib, tmp_path / lib.__name__, world, monkeypatch) for lib in (peft, peft_fx))
     compare(found, expected)
     if losses := expected.get("losses"):
         assert sum(losses[-4:]) < sum(losses[:4])
@@ -183,7 +150,7 @@ def test_the_script_gives_what_it_gives_with_peft(script, world, tmp_path, monke
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launched_processes_together_give_the_losses_of_one_with_peft(processes, world, tmp_path, monkeypatch):
     script = SCRIPTS[0].parent / "launched" / "data_parallel.py"
-    expected = run(script, peft, tmp_path / "peft", world, Start(), monkeypatch)
+    expected = run(script, peft, tmp_path / "peft", world, monkeypatch)
     folder = furnish(tmp_path / "peft_fx", world)
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

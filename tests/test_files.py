@@ -410,8 +410,8 @@ def test_a_hub_id_is_downloaded_and_a_failure_is_an_adapter_file_error(tmp_path,
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake_download)
     assert read_config("org/adapter").r == 3
-    files = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"]
-    assert asked[0][1] == files
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    assert asked[0][1] == [*adapter, "pytorch_lora_weights.safetensors"]
     with pytest.raises(AdapterFileError, match="404 not found"):
         read_config("org/missing")
 

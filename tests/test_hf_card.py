@@ -136,7 +136,24 @@ def test_versions_are_recorded_and_peft_reads_the_config_without_a_warning(tmp_p
     mine, theirs = (
         json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, saved(peft, tmp_path / "peft"))
     )
-    assert set(mine) == set(theirs)
+    unordered = {"target_modules": sorted(theirs["target_modules"])}
+    assert mine | unordered == theirs | unordered and sorted(mine["target_modules"]) == unordered["target_modules"]
+    assert mine["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_auto_classes_find_the_base(tmp_path, task):
+    base = build("llama").eval()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = base.config._name_or_path = str(tmp_path / "base")
+    config = peft_fx.LoraConfig(**LORA, task_type=task, init_lora_weights=False)
+    model = peft_fx.get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(8).view(2, 4)
+    for library in (peft, peft_fx):
+        auto = library.AutoPeftModelForCausalLM if task else library.AutoPeftModel
+        again = auto.from_pretrained(tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_equal_adapters_are_equal_files(tmp_path):

@@ -72,8 +72,6 @@ REASONS = {
     "packed base weights: later": """
         get_gptqmodel_quant_linear get_quantization_config get_quantization_kwargs quantization_extra_repr
         resolve_quantization_backend""",
-    "IA3 has no default targets here, its config names them": """
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING""",
     "no class per method adapts a model here: get_peft_model(model, config).base_model is what LoraModel(...) is": """
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING""",
     "methods of one's own: @peft_fx.method": "register_peft_method",

@@ -61,8 +61,6 @@ def load(base, tmp_path):
             theirs = peft.LoraConfig(**LORA, init_lora_weights=False, **config)
             peft.get_peft_model(copy.deepcopy(base[0]), theirs).save_pretrained(tmp_path / "start")
         model = library.PeftModel.from_pretrained(copy.deepcopy(base[0]), tmp_path / "start", is_trainable=True)
-        if not isinstance(model, peft.PeftModel):
-            pytest.xfail("a PeftModel of ours is no peft.PeftModel to isinstance")
         return model
 
     return loaded

@@ -14,8 +14,8 @@ LAYERS = (
     {"files"},
     {"passes"},
     {"verbs"},
-    {"hf"},
-    {"", "cli", "training"},
+    {"hf", "training"},
+    {"", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "peft_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])

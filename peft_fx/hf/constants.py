@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..config import CONFIG_FILE as CONFIG_NAME
-from ..errors import PeftFxError, RecipeError
+from ..errors import NothingToAdaptError as NoMatchingPeftModuleError  # noqa: F401
+from ..errors import PeftFxError
 from ..files.read import PICKLE as WEIGHTS_NAME
 from ..files.read import TENSORS as SAFETENSORS_WEIGHTS_NAME
 from ..methods import get_config
-from ..planning.defaults import ALL_LINEAR, DEFAULT_TARGETS, NO_TARGETS, TASK_HEADS
+from ..planning.defaults import ALL_LINEAR, DEFAULT_NAMES, DEFAULT_TARGETS, NO_TARGETS, TASK_HEADS
 from .types import PeftType
 
 __all__ = ["CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
@@ -22,10 +23,7 @@ SEQ_CLS_HEAD_NAMES = sorted(TASK_HEADS["SEQ_CLS"], reverse=True)
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
-# What `except` of a script catches. PEFT has a class for a config that matches nothing; here it is one of several faults
-# of a recipe, whose class that is.
 PeftError = PeftFxError
-NoMatchingPeftModuleError = RecipeError
 
 
 class PeftWarning(UserWarning):
@@ -37,6 +35,10 @@ TARGET_TABLES = {
     f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": targets
     for method, targets in DEFAULT_TARGETS.items()
 }
+TARGET_TABLES |= {
+    f"TRANSFORMERS_MODELS_TO_{method}_{field.upper()}_MAPPING": by_type
+    for method, fields in DEFAULT_NAMES.items() for field, by_type in fields.items()
+}  # fmt: skip
 globals().update(TARGET_TABLES)
 
 

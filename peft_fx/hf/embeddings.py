@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from ..planning.plan import PREFIX
 from ..planning.selection import choose_saved
 from ..store import get_tensor
 from ..target import ModuleTable
+from ..verbs.adapters import adapter_files
 from ..verbs.derive import placements
 from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .tuner import Tuner
@@ -28,6 +30,17 @@ from .tuner import Tuner
 BASE = {"SAVED": "original_module.", "TOKENS": "token_adapter.base_layer.", "": ""}
 ADAPTED = "base_layer."  # any other
 COPY = "modules_to_save."  # PEFT writes a saved module's trained copy twice
+
+
+def adapter_contents(tuner: Tuner, adapter: str, save_embedding_layers="auto") -> tuple[AdapterConfig, dict]:
+    """(config, file key -> tensor) of an adapter's files: of what training has left of it."""
+    allocator = tuner.allocators.get(adapter)
+    chosen = getattr(allocator, "rank_pattern", None)
+    config, tensors = allocator.files() if chosen else adapter_files(tuner.backend.adapters, adapter)
+    if config.task_type is None:  # for AutoPeftModel
+        kind = type(tuner.model)
+        config = replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
+    return config, tensors | embedding_tensors(tuner, adapter, save_embedding_layers)
 
 
 def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") -> dict[str, torch.Tensor]:
@@ -43,7 +56,7 @@ def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") 
     paths = embedding_paths(state.table)
     if not paths:
         warnings.warn(
-            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=3
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4
         )
     methods = {p.target.path: p.method for p in placements(state, adapter)}
     found = {}
@@ -79,7 +92,7 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
     tokens = config.peft_type == "TRAINABLE_TOKENS" or config.trainable_token_indices is not None
     if targeted and not tokens:
         warnings.warn(
-            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=4
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5
         )
         return True
     size, base = getattr(getattr(model, "config", None), "vocab_size", None), config.base_model_name_or_path
@@ -89,13 +102,13 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
         before = type(model.config).from_pretrained(base).vocab_size
     except (OSError, ValueError):  # no such folder or repository, or offline and not in the cache
         warnings.warn(
-            f"Could not find a config file in {base} - will assume that the vocabulary was not modified.", stacklevel=4
+            f"Could not find a config file in {base} - will assume that the vocabulary was not modified.", stacklevel=5
         )
         return False
     if size != before:
         warnings.warn(
             "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return size != before
 

@@ -18,7 +18,7 @@ from ..verbs.adapters import adapter_files
 from ..verbs.derive import planned
 from ..verbs.hotswap import SwapReport
 from .constants import UPCAST_DTYPES, PeftWarning
-from .embeddings import embedding_tensors, load_embeddings
+from .embeddings import adapter_contents, embedding_tensors, load_embeddings
 from .model import ADAPTERS as IN_MODEL
 from .model import DEFAULT
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
@@ -41,9 +41,11 @@ def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: s
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     tuner = tuner_of(model)
     tuner.known((adapter_name,))
-    gm = tuner.backend.adapters
-    tensors = adapter_files(gm if state_dict is None else holding(gm, state_dict, adapter_name), adapter_name)[1]
-    tensors |= embedding_tensors(tuner, adapter_name, save_embedding_layers)
+    if state_dict is None:
+        tensors = adapter_contents(tuner, adapter_name, save_embedding_layers)[1]
+    else:
+        tensors = adapter_files(holding(tuner.backend.adapters, state_dict, adapter_name), adapter_name)[1]
+        tensors |= embedding_tensors(tuner, adapter_name, save_embedding_layers)
     return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if is_injected(model) else tensors
 
 

@@ -14,7 +14,7 @@ from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
 from ..verbs.backend import Backend
 from .model import DEFAULT
-from .tuner import INJECTED, Tuner
+from .tuner import INJECTED, Tuner, refuse_adapted
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -32,8 +32,9 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
         tuner.add(adapter_name, config)
         tuner.set_adapter(adapter_name, config.inference_mode)
         return model
-    model.requires_grad_(False)
+    refuse_adapted(model)
     backend = Backend([(adapter_name, config, None)], trainable=not config.inference_mode).attach(model, frames=False)
+    model.requires_grad_(False)
     tuner = model.__dict__[INJECTED] = Tuner(model, backend)
     tuner.refresh()
     return model
@@ -42,7 +43,9 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
 def with_targets_of(state_dict: dict, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The config, for the modules that the keys name."""
     if config.target_parameters:
-        raise ValueError("state_dict with target_parameters: the keys do not say which parameter they are for; leave one out")
+        raise ValueError(
+            "state_dict with target_parameters: the keys do not say which parameter they are for; leave one out"
+        )
     table = module_table(model)
     found = set()
     for key in state_dict:
@@ -50,7 +53,9 @@ def with_targets_of(state_dict: dict, config: AdapterConfig, model: nn.Module) -
         while path and path not in table:
             path = path.rpartition(".")[0]
         if not path:
-            raise ValueError(f"the state dict names {key!r}, and the model has no such module: pass one made for this model")
+            raise ValueError(
+                f"the state dict names {key!r}, and the model has no such module: pass one made for this model"
+            )
         found.add(path)
     by_config = make_plan(table, "config", config, strict=False).targets if config.target_modules else ()
     if by_config and {t.path for t in by_config} != found:

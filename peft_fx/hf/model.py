@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-import re
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +18,18 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
 
 from ..config import AdapterConfig
-from ..errors import RecipeError
+from ..errors import NotAFolderError, RecipeError
 from ..files.read import located, read_adapter
-from ..files.write import plain
+from ..files.write import plain, write_adapter
 from ..planning.modules import module_table
-from ..planning.plan import PREFIX
 from ..recipe import as_config
-from ..verbs.adapters import save_adapter
 from ..verbs.backend import Backend
 from .card import write_card
+from .embeddings import adapter_contents, load_embeddings
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
-from .tuner import Tuner
-from .types import HEADS, TaskType
+from .tuner import Tuner, refuse_adapted
+from .types import HEADS, PeftType, TaskType
+from .weights import renamed
 
 ADAPTERS = "base_model.adapters."  # where the state dict has them
 DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
@@ -43,6 +45,21 @@ def signed(model: nn.Module, forward: Callable) -> Callable:
     return signed_forward
 
 
+@functools.cache
+def seen(kind: type, peft) -> type:
+    """What `isinstance` takes a PeftModel around a model of this class for. peft: the module, None if nobody has imported it."""
+    if peft is None:
+        return kind
+
+    class Both(type(kind)):
+        """Bases would not do: transformers' models and PEFT's derive from the same classes in different orders."""
+
+        def mro(cls):
+            return [*dict.fromkeys((*super().mro()[:-1], *peft.PeftModel.__mro__))]
+
+    return Both(kind.__name__, (kind,), {"__module__": kind.__module__})
+
+
 class PeftModel(PushToHubMixin, nn.Module):
     """A model with adapters. It is called like the model, and passes on every attribute that it does not have itself.
 
@@ -56,8 +73,9 @@ class PeftModel(PushToHubMixin, nn.Module):
                  low_cpu_mem_usage: bool = False, *, source: tuple | None = None, trainable: bool = True):  # fmt: skip
         super().__init__()
         config = prepared(as_config(peft_config), model)
-        model.requires_grad_(False)
+        refuse_adapted(model)
         backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model, frames=False)
+        model.requires_grad_(False)  # not before: it may have been refused
         self.base_model = Tuner(model, backend)
         if not autocast_adapter_dtype:
             self.base_model.cast_to_base(adapter_name)
@@ -68,9 +86,9 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     @property
     def __class__(self):
-        """The model's, to `isinstance`: tools that know transformers' models take this for one, and save it as one."""
+        """The model's, to `isinstance`, and PEFT's if that is imported: tools that know these take this for one of them."""
         modules = self.__dict__.get("_modules", {})
-        return type(modules["base_model"].model) if "base_model" in modules else type(self)
+        return seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
 
     def _get_name(self) -> str:
         return type(self).__name__
@@ -86,7 +104,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     # Calls
 
     def forward(self, *args, **kwargs):
-        return self._modules["base_model"](*args, **kwargs)  # Dynamo takes `self.base_model` for that of `self.__class__`
+        return self._modules["base_model"](
+            *args, **kwargs
+        )  # Dynamo takes `self.base_model` for that of `self.__class__`
 
     def generate(self, *args, **kwargs):
         return self.base_model.generate(*args, **kwargs)
@@ -109,6 +129,11 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_peft_config(self) -> AdapterConfig:
         return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> PeftType:
+        """Of the adapter that acts."""
+        return PeftType(self.active_peft_config.peft_type)
 
     def add_adapter(self, adapter_name: str, peft_config, low_cpu_mem_usage: bool = False,
                     autocast_adapter_dtype: bool = True) -> None:  # fmt: skip
@@ -136,23 +161,37 @@ class PeftModel(PushToHubMixin, nn.Module):
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
                      autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
                      low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
-                     **hub) -> _IncompatibleKeys:  # fmt: skip
+                     ignore_mismatched_sizes: bool = False, **hub) -> _IncompatibleKeys:  # fmt: skip
         """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`.
 
         key_mapping: regex -> replacement, for modules that are called otherwise in the files. hub: subfolder, revision, token and
         whatever else huggingface_hub's `snapshot_download` takes. The two options on memory are not read: a file's tensors are
-        taken as they are. Raises AdapterFileError for files that do not fit: what is returned is empty.
+        taken as they are. Raises AdapterFileError for files that do not fit: what is returned is empty. With
+        ignore_mismatched_sizes what fits is taken, tensors of other shapes are named in a warning, and what is missing starts
+        as without files: its keys are returned.
         """
+        model = self.get_base_model()
         config, tensors = read_adapter(located(model_id, **hub), self.base_model.backend.state.table)
-        tensors = renamed(tensors, key_mapping)
-        if adapter_name in self.peft_config:
+        tensors = load_embeddings(model, config, renamed(tensors, key_mapping), str(model_id))
+        config.inference_mode = not is_trainable
+        result = _IncompatibleKeys([], [])
+        if ignore_mismatched_sizes:
+            if adapter_name not in self.peft_config:
+                self.add(adapter_name, config, None, is_trainable, autocast_adapter_dtype)
+            result = self.load_fitting(tensors, adapter_name)
+        elif adapter_name in self.peft_config:
             self.base_model.backend.hotswap((config, tensors), adapter_name)
         else:
             self.add(adapter_name, config, (tensors, str(model_id)), is_trainable, autocast_adapter_dtype)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
-        return _IncompatibleKeys([], [])
+        return result
+
+    def load_fitting(self, tensors: dict, adapter_name: str) -> _IncompatibleKeys:
+        from .functional import set_peft_model_state_dict  # which is made of what is here
+
+        return set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes=True)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """The one adapter that acts from now on, and is trainable unless inference_mode."""
@@ -197,7 +236,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def from_pretrained(cls, model: nn.Module, model_id, adapter_name: str = DEFAULT, is_trainable: bool = False,
                         config=None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
                         low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
-                        **hub) -> PeftModel:  # fmt: skip
+                        ignore_mismatched_sizes: bool = False, **hub) -> PeftModel:  # fmt: skip
         """The model with an adapter from PEFT's files: a folder, or a Hub id. The class follows the file's task_type.
 
         The arguments are those of `load_adapter`.
@@ -205,8 +244,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         given = None if config is None else as_config(config)
         config, tensors = read_adapter(located(model_id, **hub), module_table(model), given)
         chosen = class_of(config) if cls is PeftModel else cls
-        made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable,
-                      source=(renamed(tensors, key_mapping), str(model_id)))  # fmt: skip
+        tensors = load_embeddings(model, config, renamed(tensors, key_mapping), str(model_id))
+        config.inference_mode = not is_trainable
+        source = None if ignore_mismatched_sizes else (tensors, str(model_id))
+        made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable, source=source)
+        if ignore_mismatched_sizes:
+            made.load_fitting(tensors, adapter_name)
+            made.base_model.set_requires_grad(adapter_name, is_trainable)
         return made.train(is_trainable and made.training)
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
@@ -217,7 +261,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         """
         folder = Path(save_directory)
         if folder.is_file():
-            raise ValueError(f"Provided path ({folder}) should be a directory, not a file")
+            raise NotAFolderError(f"Provided path ({folder}) should be a directory, not a file")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         if unknown := [n for n in names if n not in self.peft_config]:
             raise ValueError(f"there is no adapter {unknown[0]!r} to save; there are: {', '.join(self.peft_config)}")
@@ -227,12 +271,19 @@ class PeftModel(PushToHubMixin, nn.Module):
             return
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            save_adapter(self.base_model.backend.adapters, folder if name == DEFAULT else folder / name, name)
+            contents = adapter_contents(self.base_model, name, save_embedding_layers)
+            write_adapter(folder if name == DEFAULT else folder / name, *contents)
         write_card(folder, [self.peft_config[n] for n in names], self.get_base_model())
         if "state_dict" in kwargs:
             state = kwargs["state_dict"] or self.state_dict()
             ours = {k: t for k, t in state.items() if k.startswith(ADAPTERS)}
             save_file(plain(ours), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def create_or_update_model_card(self, output_dir) -> None:
+        """README.md, which `save_pretrained` writes too."""
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, list(self.peft_config.values()), self.get_base_model())
 
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
@@ -277,6 +328,12 @@ class PeftMixedModel(PeftModel):
         """These act from now on, in order."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.base_model.known(names)
+        for name in names:
+            self.base_model.delete_adapter(name)
+
 
 def class_of(config: AdapterConfig) -> type[PeftModel]:
     """The class for a config's task_type. Raises RecipeError for a task that there is none of."""
@@ -294,24 +351,24 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
                    low_cpu_mem_usage: bool = False) -> PeftModel:  # fmt: skip
     """A `PeftModel` of the class for the config's task_type, around `model`, adapted in place. mixed: a PeftMixedModel.
 
-    Raises ValueError for a model that has adapters already.
+    revision: of the base model, which goes into the config. Raises ValueError for a PeftModel. A model inside of one is
+    taken with a warning: its calls then run adapted by both.
     """
-    if isinstance(model, PeftModel):
-        raise ValueError("the model has adapters already: model.add_adapter(name, config) adds one to them")
     config = as_config(peft_config)
+    if revision is not None:
+        if config.revision not in (None, revision):
+            warnings.warn(f"the config's revision={config.revision!r} gives way to revision={revision!r}", stacklevel=2)
+        config = dataclasses.replace(config, revision=revision)
+    name = getattr(model, "name_or_path", None)
+    if name and config.base_model_name_or_path not in (None, name):
+        warnings.warn(
+            f"the config's base_model_name_or_path was {config.base_model_name_or_path!r}, now it is the model's, {name!r}: "
+            "load that one with this adapter",
+            stacklevel=2,
+        )
+        config = dataclasses.replace(config, base_model_name_or_path=name)
     chosen = PeftMixedModel if mixed else class_of(config)
     return chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def renamed(tensors: dict, mapping: dict[str, str] | None) -> dict:
-    """The tensors under keys in which the first regex that matches is replaced."""
-
-    def new(key: str) -> str:
-        path = key.removeprefix(PREFIX)
-        changed = (re.sub(pattern, to, path) for pattern, to in (mapping or {}).items() if re.search(pattern, path))
-        return key[: len(key) - len(path)] + next(changed, path)
-
-    return {new(key): tensor for key, tensor in tensors.items()}
 
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:

@@ -16,12 +16,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..config import AdapterConfig
+from ..errors import AdapterNameError, NoAdaptersError, TargetError, WrongTypeError
+from ..planning.plan import clashes
 from ..store import ADAPTERS, Resident, get_tensor, owner_of
+from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .hosts import BASE, Hosts
+from .hosts import BASE, Host, Hosts
 
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
@@ -38,8 +41,12 @@ class Tuner(nn.Module):
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
         self.__dict__["replaced"] = {}
+        self.forget_importance()
         self.__dict__["hosts"] = Hosts(model, backend)
         self.refresh()
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "work": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -54,10 +61,14 @@ class Tuner(nn.Module):
         acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
         self.backend.set_adapter(acting)
         self.hosts.refresh(acting)
+        self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
-            return self.model(*args, **kwargs)
+            outputs = self.model(*args, **kwargs)
+            if self.penalised and getattr(outputs, "loss", None) is not None:
+                outputs.loss = outputs.loss + penalty(self.backend.adapters)
+            return outputs
         with self.by_rows(adapter_names, (args, kwargs)):
             return self.model(*args, **kwargs)
 
@@ -107,6 +118,7 @@ class Tuner(nn.Module):
 
     def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
         """source: (file's tensors, where), None for initial values. It does not act until `set_adapter`."""
+        self.unmerge_first("added")  # it may start from the base's weights
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
 
@@ -132,9 +144,8 @@ class Tuner(nn.Module):
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
         names = (names,) if isinstance(names, str) else tuple(names)
         self.known(names)
-        if self.merged_adapters:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self.unmerge_adapter()
+        self.refuse_clashes(names)
+        self.unmerge_first("set")
         self.chosen = names
         self.refresh()
         for name in self.peft_config:
@@ -152,6 +163,7 @@ class Tuner(nn.Module):
         if name in self.merged_adapters:
             raise ValueError(f"adapter {name!r} is merged: call unmerge_adapter() before deleting it")
         self.backend.delete(name)
+        self.work.pop(name, None)
         self.chosen = tuple(n for n in self.chosen if n != name)
         if not self.chosen and (left := list(self.peft_config)):
             self.chosen = (left[0],)
@@ -159,16 +171,29 @@ class Tuner(nn.Module):
         self.refresh()
 
     def known(self, names: Iterable[str]) -> None:
-        """Raises ValueError for a name that no adapter has."""
+        """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
         for name in names:
+            if not isinstance(name, str):
+                raise WrongTypeError(f"adapter names are strings, got {name!r}")
             if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} not found; there are: {', '.join(self.peft_config) or 'none'}")
+                there = ", ".join(self.peft_config) or "none"
+                raise AdapterNameError(f"Adapter {name} not found; there are: {there}")
+
+    def refuse_clashes(self, names: Iterable[str]) -> None:
+        """Raises TargetError, a ValueError, for adapters that each bring their own numbers for one weight."""
+        if found := clashes(p for name in names for p in placements(self.backend.state, name)):
+            raise TargetError("\n  ".join(["these adapters cannot act together: set one of them", *map(str, found)]))
+
+    def unmerge_first(self, done: str) -> None:
+        if self.merged_adapters:
+            warnings.warn(f"Adapter cannot be {done} when the model is merged. Unmerging the model first.", stacklevel=4)
+            self.unmerge_adapter()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model inside the block, merged weights taken out too."""
-        merged = self.merged_adapters
-        self.unmerge_adapter()
+        if merged := self.merged_adapters:
+            self.unmerge_adapter()
         self.enabled = False
         self.refresh()
         try:
@@ -179,17 +204,38 @@ class Tuner(nn.Module):
             if merged:
                 self.merge_adapter(list(merged))
 
+    # Training
+
+    @property
+    def allocators(self) -> dict[str, Allocator]:
+        """Of the adapters that act and have work besides their optimiser's."""
+        self.work |= allocators(self.backend.adapters, self.work)
+        return {name: self.work[name] for name in work_of(self.backend.adapters)}
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Call once per training step, between `optimizer.step` and `zero_grad`."""
+        for allocator in self.allocators.values():
+            allocator.update_and_allocate(global_step)
+
+    def forget_importance(self) -> None:
+        """Allocators begin anew."""
+        self.__dict__["work"] = {}
+
     # Merging
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
     ) -> None:
         """Folds adapters, None: the active ones, into the model's parameters. safe_merge: refuse inf and nan."""
+        if isinstance(adapter_names, str):
+            raise WrongTypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
         names = tuple(adapter_names or self.chosen)
         self.known(names)
-        if again := [n for n in names if n in self.merged_adapters]:
-            warnings.warn(f"Already merged, left as they are: {', '.join(again)}.", stacklevel=3)
         names = tuple(n for n in names if n not in self.merged_adapters)
+        self.refuse_clashes((*self.merged_adapters, *names))
+        if self.merged_adapters:
+            now = f"now merged too: {', '.join(names)}" if names else "nothing to do"
+            warnings.warn(f"Already merged: {', '.join(self.merged_adapters)}; {now}.", stacklevel=3)
         state = self.backend.state
         chosen = [p for name in names for p in placements(state, name)]
         refuse_no_weight(chosen)
@@ -226,6 +272,8 @@ class Tuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """The model's parameters as they were before the merge, bit for bit."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged: nothing to do.", stacklevel=3)
         for name, old in self.replaced.items():
             if old is None or isinstance(old, nn.Parameter):
                 self.put(name, old)
@@ -245,16 +293,39 @@ class Tuner(nn.Module):
         """The model with adapters folded in, and nothing else left of them."""
         self.merge_adapter(adapter_names, safe_merge, progressbar)
         if any(self.backend.state.table.tied_to(name) for name in self.replaced) and hasattr(self.model, "config"):
+            warnings.warn(
+                "The input and output embeddings are not tied any more after this merge: tie_word_embeddings=False is set in the "
+                "model's config",
+                stacklevel=3,
+            )
             self.model.config.tie_word_embeddings = False  # or the next from_pretrained would tie them again
         return self.unload()
 
 
+def refuse_adapted(model: nn.Module) -> None:
+    """Raises ValueError for a PeftModel, and for a model that adapters were injected into; warns of one inside of a PeftModel."""
+    tuner = model._modules.get("base_model")
+    if isinstance(tuner, Tuner) or INJECTED in model.__dict__:
+        there = ", ".join((tuner if isinstance(tuner, Tuner) else model.__dict__[INJECTED]).peft_config)
+        remedy = "model.add_adapter(name, config)" if isinstance(tuner, Tuner) else "inject_adapter_in_model(config, model, name)"
+        raise ValueError(
+            f"this {model._get_name()} has adapters already ({there}): {remedy} or load_adapter add one to them; "
+            "unload() takes them away"
+        )
+    if any(isinstance(m.__dict__.get(name), Host) for m in model.modules() for name in ("forward", "_old_forward")):
+        warnings.warn(
+            f"this {type(model).__name__} is inside of a PeftModel already: its calls will run adapted by both. If that is not "
+            "meant, take the adapters away first (unload), or add another to them (add_adapter)",
+            stacklevel=4,
+        )
+
+
 def tuner_of(model: nn.Module) -> Tuner:
-    """The adapters of a PeftModel, or of a model that they were injected into. Raises TypeError for any other."""
+    """The adapters of a PeftModel, or of a model that they were injected into. Raises NoAdaptersError for any other."""
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
-        raise TypeError(
+        raise NoAdaptersError(
             f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
             "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
         )

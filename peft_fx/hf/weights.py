@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 
-from ..files.read import CONFIG, PICKLE, TENSORS, local_folder, read_tensors
+from ..files.read import located, read_tensors
 from ..planning.plan import PREFIX, PREFIX_SHARED
 from .tuner import tuner_of
 
@@ -24,21 +22,25 @@ def load_peft_weights(model_id, device: str | torch.device | None = None, key_ma
                       subfolder: str | None = None, **hub) -> dict[str, torch.Tensor]:  # fmt: skip
     """File key -> tensor of an adapter's folder, or of a Hub repository, on `device`, by default the accelerator.
 
-    key_mapping: regex -> replacement for module paths, the first that matches. hub: what `huggingface_hub` takes (revision,
-    token, cache_dir, ...), whose errors are its own then. Raises AdapterFileError.
+    key_mapping: regex -> replacement for module paths, the first that matches. hub: what `snapshot_download` takes (revision,
+    token, cache_dir, ...). Raises AdapterFileError.
     """
-    if hub and not Path(model_id).is_dir():
-        model_id = snapshot_download(model_id, allow_patterns=[f"*{n}" for n in (CONFIG, TENSORS, PICKLE)], **hub)
-    folder = local_folder(model_id)
-    tensors = read_tensors(folder / subfolder if subfolder else folder)
+    tensors = renamed(read_tensors(located(model_id, subfolder, **hub)), key_mapping)
     device = infer_device() if device is None else device
-    return {renamed(key, key_mapping or {}): tensor.to(device) for key, tensor in tensors.items()}
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
 
 
-def renamed(key: str, mapping: dict[str, str]) -> str:
-    prefix = next((p for p in (PREFIX, PREFIX_SHARED) if key.startswith(p)), "")
-    path = key[len(prefix) :]
-    return prefix + next((re.sub(old, new, path) for old, new in mapping.items() if re.search(old, path)), path)
+def renamed(tensors: dict[str, torch.Tensor], mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
+    """The tensors under keys in which, behind PEFT's prefix, the first regex that matches is replaced."""
+
+    def new(key: str) -> str:
+        prefix = next((p for p in (PREFIX, PREFIX_SHARED) if key.startswith(p)), "")
+        path = key[len(prefix) :]
+        return prefix + next(
+            (re.sub(old, to, path) for old, to in (mapping or {}).items() if re.search(old, path)), path
+        )
+
+    return {new(key): tensor for key, tensor in tensors.items()}
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

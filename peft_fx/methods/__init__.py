@@ -9,7 +9,7 @@ from functools import cache
 from importlib import import_module
 
 from ..config import AdapterConfig
-from ..errors import RecipeError
+from ..errors import UnknownMethodError
 from .base import Method
 
 METHODS = {
@@ -83,9 +83,9 @@ def get_config(peft_type: str) -> type[AdapterConfig]:
     return get_method(peft_type).Config
 
 
-def unknown(peft_type) -> RecipeError:
+def unknown(peft_type) -> UnknownMethodError:
     public = ", ".join(sorted(METHODS.keys() - INTERNAL))
-    return RecipeError(
+    return UnknownMethodError(
         f"peft_type {peft_type!r} is unknown; if it is a method of your own, import the module that registers it with "
         f"@peft_fx.method first; this version has: {public}"
     )

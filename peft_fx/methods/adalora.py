@@ -58,6 +58,9 @@ class AdaLoRA(Matrices):
     name = "ADALORA"
     Config = AdaLoraConfig
     drops = "lora_dropout"
+
+    def advice(self, target, config):
+        return None if config.r == 8 else f"r={config.r} has no meaning for AdaLoRA: the rank starts as init_r"
     off = {"lora_E": 0.0}
 
     def kept(self, target, config) -> list[bool]:

@@ -38,6 +38,14 @@ class Blockwise(Method):
         valid = ", ".join(str(d) for d in range(2, n + 1) if n % d == 0)
         return f"blocks of one feature cannot rotate: {n} features allow oft_block_size {valid or 'none'}"
 
+    def advice(self, target, config):
+        given = "r" if config.r else "oft_block_size"
+        n, c = self.blocks(target, config)
+        used = n if config.r else c
+        if used == getattr(config, given):
+            return None
+        return f"{given}={getattr(config, given)} does not divide {self.features(target)} features: {used} is used"
+
     def tensors(self, target, config):
         D, c = self.blocks(target, config)
         shape = (1 if config.block_share else D, c * (c - 1) // 2)

@@ -48,6 +48,11 @@ class HRA(InputMap):
             return f"apply_GS: r={config.r} directions cannot be independent in {n} input features; nearest valid: {n}"
         return None
 
+    def advice(self, target, config):
+        if not config.init_weights or config.r % 2 == 0:
+            return None
+        return f"r={config.r} is odd: directions cannot start in pairs that cancel, so the adapter changes the output from the start"
+
     def tensors(self, target, config):
         paired = config.init_weights and config.r % 2 == 0 and not config.apply_GS
         pad = () if config.apply_GS else ((1, 1),)  # a column of zeros reflects nothing

@@ -60,6 +60,16 @@ def kaiming(tensor, W=None):
     init.kaiming_uniform_(tensor if tensor.dim() > 1 else tensor.unsqueeze(0), a=math.sqrt(5))
 
 
+def drawn_after(draw, shapes, init, tensor, W=None):
+    """For `partial(drawn_after, draw, shapes, init)`: `init` after numbers that are drawn for nothing, as PEFT draws them.
+
+    The same seed then gives the same adapter, and leaves the generator in the same state.
+    """
+    for shape in shapes:
+        draw(tensor.new_empty(shape))
+    init(tensor, W)
+
+
 def kaiming_blocks(tensor, W=None):
     """(blocks, fan_in, r): each block is the transpose of a `kaiming` matrix."""
     for block in tensor:

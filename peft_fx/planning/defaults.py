@@ -72,6 +72,36 @@ VBLORA_TARGETS = (
 ADALORA_TARGETS = (*VBLORA_TARGETS, (["query", "key", "value", "dense"], "roberta"))  # later entries win
 FOURIERFT_TARGETS = (*LORA_TARGETS, (["mlp.c_proj"], "gpt2 gpt_bigcode"))
 WAVEFT_TARGETS = tuple(row for row in FOURIERFT_TARGETS if row[1] not in ("btlm", "rwkv", "rwkv7"))
+IA3_TARGETS = (
+    (["k", "v", "wo"], "t5"),
+    (["k", "v", "wi_1"], "mt5"),
+    (["c_attn", "mlp.c_proj"], "gpt2 gpt_bigcode"),
+    (["query_key_value", "mlp.dense_4h_to_h"], "bloom"),
+    (["key", "value", "output.dense"], "roberta bert"),
+    (["q_proj", "k_proj", "fc2"], "opt"),
+    (["q_proj", "v_proj", "fc_out"], "gptj"),
+    (["query_key_value", "dense_4h_to_h"], "gpt_neox RefinedWebModel RefinedWeb falcon"),
+    (["q_proj", "v_proj", "c_proj"], "gpt_neo"),
+    (["q_proj", "v_proj", "fc2"], "bart phi"),
+    (["k_proj", "v_proj", "down_proj"], "llama mistral"),
+    (["q_proj", "v_proj", "down_proj"], "llama4 gemma gemma2 gemma3_text qwen2 qwen3"),
+    (["k_proj", "v_proj", "w2"], "mixtral"),
+    (["key_proj", "value_proj", "output.dense"], "deberta-v2"),
+    (["in_proj", "output.dense"], "deberta"),
+)
+IA3_FEEDFORWARD = (
+    (["wo"], "t5"),
+    ([], "mt5"),
+    (["mlp.c_proj"], "gpt2 gpt_bigcode"),
+    (["mlp.dense_4h_to_h"], "bloom"),
+    (["output.dense"], "roberta bert deberta-v2 deberta"),
+    (["fc2"], "opt bart phi"),
+    (["fc_out"], "gptj"),
+    (["dense_4h_to_h"], "gpt_neox RefinedWeb RefinedWebModel falcon"),
+    (["c_proj"], "gpt_neo"),
+    (["down_proj"], "llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3"),
+    (["w2"], "mixtral"),
+)
 # peft_type -> model type -> target_modules
 DEFAULT_TARGETS = {
     peft_type: {model: names for names, models in targets for model in models.split()}
@@ -89,6 +119,7 @@ DEFAULT_TARGETS = {
         "GRALORA": LORA_TARGETS,
         "HIRA": LORA_TARGETS,
         "HRA": LORA_TARGETS,
+        "IA3": IA3_TARGETS,
         "LN_TUNING": LN_TUNING_TARGETS,
         "LILY": LORA_TARGETS,
         "LOHA": LORA_TARGETS,
@@ -110,6 +141,10 @@ DEFAULT_TARGETS = {
         "VERA": (*LORA_TARGETS, (["q_proj", "v_proj"], "phi")),
         "WAVEFT": WAVEFT_TARGETS,
     }.items()
+}
+# peft_type -> other field -> model type -> names, where the field is None
+DEFAULT_NAMES = {
+    "IA3": {"feedforward_modules": {model: names for names, models in IA3_FEEDFORWARD for model in models.split()}}
 }
 # Types whose experts PEFT converts to target_parameters: naming target_parameters alone adds no default modules.
 PARAMETERS_ALONE = frozenset({"mixtral"})

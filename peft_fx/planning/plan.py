@@ -13,13 +13,13 @@ from functools import cached_property
 from torch import nn
 
 from ..config import AdapterConfig
-from ..errors import RecipeError
+from ..errors import AdapterNameError, TargetError, WrongTypeError
 from ..methods import METHODS, get_method
 from ..methods.base import Method, Tensor, Together
 from ..methods.stacked import on_target, restacked, unstacked
 from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
-from .selection import SavedModule, Selection, TokenRows, Unmatched, inside, select
+from .selection import SavedModule, Selection, TokenRows, Unmatched, completed, inside, select
 from .wrappers import base_path, inside_path, wrap_counts
 
 __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
@@ -111,6 +111,7 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
     strict=False refused targets are left out and listed.
     """
     check_adapter_name(adapter)
+    config = completed(table, config)
     selection = select(table, config)
     adapted, refusals = adapted_placements(table, selection, adapter, config)
     substitutions = [
@@ -120,7 +121,7 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
     ]
     refusals = (*selection.refusals, *refusals)
     if refusals and strict:
-        raise RecipeError("\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *map(str, refusals)]))
+        raise TargetError("\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *map(str, refusals)]))
     return Plan((*substitutions, *adapted), refusals, selection.unmatched)
 
 
@@ -142,10 +143,12 @@ def clashes(placements: Iterable[Placement]) -> list[Refusal]:
 
 def check_adapter_name(adapter: str) -> None:
     """Raises RecipeError unless `adapter` can name a submodule."""
-    if not isinstance(adapter, str) or not adapter or "." in adapter:
-        raise RecipeError(f"adapter name {adapter!r}: expected a non-empty string without a dot")
+    if not isinstance(adapter, str):
+        raise WrongTypeError(f"adapter name {adapter!r}: expected a string, got {type(adapter).__name__}")
+    if not adapter or "." in adapter:
+        raise AdapterNameError(f"adapter name {adapter!r}: expected a non-empty string without a dot")
     if adapter in METHODS or hasattr(nn.Module(), adapter):
-        raise RecipeError(f"adapter name {adapter!r} is reserved: a method, or an attribute of torch.nn.Module")
+        raise AdapterNameError(f"adapter name {adapter!r} is reserved: a method, or an attribute of torch.nn.Module")
 
 
 def refused(method: Method, target: Target) -> str | None:

@@ -7,13 +7,14 @@ also filters "all-linear"; entries that match nothing are reported with the near
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..config import AdapterConfig, by_pattern
-from ..errors import RecipeError
+from ..errors import NothingToAdaptError, RecipeError
 from ..target import ModuleRecord, ModuleTable, Target
 from . import defaults
 from .kinds import CONTAINERS, Refusal, module_targets, parameter_target
@@ -78,6 +79,8 @@ def select(table: ModuleTable, config: AdapterConfig) -> Selection:
     tokens, token_refusals = choose_tokens(table, config, targets, saved)
     refusals = [*saved_refusals, *refusals, *parameter_refusals, *token_refusals]
     unmatched = [*missing_modules, *missing_parameters, *missing_saved, *unmatched_patterns(config, targets)]
+    if config.ensure_weight_tying and not type(config).ensure_weight_tying and not tied_group(table):
+        unmatched.append(Unmatched("ensure_weight_tying", "tied weights"))
     if not targets and not refusals and config.target_modules != defaults.NO_TARGETS:
         raise nothing_chosen(table, config, excluded, [*missing_modules, *missing_parameters])
     return Selection(tuple(targets), tuple(refusals), tuple(saved), tuple(tokens), tied, tuple(unmatched))
@@ -130,6 +133,16 @@ def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str
 
 
 # Modules
+
+
+def completed(table: ModuleTable, config: AdapterConfig) -> AdapterConfig:
+    """The config with the model type's default in other fields that name modules, as far as these are targets."""
+    new = copy.copy(config)
+    for name, by_type in defaults.DEFAULT_NAMES.get(config.peft_type, {}).items():
+        if getattr(config, name) is None and table.model_type in by_type:
+            targets, found = config.target_modules, by_type[table.model_type]
+            setattr(new, name, [n for n in found if n in targets] if isinstance(targets, list) else found)
+    return new
 
 
 def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[str] | str:
@@ -402,11 +415,11 @@ def unmatched_patterns(config: AdapterConfig, targets: list[Target]) -> list[Unm
 
 def nothing_chosen(
     table: ModuleTable, config: AdapterConfig, excluded: set[str], unmatched: list[Unmatched]
-) -> RecipeError:
+) -> NothingToAdaptError:
     """The error for a config without any target, by cause."""
     if excluded:
         names = ", ".join(sorted(excluded)[:5]) + (", ..." if len(excluded) > 5 else "")
-        return RecipeError(
+        return NothingToAdaptError(
             f"everything that target_modules matches is excluded, by exclude_modules or modules_to_save: {names}"
         )
     wanted = resolved_target_modules(table, config)
@@ -414,4 +427,4 @@ def nothing_chosen(
     details = [str(u) for u in unmatched if u.field != "exclude_modules"]
     if config.layers_to_transform is not None:
         details.append(f"layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}")
-    return RecipeError("\n  ".join([text, *details]))
+    return NothingToAdaptError("\n  ".join([text, *details]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..files.write import file_config, write_adapter
 from ..planning.plan import make_plan
@@ -97,6 +98,10 @@ class RankAllocator:
 
     def save(self, folder) -> Path:
         """Writes the adapter as `save_adapter` does, with the kept components only."""
+        return write_adapter(Path(folder), *self.files())
+
+    def files(self) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+        """What `save` writes."""
         config = replace(self.config, rank_pattern=self.rank_pattern)
         plan = make_plan(self.state.table, self.adapter, config)
         found = {}
@@ -106,7 +111,7 @@ class RankAllocator:
                 if p.method == "ADALORA" and self.rank_pattern:
                     kept = torch.tensor(self.rank_pattern[f"{p.target.file_path}.lora_E"], device=found[key].device)
                     found[key] = found[key].index_select(COMPONENTS[name], kept.nonzero().flatten())
-        return write_adapter(Path(folder), file_config(config, plan), found)
+        return file_config(config, plan), found
 
 
 def orthogonality(tuned: fx.GraphModule, adapter: str = "default") -> torch.Tensor:

@@ -1,11 +1,11 @@
 """What adapters do while they train, whatever their methods: work after a step, and a term of the loss.
 
-    work = allocators(model)
-    (loss + penalty(model)).backward(); optimizer.step()
+    work = allocators(graph)
+    (loss + penalty(graph)).backward(); optimizer.step()
     for each in work.values(): each.update_and_allocate(step)
     optimizer.zero_grad()
 
-model: a graph from `apply`, a PeftModel, a backend. `AllocatorCallback` calls these in a Trainer.
+A PeftModel adds the term to its outputs' loss itself and has `update_and_allocate`, which `AllocatorCallback` calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from ..config import AdapterConfig
-from ..hf.tensors import adapters_of
 from ..store import state_of
 from .adalora import RankAllocator, orthogonality
 from .adamss import SubspaceAllocator
@@ -52,13 +51,12 @@ def work_of(tuned: fx.GraphModule) -> dict[str, Work]:
     return {name: work for name, work in found.items() if work.wanted(configs[name])}
 
 
-def allocators(model) -> dict[str, Allocator]:
-    """Adapter -> its allocator; {} where no method has any work. Make them once: they remember importance."""
-    tuned = adapters_of(model)
-    return {name: work.of(tuned, name) for name, work in work_of(tuned).items()}
+def allocators(tuned: fx.GraphModule, made: dict[str, Allocator] | None = None) -> dict[str, Allocator]:
+    """Adapter -> its allocator; {} where no method has any work. made: those that there are: they remember importance."""
+    made = made or {}
+    return {name: made.get(name) or work.of(tuned, name) for name, work in work_of(tuned).items()}
 
 
-def penalty(model) -> torch.Tensor | float:
+def penalty(tuned: fx.GraphModule) -> torch.Tensor | float:
     """What the methods add to the loss; 0.0 where none does."""
-    tuned = adapters_of(model)
     return sum((work.penalty(tuned, name) for name, work in work_of(tuned).items() if work.penalty), 0.0)

@@ -12,14 +12,14 @@ import torch
 from torch import fx, nn
 
 from ..config import AdapterConfig
-from ..errors import AdapterFileError, GraphError, RecipeError
+from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
 from ..methods.base import Tensor, crop_to
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
-from ..planning.selection import resolved_target_modules
+from ..planning.selection import completed, resolved_target_modules
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
 from ..target import Target
@@ -68,7 +68,9 @@ def load_adapter(
 
 def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, activate: bool) -> fx.GraphModule:
     """A graph module with one more resident adapter, not yet derived. source: (file's tensors, where) or None for init."""
-    state, config = state_of(gm, "apply"), resident.config
+    state = state_of(gm, "apply")
+    resident = dataclasses.replace(resident, config=completed(state.table, resident.config))
+    config = resident.config
     if resident.lowering not in LOWERINGS:
         raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
     refuse_merged(state, "adding an adapter")
@@ -81,7 +83,10 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
         state = state_of(gm)
     plan = planned(state, name, config)
     for entry in plan.unmatched:
-        warnings.warn(f"adapter {name!r}: {entry}", stacklevel=4)
+        warnings.warn(f"adapter {name!r}: {entry}", UnmatchedWarning, stacklevel=4)
+    for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
+        if text:
+            warnings.warn(f"adapter {name!r}: {text}", stacklevel=4)
     values = None if source is None else match_tensors(plan, source[0], where=source[1])
     for placement in plan.placements:
         allocate(gm, placement, values, trainable)

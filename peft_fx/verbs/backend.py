@@ -93,7 +93,7 @@ class Backend:
             for name, config, source in self.wanted:
                 if config.layer_replication:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
-                trainable = (source is None or self.trainable) and not config.inference_mode
+                trainable = not config.inference_mode if source is None else self.trainable
                 gm = with_adapter(gm, name, Resident(config, self.lowering), source, trainable, activate=True)
             self.model, self.frames = model, frames
             self.keep(gm)
