@@ -97,6 +97,13 @@ class FixedInputs(nn.Module):
                 )
 
 
+class Adapters(nn.Module):
+    """One child per adapter: its tensors, by target."""
+
+    def __repr__(self) -> str:
+        return f"Adapters({', '.join(self._modules)})"  # a module for each part of each tensor's name is nothing to read
+
+
 class Store(nn.Module):
     """Root of everything above. First child of its graph module, so that it can refuse before anything is converted."""
 
@@ -104,7 +111,7 @@ class Store(nn.Module):
         super().__init__()
         self.training = mode.training
         self.mode, self.device, self.inputs = mode, device, FixedInputs()
-        self.adapters, self.gates, self.replaced = nn.Module(), nn.Module(), nn.Module()
+        self.adapters, self.gates, self.replaced = Adapters(), nn.Module(), nn.Module()
         self.sharing = Sharing()
 
     def train(self, mode: bool = True):

@@ -37,8 +37,9 @@ def test_the_model_is_the_same_object_and_its_numbers_are_pefts(injected):
     assert (
         found.trainable_params == expected.trainable_params and found.num_adapter_layers == expected.num_adapter_layers
     )
+    other = model_of("tied_llama").eval()
     torch.manual_seed(1)
-    again = peft_fx.inject_adapter_in_model(peft_fx.LoraConfig(**LORA), model_of("tied_llama").eval())
+    again = peft_fx.inject_adapter_in_model(peft_fx.LoraConfig(**LORA), other)
     assert not torch.equal(logits(again), logits(injected))
     peft_fx.set_peft_model_state_dict(again, tensors)
     assert torch.equal(logits(again), logits(injected))

@@ -1,7 +1,7 @@
 """peft_fx against PEFT in one run.   python tools/bench.py [--quick] [--only PART ...]
 
 Every contender is a process of its own (contenders.py); they take turns round by round, and a figure is the median of the
-rounds' ratios. Prints tables; without --quick and --only they are written to docs/benchmarks.md, under what has been said there.
+rounds' ratios. Prints tables; without --quick they are written to docs/benchmarks.md, under what has been said there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import peft
@@ -56,7 +57,8 @@ class Worker:
             [sys.executable, str(HERE / "contenders.py"), json.dumps(options)], text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        self.captured = self.answer()["captured"]
+        first = self.answer()
+        self.captured, self.made = first["captured"], first["made"]
 
     def answer(self) -> dict:
         for line in self.process.stdout:
@@ -206,10 +208,38 @@ def memory(model: str, quick: bool) -> list[Line]:
     ]
 
 
+# what -> what the contenders do, goal
+CALLS = {
+    "inference": (dict(do="inference"), 1.05),
+    "generate, 16 tokens": (dict(do="generate"), 1.05),
+    "training": (dict(do="training"), 1.05),
+    "peak memory of a training step": (dict(do="training", peak=True), 1.05),
+}
+
+
+def face(model: str, quick: bool) -> list[Line]:
+    """get_peft_model of both, not compiled: how long until the first call is done, in a process of its own, and later calls."""
+    kinds = {name: dict(library=name, compiler=None, model=model) for name in ("face", "peft")}
+    lines = []
+    with workers(**kinds) as started:
+        ours, theirs = started["face"].made, started["peft"].made
+        lines.append(Line(f"{model}: get_peft_model", *(f"{1e3 * t:.0f} ms" for t in (ours, theirs)), ours / theirs))
+        for do in ("inference", "generate", "training"):
+            ours, theirs = (started[name](do) for name in kinds)
+            lines.append(Line(f"{model}: first {do}", *(f"{1e3 * t:.0f} ms" for t in (ours, theirs)), ours / theirs))
+        for what, (asked, goal) in CALLS.items():
+            found = rounds(started, 3 if quick else ROUNDS, **asked)
+            ours, theirs = found["face"], found["peft"]
+            shown = (f"{statistics.median(v) / 2**20:.0f} MiB" if "peak" in asked else ms(v) for v in (ours, theirs))
+            lines.append(Line(f"{model}: {what}", *shown, ratio(ours, theirs), goal))
+    return lines
+
+
 def parts(quick: bool) -> dict[str, Callable[[], list[Line]]]:
     models = ["2 x 1024 Llama"] if quick else ["SmolLM2-135M", "2 x 1024 Llama"]
     chosen = {f"steady {m}": lambda m=m: steady(m, quick) for m in models}
     chosen |= {"depth": lambda: depth(quick), "methods": lambda: methods(models[0], quick),
+               "face": lambda: face(models[0], quick),
                "memory": lambda: memory(models[0], quick), "verbs": lambda: verb_lines(quick)}  # fmt: skip
     return chosen
 
@@ -231,31 +261,34 @@ def table_of(title: str, lines: list[Line]) -> Table:
     return table
 
 
-def write(tables: list[Table]) -> None:
-    """The tables below what people have written in docs/benchmarks.md."""
-    page = Console(width=120, file=io.StringIO())
-    for table in tables:
-        page.print(table)
-    said = FILE.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
+def write(tables: dict[str, Table]) -> None:
+    """Puts the tables below what people have written in docs/benchmarks.md, in place of those of the same parts."""
+    said, _, figures = FILE.read_text(encoding="utf-8").partition(MARK)
+    sections = dict(section.split("\n", 1) for section in figures.split("\n### ")[1:])
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    figures = f"torch {torch.__version__}, PEFT {peft.__version__}; {machine}; Python {platform.python_version()}"
-    FILE.write_text(f"{said}\n\n{MARK}\n\n{figures}\n\n```\n{page.file.getvalue()}```\n", encoding="utf-8")
+    made_with = f"torch {torch.__version__}, PEFT {peft.__version__}; {machine}; Python {platform.python_version()}"
+    for name, table in tables.items():
+        page = Console(width=120, file=io.StringIO())
+        page.print(table)
+        sections[name] = f"\n{made_with}; {date.today()}\n\n```\n{page.file.getvalue()}```\n"
+    text = "".join(f"\n### {name}\n{section}" for name, section in sections.items())
+    FILE.write_text(f"{said.rstrip()}\n\n{MARK}\n{text}", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small model, few rounds; writes nothing")
-    parser.add_argument("--only", nargs="*", metavar="PART", help="some parts alone; writes nothing")
+    parser.add_argument("--only", nargs="*", metavar="PART", help="some parts alone")
     options = parser.parse_args()
     chosen = parts(options.quick)
     if unknown := [name for name in options.only or () if name not in chosen]:
         parser.error(f"no part {unknown[0]!r}; there are: {', '.join(chosen)}")
-    tables = []
+    tables = {}
     with Progress(console=console, transient=True) as progress:
         for name in progress.track(options.only or list(chosen)):
-            tables.append(table_of(name, chosen[name]()))
-            console.print(tables[-1])
-    if not options.quick and not options.only:
+            tables[name] = table_of(name, chosen[name]())
+            console.print(tables[name])
+    if not options.quick:
         write(tables)
 
 

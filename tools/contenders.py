@@ -54,7 +54,9 @@ class Contender:
         self.base = self.base.to(getattr(torch, dtype)).requires_grad_(False)
         self.config = config or {"peft_type": "LORA", **LORA}
         self.captured = 0.0
+        start = time.perf_counter()
         self.model = getattr(self, library)()
+        self.made = time.perf_counter() - start
         self.compiled_model = self.model
 
     def bare(self):
@@ -63,9 +65,15 @@ class Contender:
         return self.capture() if self.compiler == "peft_fx" else self.base
 
     def peft(self):
+        return self.wrapped(peft)
+
+    def face(self):
+        return self.wrapped(peft_fx)
+
+    def wrapped(self, library):
         options = dict(self.config)
-        kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[options.pop("peft_type")]
-        return peft.get_peft_model(self.base, kind(**options)).eval()
+        kind = library.PEFT_TYPE_TO_CONFIG_MAPPING[options.pop("peft_type")]
+        return library.get_peft_model(self.base, kind(**options)).eval()
 
     def peft_fx(self):
         return peft_fx.apply(self.capture(), self.config)
@@ -89,6 +97,11 @@ class Contender:
     def inference(self, batch: int = 1, length: int = 64) -> None:
         with torch.no_grad():
             self.compiled_model(**self.ids(batch, length))
+
+    def generate(self, batch: int = 1, length: int = 32, tokens: int = 16) -> None:
+        inputs = self.ids(batch, length)
+        self.model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], do_sample=False,
+                            max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)  # fmt: skip
 
     def training(self, batch: int = 2, length: int = 64) -> None:
         inputs = self.ids(batch, length)
@@ -122,7 +135,7 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     warnings.simplefilter("ignore")
     contender = Contender(**json.loads(sys.argv[1]))
-    answer({"captured": contender.captured})
+    answer({"captured": contender.captured, "made": contender.made})
     for line in sys.stdin:
         asked = json.loads(line)
         what = asked.pop("do")

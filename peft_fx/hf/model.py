@@ -131,6 +131,15 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.peft_config[self.active_adapter]
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.base_model.enabled and bool(self.active_adapters)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that some adapter trains whole."""
+        return {name for c in self.peft_config.values() for name in c.modules_to_save or ()} or None
+
+    @property
     def peft_type(self) -> PeftType:
         """Of the adapter that acts."""
         return PeftType(self.active_peft_config.peft_type)

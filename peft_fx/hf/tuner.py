@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from textwrap import indent
 
 import torch
 from rich.progress import track
@@ -106,6 +107,19 @@ class Tuner(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def __repr__(self) -> str:
+        """The model, and a line per adapter."""
+        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.peft_config)]
+        return f"Tuner(\n{indent(chr(10).join(lines), '  ')}\n)"
+
+    def described(self, name: str) -> str:
+        found = [p.target.name for p in placements(self.backend.state, name)]
+        does = "merged" if name in self.merged_adapters else "acts" if name in self.backend.active else "does not act"
+        tensors = list(self.adapters._modules.get(name, nn.Module()).parameters())
+        count, trained = sum(p.numel() for p in tensors), sum(p.numel() for p in tensors if p.requires_grad)
+        targets = f"{len(found)} target{'s' * (len(found) != 1)}, {', '.join([*found[:1], *found[1:][-1:]])}"
+        return f"{self.peft_config[name].peft_type}, {does}, on {targets}; {count:,} parameters, {trained:,} trainable"
+
     # Which adapters there are and act
 
     @property
@@ -115,6 +129,24 @@ class Tuner(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         return list(self.chosen)
+
+    active_adapter = active_adapters  # PEFT's tuners have both
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that some adapter is on."""
+        return list(dict.fromkeys(p.target.path for n in self.peft_config for p in placements(self.backend.state, n)))
+
+    def disable_adapter_layers(self) -> None:
+        """The base model, merged weights taken out too, until `enable_adapter_layers`."""
+        if self.merged_adapters:
+            self.unmerge_adapter()
+        self.enabled = False
+        self.refresh()
+
+    def enable_adapter_layers(self) -> None:
+        self.enabled = True
+        self.refresh()
 
     def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
         """source: (file's tensors, where), None for initial values. It does not act until `set_adapter`."""
@@ -192,15 +224,12 @@ class Tuner(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model inside the block, merged weights taken out too."""
-        if merged := self.merged_adapters:
-            self.unmerge_adapter()
-        self.enabled = False
-        self.refresh()
+        merged = self.merged_adapters
+        self.disable_adapter_layers()
         try:
             yield
         finally:
-            self.enabled = True
-            self.refresh()
+            self.enable_adapter_layers()
             if merged:
                 self.merge_adapter(list(merged))
 

@@ -11,7 +11,7 @@ ones work (there: an error in the forward), and LoRA's fields that AdaLoRA ignor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch.nn import functional as F
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..config import nonnegative, rank
 from ..errors import RecipeError
 from .base import Tensor
-from .inits import normal, scaled_normal, zeros
+from .inits import drawn_after, normal, scaled_normal, zeros
 from .lora import LoraConfig
 from .matrices import Matrices, row_size
 from .scales import fixed
@@ -58,10 +58,10 @@ class AdaLoRA(Matrices):
     name = "ADALORA"
     Config = AdaLoraConfig
     drops = "lora_dropout"
+    off = {"lora_E": 0.0}
 
     def advice(self, target, config):
         return None if config.r == 8 else f"r={config.r} has no meaning for AdaLoRA: the rank starts as init_r"
-    off = {"lora_E": 0.0}
 
     def kept(self, target, config) -> list[bool]:
         """Which of the first components there are."""
@@ -76,13 +76,19 @@ class AdaLoRA(Matrices):
 
     def tensors(self, target, config):
         r = sum(self.kept(target, config))
-        vectors, values = (partial(scaled_normal, 0.02), zeros) if config.init_lora_weights else (normal, normal)
+        A, E, B, one = (r, row_size(target)), (r, 1), (target.out_features, r), (1,)
         scale = (config.lora_alpha if config.lora_alpha > 0 else r) / (config.init_r + 1e-5)
+        start_A, values, vectors, scaling = normal, normal, normal, fixed(scale)
+        if config.init_lora_weights:
+            values, vectors = zeros, partial(scaled_normal, 0.02)
+            start_A = partial(drawn_after, normal, (A, E, B, one), vectors)
+        else:  # PEFT draws the rank's tensor too
+            scaling = replace(scaling, init=partial(drawn_after, normal, (one,), scaling.init))
         return {
-            "lora_A": Tensor((r, row_size(target)), vectors, "lora_A", pad=((0, 1),)),
-            "lora_E": Tensor((r, 1), values, "lora_E", pad=((0, 1),)),
-            "lora_B": Tensor((target.out_features, r), vectors, "lora_B", pad=((1, 1),)),
-            "scaling": fixed(scale),
+            "lora_A": Tensor(A, start_A, "lora_A", pad=((0, 1),)),
+            "lora_E": Tensor(E, values, "lora_E", pad=((0, 1),)),
+            "lora_B": Tensor(B, vectors, "lora_B", pad=((1, 1),)),
+            "scaling": scaling,
         }
 
     def matrices(self, theta, target, config):

@@ -9,10 +9,11 @@ embeddings v is added to every row; a norm needs a bias of its own. Starts as th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from ..config import LORA_ONLY, AdapterConfig
 from .base import OutputMap, Tensor
-from .inits import normal, zeros
+from .inits import drawn_over, normal, zeros
 
 
 @dataclass
@@ -35,7 +36,8 @@ class BEFT(OutputMap):
         return None
 
     def tensors(self, target, config):
-        return {"beft_bias": Tensor((1, target.out_features), zeros if config.init_weights else normal, "beft_bias")}
+        start = partial(drawn_over, normal, zeros) if config.init_weights else normal
+        return {"beft_bias": Tensor((1, target.out_features), start, "beft_bias")}
 
     def map_output(self, y, theta, target, config):
         return y + theta["beft_bias"].flatten()

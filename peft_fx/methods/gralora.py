@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ..config import LORA_ONLY, MAX_RANK, AdapterConfig, checked, probability, rank
 from ..errors import RecipeError
 from .base import Branch, Tensor
-from .inits import kaiming, kaiming_blocks, zeros
+from .inits import drawn_after, kaiming, kaiming_blocks, zeros
 from .matrices import row_size
 from .scales import fixed
 from .shapes import divisors
@@ -63,7 +64,7 @@ class GraLoRA(Branch):
         m, n, r, k, h = target.out_features, row_size(target), config.r, config.gralora_k, config.hybrid_r
         up, general_up = (zeros, zeros) if config.init_weights else (kaiming_blocks, kaiming)
         general = {
-            "gralora_A_general": Tensor((h, n), kaiming, "gralora_A_general.weight", pad=((0, 1),)),
+            "gralora_A_general": Tensor((h, n), partial(drawn_after, kaiming, ((h, n), (m, h)), kaiming), "gralora_A_general.weight", pad=((0, 1),)),
             "gralora_B_general": Tensor((m, h), general_up, "gralora_B_general.weight", pad=((1, 1),)),
         }
         return {

@@ -16,7 +16,7 @@ from functools import partial
 
 from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, one_of, pattern_field, probability, rank
 from .base import Rewrite, Tensor
-from .inits import kaiming, normal, scaled_normal, zeros
+from .inits import drawn_after, kaiming, normal, scaled_normal, zeros
 
 
 @dataclass
@@ -54,10 +54,12 @@ class HiRA(Rewrite):
         }[config.init_weights]
         if target.kind in self.ZERO_FIRST and config.init_weights:
             start = zeros, normal
+        A, B = (r, *target.shape[1:]), (target.out_features, r, *(1,) * len(target.kernel))
+        start_A = partial(drawn_after, normal, (A, B), start[0]) if config.init_weights else start[0]
         name_A, name_B = self.names(target)
         return {
-            name_A: Tensor((r, *target.shape[1:]), start[0], name_A, pad=((0, 1),)),
-            name_B: Tensor((target.out_features, r, *(1,) * len(target.kernel)), start[1], name_B, pad=((1, 1),)),
+            name_A: Tensor(A, start_A, name_A, pad=((0, 1),)),
+            name_B: Tensor(B, start[1], name_B, pad=((1, 1),)),
         }
 
     def neutral(self, target, config):

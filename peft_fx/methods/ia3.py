@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
 from .base import InputMap, OutputMap, Tensor
-from .inits import normal, ones
+from .inits import drawn_over, normal, ones
 
 
 @dataclass
@@ -74,4 +75,4 @@ class IA3Input(InputMap):
 def factors(shape: tuple[int, int], target, config) -> Tensor:
     """One axis counts; on convolutions PEFT files (1, features, 1, ...)."""
     filed = (1, max(shape), *(1,) * len(target.kernel)) if target.kernel else shape
-    return Tensor(filed, ones if config.init_ia3_weights else normal, "ia3_l")
+    return Tensor(filed, partial(drawn_over, normal, ones) if config.init_ia3_weights else normal, "ia3_l")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import torch
 from torch.nn import init
 
 
@@ -23,6 +24,8 @@ def constant(value, tensor, W=None):
 
 def number_of(initialiser):
     """The number that a `partial(constant, value)` writes everywhere, whatever the base weight; None for any other."""
+    if getattr(initialiser, "func", None) in (drawn_after, drawn_over):
+        return number_of(initialiser.args[-1])
     return initialiser.args[0] if getattr(initialiser, "func", None) is constant else None
 
 
@@ -70,15 +73,28 @@ def drawn_after(draw, shapes, init, tensor, W=None):
     init(tensor, W)
 
 
+def drawn_over(draw, init, tensor, W=None):
+    """For `partial(drawn_over, draw, init)`: `init` after `draw` filled the tensor, as it is when PEFT makes it."""
+    draw(tensor)
+    init(tensor, W)
+
+
 def kaiming_blocks(tensor, W=None):
     """(blocks, fan_in, r): each block is the transpose of a `kaiming` matrix."""
     for block in tensor:
-        kaiming(block.mT)
+        drawn = torch.empty_like(block.mT, memory_format=torch.contiguous_format)  # numbers come in the order of memory
+        kaiming(drawn)
+        block.mT.copy_(drawn)
 
 
 def uniform(bound, tensor, W=None):
     """For `partial(uniform, bound)`: uniform in +-bound."""
     init.uniform_(tensor, -bound, bound)
+
+
+def integers(below, tensor, W=None):
+    """For `partial(integers, below)`: from 0 to less than `below`, equally often."""
+    tensor.random_(0, below)
 
 
 def copy_base(tensor, W):

@@ -16,7 +16,7 @@ from functools import partial
 
 from ..config import LORA_ONLY, AdapterConfig, checked, rank
 from .base import Branch, Tensor, Together
-from .inits import constant, kaiming, zeros
+from .inits import constant, drawn_after, kaiming, zeros
 
 
 @dataclass
@@ -42,23 +42,27 @@ class Lily(Branch):
     no_weight = "an update that depends on the input"
 
     def tensors(self, target, config):
-        return {
-            "lily_router": Tensor((config.num_B, config.r), kaiming, "lily_router.weight", pad=((1, 1),)),
-            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
-        }
+        return {"scaling": Tensor((), partial(constant, config.scaling), trainable=False)}
 
     def together(self, targets, config):
-        groups, grouped = {}, []
+        groups, grouped, own = {}, [], {}
         for t in targets:
             groups.setdefault((suffix(t.path, config), t.shape), []).append(t.name)
         for (_, (m, n)), members in groups.items():
-            start, rows = zeros if config.init_weights else kaiming, config.num_B * config.r
-            B = Tensor((rows, m), start, ".lily_B.weight", pad=((0, config.num_B),))
-            grouped.append(({"lily_B": B}, tuple(members)))
-            for i in range(0, len(members), config.stride_A):
-                A = Tensor((config.r, n), kaiming, ".lily_A.weight", pad=((0, 1),))
-                grouped.append(({"lily_A": A}, tuple(members[i : i + config.stride_A])))
-        return Together(grouped=tuple(grouped))
+            A, B, router = (config.r, n), (config.num_B * config.r, m), (config.num_B, config.r)
+            start_A = partial(drawn_after, kaiming, (A, B, router), kaiming)
+            start_B = zeros if config.init_weights else kaiming
+            shared = Tensor(B, start_B, ".lily_B.weight", pad=((0, config.num_B),))
+            grouped.append(({"lily_B": shared}, tuple(members)))
+            for i, name in enumerate(members):
+                start = kaiming
+                if i % config.stride_A:  # PEFT draws an A here too, before it shares
+                    start = partial(drawn_after, kaiming, (A, B, router, A), kaiming)
+                else:
+                    shared = Tensor(A, start_A, ".lily_A.weight", pad=((0, 1),))
+                    grouped.append(({"lily_A": shared}, tuple(members[i : i + config.stride_A])))
+                own[name] = {"lily_router": Tensor(router, start, "lily_router.weight", pad=((1, 1),))}
+        return Together(own=own, grouped=tuple(grouped))
 
     def delta(self, x, theta, target, config):
         h = x @ theta["lily_A"].mT

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from ..config import LORA_ONLY, AdapterConfig, checked, one_of, rank
 from .base import Tensor
-from .inits import constant, kaiming, zeros
+from .inits import constant, drawn_after, kaiming, zeros
 from .matrices import Matrices
 
 TRAINED = ("prelu", "xielu")  # activations with parameters, for which the file has no place
@@ -51,15 +51,15 @@ class PEANuT(Matrices):
         m, r = target.out_features, config.r
         padded = not ACT2FN[config.act_fn](torch.zeros(())).any()  # else what is padded would learn
         rows, columns = (((0, 1),), ((1, 1),)) if padded else ((), ())
-        spec = {
-            "peanut_A": Tensor((r, m), kaiming, "peanut_A.weight", pad=rows),
-            "peanut_B": Tensor((m, r), zeros if config.init_weights else kaiming, "peanut_B.weight", pad=columns),
-            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
-        }
+        start_A = partial(drawn_after, kaiming, ((r, m), *[(r, r)] * (2 * config.depth), (m, r)), kaiming)
+        spec = {"peanut_A": Tensor((r, m), start_A, "peanut_A.weight", pad=rows)}
         for part in ("peanut_encoders", "peanut_decoders"):
             for i in range(config.depth):
                 spec[f"{part}_{i}"] = Tensor((r, r), kaiming, f"{part}.{i}.weight", pad=rows + columns)
-        return spec
+        return spec | {
+            "peanut_B": Tensor((m, r), zeros if config.init_weights else kaiming, "peanut_B.weight", pad=columns),
+            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
+        }
 
     def matrices(self, theta, target, config):
         act = ACT2FN[config.act_fn]

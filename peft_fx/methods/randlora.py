@@ -21,7 +21,7 @@ from functools import partial
 from ..config import LORA_ONLY, AdapterConfig, probability, rank
 from .base import Tensor
 from .draws import dense_bases, largest, projections, sparse_bases
-from .inits import constant, normal, zeros
+from .inits import constant, drawn_over, normal, zeros
 from .matrices import Matrices, row_size
 
 
@@ -51,8 +51,9 @@ class RandLora(Matrices):
         low, high = sorted((row_size(target), target.out_features))
         bases = math.ceil(low / config.r)
         value = 1 / max(bases, low) if config.init_weights else 1 / high
+        start = partial(drawn_over, normal, zeros) if config.init_weights else normal
         return {
-            "randlora_lambda": Tensor((config.r, bases), zeros if config.init_weights else normal, "randlora_lambda"),
+            "randlora_lambda": Tensor((config.r, bases), start, "randlora_lambda"),
             "randlora_gamma": Tensor((bases, low), partial(constant, value), "randlora_gamma"),
             "scaling": Tensor((), partial(constant, config.randlora_alpha / config.r), trainable=False),
         }

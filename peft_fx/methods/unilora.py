@@ -17,7 +17,7 @@ import torch
 from ..config import LORA_ONLY, AdapterConfig, positive, probability, rank
 from .base import Tensor, Together
 from .draws import dealt_positions, dealt_scales
-from .inits import normal, uniform
+from .inits import drawn_over, integers, normal, uniform
 from .matrices import Matrices, row_size
 
 
@@ -54,7 +54,7 @@ class UniLoRA(Matrices):
             for factor, shape, axis in ("A", (config.r, row_size(t)), 0), ("B", (t.out_features, config.r), 1):
                 indices, scale = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
                 keys, pad = (indices, scale) if config.save_indices else (None, None), ((axis, 1),)
-                drawn = partial(dealt_positions, deal, first)
+                drawn = partial(drawn_over, partial(integers, d), partial(dealt_positions, deal, first))
                 specs[indices] = Tensor(shape, drawn, keys[0], False, torch.int64, below=d, pad=pad)
                 specs[scale] = Tensor(shape, partial(dealt_scales, deal), keys[1], False, needs=(indices,), pad=pad)
                 first += shape[0] * shape[1]

@@ -15,7 +15,7 @@ from functools import partial
 from ..config import LORA_ONLY, AdapterConfig, probability, rank
 from .base import Tensor
 from .draws import kaiming_pair, largest, projections
-from .inits import constant, normal, ones, zeros
+from .inits import constant, drawn_over, normal, ones, zeros
 from .matrices import Matrices, row_size
 
 
@@ -42,7 +42,8 @@ class VeRA(Matrices):
     halves = 1  # rows of A for each column of B
 
     def tensors(self, target, config):
-        b, d = (zeros, partial(constant, config.d_initial)) if config.init_weights else (ones, normal)
+        d = partial(drawn_over, normal, partial(constant, config.d_initial)) if config.init_weights else normal
+        b = zeros if config.init_weights else ones
         name_b, name_d = f"{self.prefix}_lambda_b", f"{self.prefix}_lambda_d"
         return {
             name_b: Tensor((target.out_features,), b, name_b),

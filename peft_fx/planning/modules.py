@@ -42,7 +42,9 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
         bases=tuple(c.__name__ for c in type(module).__mro__ if c not in (nn.Module, object)),
         parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
         buffers={n: tuple(module._buffers[n].shape) for n in persistent if module._buffers[n] is not None},
-        attributes={n: _literal(v) for n in ATTRIBUTES if _is_literal(v := getattr(module, n, _MISSING))},
+        # without __getattr__, in which diffusers' models look into their config, with a warning
+        attributes={n: _literal(v) for n in ATTRIBUTES
+                    if _is_literal(v := vars(module).get(n, getattr(type(module), n, _MISSING)))},
         aliases=tuple(paths[1:]),
     )
 

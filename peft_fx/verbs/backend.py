@@ -19,7 +19,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import GraphError, RecipeError
-from ..files.read import local_folder, read_config, read_tensors
+from ..files.read import read_adapter
 from ..passes.base import regions
 from ..passes.dynamo import CHECKPOINT, adapt
 from ..passes.products import options_with
@@ -48,7 +48,7 @@ def backend(
 ) -> Backend:
     """A backend for `torch.compile` or `model.compile` that puts adapters into Dynamo's graphs.
 
-    recipe: what `apply` takes, or a folder (or Hub id) with PEFT's files. model: what is going to be compiled, on its device;
+    recipe: what `apply` takes, or what `load_adapter` does. model: what is going to be compiled, on its device;
     left out, it is found at the first call, and has no adapters until then. inner: the backend that gets the adapted graphs:
     "eager", "aot_eager", "inductor", or any other of Dynamo's. trainable: whether adapters from files require grad.
     lowering: as for `apply`.
@@ -63,7 +63,8 @@ def backend(
 class Backend:
     """Adapters of one model, and a callable for torch.compile.
 
-    wanted: per adapter its name, config, and (file's tensors, where) or None for initial values.
+    wanted: per adapter its name, config, and (file's tensors, where) or None for initial values; without a config, where
+    its files are.
     """
 
     __name__ = "peft_fx"  # Dynamo's messages call backends by it
@@ -91,6 +92,9 @@ class Backend:
         if self.model is None:
             gm = without_graph(model)
             for name, config, source in self.wanted:
+                if config is None:  # files: only the model's table says what those of other programs mean
+                    config, tensors = read_adapter(source, state_of(gm).table)
+                    source = (tensors, str(source))
                 if config.layer_replication:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
                 trainable = not config.inference_mode if source is None else self.trainable
@@ -315,10 +319,9 @@ def without_graph(model: nn.Module, store: Store | None = None, state: State | N
 
 
 def sources(recipe, adapter_name: str) -> Iterator[tuple]:
-    """(adapter name, config, (tensors, where) or None) of a recipe or of a folder with PEFT's files."""
+    """(adapter name, config, None) for the adapters of a recipe, (adapter name, None, path) for files."""
     if isinstance(recipe, (str, Path)) and Path(recipe).suffix not in RECIPE_FILES:
-        folder = local_folder(recipe)
-        yield adapter_name, read_config(folder), (read_tensors(folder), str(recipe))
+        yield adapter_name, None, recipe
     else:
         chosen: Recipe = as_recipe(recipe, adapter_name)
         yield from ((name, config, None) for name, config in chosen.items())
