@@ -14,7 +14,7 @@ from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
 from ..verbs.backend import Backend
 from .model import DEFAULT
-from .tuner import INJECTED, Tuner, refuse_adapted
+from .tuner import INJECTED, Tuner, refuse_adapted, take_over
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -34,6 +34,7 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
         return model
     refuse_adapted(model)
     backend = Backend([(adapter_name, config, None)], trainable=not config.inference_mode).attach(model, frames=False)
+    take_over(model)
     model.requires_grad_(False)
     tuner = model.__dict__[INJECTED] = Tuner(model, backend)
     tuner.refresh()

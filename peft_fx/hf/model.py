@@ -26,8 +26,9 @@ from ..recipe import as_config
 from ..verbs.backend import Backend
 from .card import write_card
 from .embeddings import adapter_contents, load_embeddings
+from .hub import push_to_hub
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
-from .tuner import Tuner, refuse_adapted
+from .tuner import Tuner, refuse_adapted, take_over
 from .types import HEADS, PeftType, TaskType
 from .weights import renamed
 
@@ -75,7 +76,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         config = prepared(as_config(peft_config), model)
         refuse_adapted(model)
         backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model, frames=False)
-        model.requires_grad_(False)  # not before: it may have been refused
+        take_over(model)  # not before: the config may have been refused
+        model.requires_grad_(False)
         self.base_model = Tuner(model, backend)
         if not autocast_adapter_dtype:
             self.base_model.cast_to_base(adapter_name)
@@ -294,6 +296,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_card(folder, list(self.peft_config.values()), self.get_base_model())
 
+    push_to_hub = push_to_hub
+
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
         """What a Trainer does not miss when it resumes: the model's own weights."""
@@ -361,7 +365,7 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
     """A `PeftModel` of the class for the config's task_type, around `model`, adapted in place. mixed: a PeftMixedModel.
 
     revision: of the base model, which goes into the config. Raises ValueError for a PeftModel. A model inside of one is
-    taken with a warning: its calls then run adapted by both.
+    taken from it, with a warning.
     """
     config = as_config(peft_config)
     if revision is not None:

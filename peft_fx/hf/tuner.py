@@ -117,8 +117,8 @@ class Tuner(nn.Module):
         does = "merged" if name in self.merged_adapters else "acts" if name in self.backend.active else "does not act"
         tensors = list(self.adapters._modules.get(name, nn.Module()).parameters())
         count, trained = sum(p.numel() for p in tensors), sum(p.numel() for p in tensors if p.requires_grad)
-        targets = f"{len(found)} target{'s' * (len(found) != 1)}, {', '.join([*found[:1], *found[1:][-1:]])}"
-        return f"{self.peft_config[name].peft_type}, {does}, on {targets}; {count:,} parameters, {trained:,} trainable"
+        targets = f"{len(found)} targets ({' ... '.join(dict.fromkeys((*found[:1], *found[-1:])))})"
+        return f"{self.peft_config[name].peft_type}, {does}, on {targets}, {count:,} parameters, {trained:,} trainable"
 
     # Which adapters there are and act
 
@@ -153,6 +153,8 @@ class Tuner(nn.Module):
         self.unmerge_first("added")  # it may start from the base's weights
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
+        if source is None and name not in self.chosen:
+            self.set_requires_grad(name, False)
 
     def cast_to_base(self, name: str) -> None:
         """An adapter's parameters in the dtype of the weights that they are for."""
@@ -170,7 +172,7 @@ class Tuner(nn.Module):
         if adapter_name in self.peft_config:
             return
         config, tensors = combined(self.backend.adapters, adapters, weights, Combination(combination_type, **options))
-        self.add(adapter_name, config, (tensors, "the combination"))
+        self.add(adapter_name, config, (tensors, "the combination"), trainable=False)
 
     def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
@@ -199,6 +201,7 @@ class Tuner(nn.Module):
         self.chosen = tuple(n for n in self.chosen if n != name)
         if not self.chosen and (left := list(self.peft_config)):
             self.chosen = (left[0],)
+            self.set_requires_grad(left[0])
             warnings.warn(f"Adapter {name} was active and is deleted; now {left[0]} is.", stacklevel=3)
         self.refresh()
 
@@ -332,7 +335,7 @@ class Tuner(nn.Module):
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raises ValueError for a PeftModel, and for a model that adapters were injected into; warns of one inside of a PeftModel."""
+    """Raises ValueError for a PeftModel, and for a model that adapters were injected into."""
     tuner = model._modules.get("base_model")
     if isinstance(tuner, Tuner) or INJECTED in model.__dict__:
         there = ", ".join((tuner if isinstance(tuner, Tuner) else model.__dict__[INJECTED]).peft_config)
@@ -341,10 +344,18 @@ def refuse_adapted(model: nn.Module) -> None:
             f"this {model._get_name()} has adapters already ({there}): {remedy} or load_adapter add one to them; "
             "unload() takes them away"
         )
-    if any(isinstance(m.__dict__.get(name), Host) for m in model.modules() for name in ("forward", "_old_forward")):
+
+
+def take_over(model: nn.Module) -> None:
+    """Warns where a PeftModel is around the model already; its adapters act no longer."""
+    found = [m.__dict__.get(name) for m in model.modules() for name in ("forward", "_old_forward")]
+    others = dict.fromkeys(host.hosts for host in found if isinstance(host, Host))
+    for hosts in others:
+        hosts.close()
+    if others:
         warnings.warn(
-            f"this {type(model).__name__} is inside of a PeftModel already: its calls will run adapted by both. If that is not "
-            "meant, take the adapters away first (unload), or add another to them (add_adapter)",
+            f"There is a PeftModel around this {type(model).__name__} already, whose adapters act no longer: the new ones take "
+            "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first",
             stacklevel=4,
         )
 

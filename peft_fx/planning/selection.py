@@ -239,7 +239,8 @@ def targets_of_modules(
     for record in modules:
         read = module_targets(record)
         if mamba and record.path.rpartition(".")[2] in defaults.MAMBA_MODULES:
-            read = Refusal(record.path, f"{table.model_type} reads this weight in a fused kernel, past the module")
+            read = Refusal(record.path, f"{table.model_type} reads this weight in a fused kernel, past the module, where no "
+                           f"{config.peft_type} adapter acts: leave it out of the targets")  # fmt: skip
         if isinstance(read, Refusal):
             refusals.append(read)
             continue
