@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 
 import peft
 import pytest
@@ -347,16 +348,26 @@ def train(model, folder, resume=None, **options):
     return [h["loss"] for h in trainer.state.log_history if "loss" in h], trainer
 
 
+WAYS_TO_TRAIN = {
+    "plain": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}, {"bf16": True}],
-                         ids=lambda o: next(iter(o), "plain"))  # fmt: skip
+@pytest.mark.parametrize("options", WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
 def test_a_trainers_losses_are_pefts_and_it_resumes(tmp_path, options):
     reference, model = pair("tied_llama", tmp_path / "adapter", is_trainable=True)
     expected, _ = train(reference, tmp_path / "theirs", **options)
     found, trainer = train(model, tmp_path / "ours", **options)
-    torch.testing.assert_close(
-        torch.tensor(found), torch.tensor(expected), atol=1e-2 if "bf16" in options else 1e-5, rtol=0
-    )
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=1e-5, rtol=0)
     _, again = pair("tied_llama", tmp_path / "adapter", is_trainable=True)
     resumed, other = train(again, tmp_path / "ours", resume=str(tmp_path / "ours" / "checkpoint-2"), **options)
     assert resumed == found
@@ -365,6 +376,18 @@ def test_a_trainers_losses_are_pefts_and_it_resumes(tmp_path, options):
     written, kept = peft.get_peft_model_state_dict(loaded), peft_fx.get_peft_model_state_dict(model)
     assert written.keys() == kept.keys() and all(torch.equal(written[k], kept[k]) for k in written)
     assert trainer.evaluate()["eval_loss"] == other.evaluate()["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_trainer_where_peft_is_not_installed_resumes_too(tmp_path, monkeypatch):
+    """It takes the model for one of transformers' own."""
+    _, model = pair("tied_llama", tmp_path / "adapter", is_trainable=True)
+    _, again = pair("tied_llama", tmp_path / "adapter", is_trainable=True)
+    monkeypatch.delitem(sys.modules, "peft")
+    assert not isinstance(model, peft.PeftModel) and isinstance(model, transformers.PreTrainedModel)
+    found, _ = train(model, tmp_path / "ours")
+    assert train(again, tmp_path / "ours", resume=str(tmp_path / "ours" / "checkpoint-2"))[0] == found
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.slow

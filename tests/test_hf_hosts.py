@@ -212,3 +212,16 @@ def test_experts_are_adapted(tmp_path):
     torch.testing.assert_close(logits(model, "mixtral"), logits(pefts(model, tmp_path, "mixtral"), "mixtral"))
     y = torch.compile(model, backend="eager")(**inputs("mixtral")).logits
     torch.testing.assert_close(y, logits(model, "mixtral"))
+
+
+def test_a_forward_that_others_have_put_in_place_stays(tmp_path):
+    base = model_of("tied_llama").eval()
+    q = base.model.layers[0].self_attn.q_proj
+    q.forward = lambda x: 2 * nn.Linear.forward(q, x)
+    patched = q.forward
+    model = peft_fx.get_peft_model(base, {"peft_type": "LORA", **LORA, "init_lora_weights": True}).eval()
+    adapted = logits(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), adapted)
+    assert not torch.allclose(adapted, logits(tuned(init_lora_weights=True)))
+    assert model.unload() is base and q.forward is patched

@@ -11,98 +11,28 @@ Dynamo on its own: `verbs/backend.py`.
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-from torch import fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensorMode
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.experimental import _config as symbolic
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from ..methods import get_method
-from ..passes.dynamo import adapt
-from ..passes.fakes import fake_of
-from ..passes.inject import bare
-from ..planning.kinds import Refusal, module_targets
 from ..planning.plan import Placement
-from ..store import ADAPTERS, BaseGraph, State, owner_of
-from ..target import ModuleRecord
 from ..verbs.backend import Backend
 from ..verbs.derive import placements
 from ..verbs.python_parts import give_frames, of_torch
+from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
 GRAPHS = 1 << 16
 LIMITS = {"fail_on_recompile_limit_hit": True, "accumulated_recompile_limit": GRAPHS}
-LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
+TRACING = threading.RLock()  # a trace sets the store's mode
 BASE = "__base__"  # what callers name for rows without an adapter
-# operator kind -> sizes before and behind the features, of inputs that are usual
-INPUTS = {
-    "linear": ([(256,), (2, 128)], ()),
-    "embedding": ([(2, 128)], ()),
-    "norm": ([(2, 128)], ()),
-    "conv1d": ([(2,)], (256,)),
-    "conv2d": ([(2,)], (64, 64)),
-    "conv3d": ([(2,)], (16, 64, 64)),
-}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules that call or hold their parts as modules
-
-
-class Held(NamedTuple):
-    """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there."""
-
-    place: dict
-    name: str
-
-
-class Ready(NamedTuple):
-    """What a host runs for one kind of call: a function of the call's arguments and of these tensors."""
-
-    run: Callable
-    tensors: tuple[Held, ...]
-
-
-class Untraceable(Exception):
-    """No single graph describes the module's forward."""
-
-
-class Traced:
-    """The graph of modules that are alike, for one kind of call.
-
-    adapted: adapters that are alike -> what runs, and whose tensors it takes.
-    """
-
-    def __init__(self, module: nn.Module, args: Sequence[torch.Tensor]):
-        self.graph, self.names = traced(module, args)
-        self.count = len(args)
-        self.traces: dict = {}
-        self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
-
-    def ready(self, host: Host, chosen: tuple[Placement, ...]) -> Ready:
-        """The graph with these adapters in it, over the host's tensors and theirs."""
-        backend, own = host.hosts.backend, [held(host.module, name) for name in self.names]
-        key = tuple(map(likeness, chosen))
-        if key not in self.adapted:
-            store, base = backend.adapters.peft_fx, BaseGraph(fx.Graph())
-            store.mode.training, base.traces = host.module.training, self.traces
-            inputs = {
-                self.count + i: (place[name], (f"{host.path}.{name}" if host.path else name,))
-                for i, (place, name) in enumerate(own)
-            }
-            gm, further = adapt(self.graph, inputs, chosen, State(backend.state.table, base), store)
-            where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
-            self.adapted[key] = gm.forward, [where[name] for name in further]
-        run, further = self.adapted[key]
-        ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
-        return Ready(run, (*own, *ours))
 
 
 class Host:
@@ -112,8 +42,10 @@ class Host:
         self.hosts, self.module, self.path = hosts, module, path
         # accelerate's hooks move weights in and out around the forward that they found
         self.name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+        self.replaced = module.__dict__.get(self.name)
         self.forward = getattr(module, self.name)
-        self.dynamo = bool(module._modules)
+        as_written = getattr(self.forward, "__func__", None) is type(module).forward
+        self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
         self.forget()
@@ -128,10 +60,10 @@ class Host:
 
     def close(self) -> None:
         """The module's forward is its own again."""
-        if self.name == "forward":
-            del self.module.forward
+        if self.replaced is None:
+            delattr(self.module, self.name)
         else:
-            setattr(self.module, self.name, self.forward)
+            setattr(self.module, self.name, self.replaced)
 
     def forget(self) -> None:
         """After adapters came or went, or tensors were replaced."""
@@ -220,8 +152,9 @@ def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: 
         return True
     try:
         # what tracing saves for a backward is nothing to a checkpoint that this call is in
-        with saved_tensors_hooks(lambda t: t, lambda t: t):
-            table[key] = host.hosts.traced(host.module, key, args).ready(host, chosen)
+        with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t):
+            graph = host.hosts.traced(host.module, key, args)
+            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen)
     except Untraceable:
         return False
     return True
@@ -351,84 +284,3 @@ def kind(x: torch.Tensor) -> tuple:
     device = x.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return x.dtype, x.dim(), device, autocast
-
-
-def usual_inputs(module: nn.Module, record: ModuleRecord) -> Iterator[torch.Tensor]:
-    """What such a module is usually called with; nothing for one that is not known."""
-    if isinstance(targets := module_targets(record), Refusal):
-        return
-    for target in targets:
-        W = module._parameters[target.parameter]
-        outer, inner = INPUTS[target.kind]
-        for sizes in outer:
-            if target.kind == "embedding":
-                yield W.new_empty(sizes, dtype=torch.long)
-            else:
-                features = target.shape[0] if target.kind == "norm" else target.shape[1] * target.groups
-                yield W.new_empty(*sizes, features, *inner)
-
-
-def likeness(p: Placement) -> tuple:
-    """Equal for placements whose graphs differ in nothing but the names of their tensors."""
-    shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
-    shared = tuple((name, p.resolve(name)) for name in p.shared)
-    return p.adapter, type(get_method(p.method)), repr(p.config), bare(p), p.target.has_bias, shapes, shared, p.lowering
-
-
-def attributes(module: nn.Module) -> Iterator[tuple]:
-    """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
-    for name, value in module.__dict__.items():
-        if name in ("_parameters", "_buffers"):
-            yield from (
-                (n, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for n, t in value.items() if t is not None
-            )
-        elif not name.startswith("_") and name != "forward":
-            yield name, value if isinstance(value, LITERALS) else id(value)
-
-
-def held(root: nn.Module, name: str) -> Held:
-    owner, leaf = owner_of(root, name)
-    return Held(owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
-
-
-def traced(module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
-    """(a graph as Dynamo gives it, with one call in it: of the module's forward, on the arguments and on the module's tensors,
-    the names of these). Raises Untraceable if the forward depends on values or sizes."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    own = {n: t for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
-
-    def forward(*values):
-        twin = copy.copy(module)
-        twin.__dict__.pop("forward", None)
-        given = dict(zip(own, values[len(args) :], strict=True))
-        for kind in ("_parameters", "_buffers"):
-            twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}
-        return twin.forward(*values[: len(args)])
-
-    graph = fx.Graph()
-    with symbolic.patch(backed_size_oblivious=True):
-        fakes = [symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)]
-        fakes += [fake_of(mode, t) for t in own.values()]
-        try:
-            with mode:
-                result = forward(*fakes)
-        except Exception as error:
-            raise Untraceable from error
-    if mode.shape_env.guards and not of_torch(module):
-        raise Untraceable
-    nodes = [graph.placeholder(f"x{i}") for i in range(len(fakes))]
-    for node, fake in zip(nodes, fakes, strict=True):
-        node.meta["example_value"] = fake
-    call = graph.call_function(forward, tuple(nodes))
-    call.meta["example_value"] = result
-    graph.output(call)
-    return fx.GraphModule(nn.Module(), graph), list(own)
-
-
-def symbolic_fake(mode: FakeTensorMode, x: torch.Tensor, name: str) -> torch.Tensor:
-    """A fake of any size but in the last dimension, in which modules fit their inputs."""
-    sizes = [DimDynamic.DYNAMIC] * (x.dim() - 1) + [DimDynamic.STATIC] * (x.dim() > 0 and x.is_floating_point())
-    sizes += [DimDynamic.DYNAMIC] * (x.dim() - len(sizes))
-    return mode.from_tensor(
-        x, source=ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)
-    )

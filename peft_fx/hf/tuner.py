@@ -89,7 +89,9 @@ class Tuner(nn.Module):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call eval() first")
         if self.merged_adapters:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call unmerge_adapter() first")
-        self.known(set(names) - {BASE})
+        if isinstance(names, str):
+            raise WrongTypeError(f"adapter_names: expected a list with a name for each row, got {names!r}")
+        self.known(n for n in names if n != BASE)
         first = next((x for x in tree_leaves(inputs) if torch.is_tensor(x) and x.dim()), None)
         if first is not None and len(first) != len(names):
             raise ValueError(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import init
 
 from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
 from .base import Branch, Tensor
@@ -91,6 +90,6 @@ def projection(P, config):
 
 def inject(config, s, R, W, P):
     if not config.init_weights:
-        return init.normal_(R, std=STD * config.init_scale)
+        return scaled_normal(STD * config.init_scale, R)
     _, Z = projection(P.to(R.dtype), config)
     return R.copy_(Z.mT @ W.flatten(1).to(R.dtype) / s)

@@ -10,9 +10,11 @@ modules at the top of the model, which PEFT passes over. PEFT has linear weights
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from .inits import drawn_over, normal, zeros
 from .spectral import Spectral, SpectralConfig
 
 
@@ -28,6 +30,7 @@ class FourierFT(Spectral):
     Config = FourierFTConfig
     spectrum = "fourierft_spectrum"
     std = 1.0
+    zero = staticmethod(partial(drawn_over, normal, zeros))
     off = {"fourierft_spectrum": 0.0}
 
     def analysis(self, x, theta, config):

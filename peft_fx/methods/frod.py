@@ -51,8 +51,8 @@ class FRoD(Branch):
         values, begin = near(0.0, config), partial(start, 0.0 if config.init_weights else 0.1)
         return {
             "decomposed": Tensor((m + 1, n), decompose, trainable=False, like_base=True, needs=("frod_V",)),
-            "frod_lambda_l": Tensor((n,), begin, "frod_lambda_l", needs=("decomposed",)),
             "frod_lambda_s_values": Tensor((nonzeros(n, config.sparse_rate),), values, "frod_lambda_s_values"),
+            "frod_lambda_l": Tensor((n,), begin, "frod_lambda_l", needs=("decomposed",)),
         }
 
     def together(self, targets, config):

@@ -63,7 +63,7 @@ def parts(form: str, shape: tuple[int, ...], config) -> dict[str, Tensor]:
         return {"zeros": Tensor(shape, zeros, trainable=False)}
     if form == "lora":
         Xu = Tensor((config.r, *shape[1:]), kaiming, pad=((0, 1),))
-        return {"Xd": Tensor((shape[0], config.r), start, pad=((1, 1),)), "Xu": Xu}
+        return {"Xu": Xu, "Xd": Tensor((shape[0], config.r), start, pad=((1, 1),))}
     return {"X": Tensor((1,) if form == "constant" else (shape[0], 1)[: len(shape)], start)}
 
 

@@ -9,6 +9,13 @@ import torch
 from torch.nn import init
 
 
+def drawn(draw, tensor, *options, **more):
+    """`draw` as PEFT does it, on the CPU in torch's default dtype: there the same seed gives the same numbers everywhere."""
+    numbers = torch.empty(tensor.shape, device="cpu")
+    draw(numbers, *options, **more)
+    tensor.copy_(numbers)
+
+
 def zeros(tensor, W=None):
     init.zeros_(tensor)
 
@@ -30,12 +37,12 @@ def number_of(initialiser):
 
 
 def normal(tensor, W=None):
-    init.normal_(tensor)
+    drawn(init.normal_, tensor)
 
 
 def scaled_normal(std, tensor, W=None):
     """For `partial(scaled_normal, std)`."""
-    init.normal_(tensor, std=std)
+    drawn(init.normal_, tensor, std=std)
 
 
 def near(value, config):
@@ -45,22 +52,26 @@ def near(value, config):
 
 def around(value, std, tensor, W=None):
     """For `partial(around, value, std)`."""
-    init.normal_(tensor, value, std)
+    drawn(init.normal_, tensor, value, std)
 
 
 def near_eye(config):
     """The identity matrix; with init_weights=False normal noise around it."""
-    return partial(eye_and_noise, 0.0 if config.init_weights else 0.1)
+    return eye if config.init_weights else eye_and_noise
 
 
-def eye_and_noise(std, tensor, W=None):
-    init.normal_(tensor, std=std)
+def eye(tensor, W=None):
+    init.eye_(tensor)
+
+
+def eye_and_noise(tensor, W=None):
+    drawn(init.normal_, tensor, std=0.1)
     tensor.diagonal().add_(1.0)
 
 
 def kaiming(tensor, W=None):
     """Uniform in +-1/sqrt(fan_in), fan_in = second axis times the receptive field; a vector is one row."""
-    init.kaiming_uniform_(tensor if tensor.dim() > 1 else tensor.unsqueeze(0), a=math.sqrt(5))
+    drawn(init.kaiming_uniform_, tensor if tensor.dim() > 1 else tensor.unsqueeze(0), a=math.sqrt(5))
 
 
 def drawn_after(draw, shapes, init, tensor, W=None):
@@ -82,14 +93,12 @@ def drawn_over(draw, init, tensor, W=None):
 def kaiming_blocks(tensor, W=None):
     """(blocks, fan_in, r): each block is the transpose of a `kaiming` matrix."""
     for block in tensor:
-        drawn = torch.empty_like(block.mT, memory_format=torch.contiguous_format)  # numbers come in the order of memory
-        kaiming(drawn)
-        block.mT.copy_(drawn)
+        kaiming(block.mT)
 
 
 def uniform(bound, tensor, W=None):
     """For `partial(uniform, bound)`: uniform in +-bound."""
-    init.uniform_(tensor, -bound, bound)
+    drawn(init.uniform_, tensor, -bound, bound)
 
 
 def integers(below, tensor, W=None):

@@ -40,6 +40,7 @@ class Spectral(Branch):
     refuses = {"norm": "{name} transforms matrices; this weight has shape {shape}"}
     spectrum: str  # name and key of the spectrum
     std: float  # of its normal start, without init_weights
+    zero = staticmethod(zeros)  # its start with init_weights
 
     def analysis(self, x: torch.Tensor, theta, config) -> torch.Tensor:
         """(..., n) -> (..., n'): Sᵀ x."""
@@ -68,7 +69,7 @@ class Spectral(Branch):
 
     def spectra(self, target, config, number: int) -> dict[str, Tensor]:
         """The tensors of a target with this many coefficients."""
-        start = zeros if config.init_weights else partial(scaled_normal, self.std)
+        start = self.zero if config.init_weights else partial(scaled_normal, self.std)
         return {
             self.spectrum: Tensor((number,), start, self.spectrum),
             "positions": Tensor((2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64),

@@ -20,7 +20,8 @@ def decomposition(W, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def directions(q, seed, tensor, W):
-    tensor.copy_(decomposition(W, q, seed)[1])
+    base = W[0] if isinstance(W, list) else W
+    tensor.copy_(decomposition(W, q, seed)[1].to(base.dtype))
 
 
 def clusters(q, seed, rows, W):
@@ -33,14 +34,20 @@ def clusters(q, seed, rows, W):
 
 
 def leading(seed, threshold, A, W, rows):
-    """The leading right singular vectors of each cluster's rows of U; threshold: for their number, None for all."""
+    """About the leading right singular vectors of each cluster's rows of U; threshold: for their number, None for all.
+
+    As PEFT sketches them, with numbers from the global generator.
+    """
     U = decomposition(W, A.shape[-1], seed)[0]
     A.zero_()
     for A_i, C_i in zip(A, rows, strict=True):
-        _, S, V = torch.linalg.svd(U[C_i], full_matrices=False)
-        large = len(S) if threshold is None else max(1, int((S.square() > threshold * S[:1].square()).sum()))
-        r = min(len(S), len(A_i), large)
-        A_i[:r] = V[:r]
+        X = U[C_i]
+        Z, r = X @ X.mT, min(len(X), len(A_i))
+        if threshold is not None:
+            S = torch.svd_lowrank(Z, q=len(Z))[1]
+            r = min(r, max(1, int((S > threshold * S[:1]).sum())))
+        left = torch.svd_lowrank(Z, q=r)[0]
+        A_i[:r] = torch.linalg.qr(X.mT @ left).Q.mT
 
 
 def existing(components, W, A):
@@ -48,7 +55,9 @@ def existing(components, W, A):
 
 
 def start(std, B, W, rows, components):
-    B.normal_(std=std).mul_((rows.unsqueeze(-1) & components.unsqueeze(1)).any(0))
+    B.zero_()
+    if std:
+        B.normal_(std=std).mul_((rows.unsqueeze(-1) & components.unsqueeze(1)).any(0))
 
 
 # PEFT's pieces: A_i (r_i, q) and B_i (|C_i|, r_i)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..config import LORA_ONLY, AdapterConfig, probability, rank
 from .base import Tensor
 from .entries import Entries
-from .inits import constant, kaiming, normal, zeros
+from .inits import constant, drawn_after, kaiming, normal, zeros
 from .matrices import row_size
 
 MAX_SIZE = 2**31  # files hold positions as int32
@@ -80,8 +80,9 @@ class SuperTuning(Entries):
         if config.r is None:
             return spec
         of_A, of_B = (config.r, row_size(target)), (target.out_features, config.r)
+        start_A = partial(drawn_after, kaiming, (of_A, of_B), kaiming)
         return spec | {
-            "supertuning_lora_A": Tensor(of_A, kaiming, "supertuning_lora_A.weight", pad=((0, 1),)),
+            "supertuning_lora_A": Tensor(of_A, start_A, "supertuning_lora_A.weight", pad=((0, 1),)),
             "supertuning_lora_B": Tensor(of_B, B, "supertuning_lora_B.weight", pad=((1, 1),)),
             "scaling": Tensor((), partial(constant, config.lora_alpha / config.r), trainable=False),
         }

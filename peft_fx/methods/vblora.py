@@ -10,14 +10,14 @@ are -inf elsewhere, as in PEFT. Training goes on among the chosen rows then, whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from ..config import LORA_ONLY, AdapterConfig, probability, rank
 from .base import Tensor, Together
-from .inits import scaled_normal, uniform
+from .inits import drawn_after, scaled_normal, uniform
 from .matrices import Matrices, row_size
 from .shapes import indivisible
 from .topk import topk_pieces
@@ -65,11 +65,29 @@ class VBLoRA(Matrices):
 
     def together(self, targets, config):
         shape, start = (config.num_vectors, config.vector_length), partial(uniform, config.init_vector_bank_bound)
-        return Together({"vblora_vector_bank": Tensor(shape, start, "vblora_vector_bank")})
+        logits, own, name = [], {}, "vblora_logits_A"
+        for i, t in enumerate(targets):
+            specs = self.tensors(t, config)
+            logits.append([(spec.shape, spec.init) for spec in specs.values()])
+            drawn = partial(drawn_after, start, (shape,) if i else (), specs[name].init)
+            own[t.name] = {name: replace(specs[name], init=drawn)}
+        bank = Tensor(shape, partial(last_bank, start, logits[:-1]), "vblora_vector_bank")
+        return Together({"vblora_vector_bank": bank}, own)
 
     def matrices(self, theta, target, config):
         A, B = (mixture(theta[f"vblora_logits_{f}"], theta["vblora_vector_bank"], config.topk) for f in "AB")
         return A.flatten(1), B.mT.flatten(0, 1)
+
+
+def last_bank(start, logits, bank, W=None):
+    """PEFT draws a bank before each target's logits, and keeps the last: that one, with the generator as after the first."""
+    with torch.random.fork_rng(devices=[]):
+        for specs in logits:
+            start(bank)
+            for shape, init in specs:
+                init(bank.new_empty(shape))
+        start(bank)
+    start(torch.empty_like(bank))
 
 
 def mixture(logits, bank, k: int) -> torch.Tensor:

@@ -129,6 +129,8 @@ def fill(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, name: s
     if value is None:
         weights = [base_weight(gm, t) for t in spec.sources or (placement.target,)]
         spec.init(tensor, weights if spec.sources else weights[0], *values_of(gm, placement, spec.needs, newer))
+        if spec.trainable and weights[0].dtype in (torch.bfloat16, torch.float16):  # PEFT makes it in that dtype first
+            tensor.copy_(tensor.to(weights[0].dtype))
     elif spec.pieces is None:
         tensor.copy_(value)
     elif fault := spec.pieces.join(tensor, value, *values_of(gm, placement, spec.needs, newer)):

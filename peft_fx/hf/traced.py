@@ -1,0 +1,166 @@
+"""What a host runs: the graph of a module's forward, with adapters in it. One for all modules and adapters that are alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental import _config as symbolic
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ..methods import get_method
+from ..passes.dynamo import adapt
+from ..passes.fakes import fake_of
+from ..passes.inject import bare
+from ..planning.kinds import Refusal, module_targets
+from ..planning.plan import Placement
+from ..store import ADAPTERS, BaseGraph, State, owner_of
+from ..target import ModuleRecord
+from ..verbs.backend import Backend
+from ..verbs.python_parts import of_torch
+
+LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
+# operator kind -> sizes before and behind the features, of inputs that are usual
+INPUTS = {
+    "linear": ([(256,), (2, 128)], ()),
+    "embedding": ([(2, 128)], ()),
+    "norm": ([(2, 128)], ()),
+    "conv1d": ([(2,)], (256,)),
+    "conv2d": ([(2,)], (64, 64)),
+    "conv3d": ([(2,)], (16, 64, 64)),
+}
+
+
+class Held(NamedTuple):
+    """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there."""
+
+    place: dict
+    name: str
+
+
+class Ready(NamedTuple):
+    """What a host runs for one kind of call: a function of the call's arguments and of these tensors."""
+
+    run: Callable
+    tensors: tuple[Held, ...]
+
+
+class Untraceable(Exception):
+    """No single graph describes the module's forward."""
+
+
+class Traced:
+    """The graph of modules that are alike, for one kind of call.
+
+    adapted: adapters that are alike -> what runs, and whose tensors it takes.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[torch.Tensor]):
+        self.graph, self.names = traced(module, args)
+        self.count = len(args)
+        self.traces: dict = {}
+        self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
+
+    def ready(self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...]) -> Ready:
+        """The graph with these adapters in it, over the module's tensors and theirs."""
+        own = [held(module, name) for name in self.names]
+        key = tuple(map(likeness, chosen))
+        if key not in self.adapted:
+            store, base = backend.adapters.peft_fx, BaseGraph(fx.Graph())
+            store.mode.training, base.traces = module.training, self.traces
+            inputs = {
+                self.count + i: (place[name], (f"{path}.{name}" if path else name,))
+                for i, (place, name) in enumerate(own)
+            }
+            gm, further = adapt(self.graph, inputs, chosen, State(backend.state.table, base), store)
+            where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
+            self.adapted[key] = gm.forward, [where[name] for name in further]
+        run, further = self.adapted[key]
+        ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
+        return Ready(run, (*own, *ours))
+
+
+def likeness(p: Placement) -> tuple:
+    """Equal for placements whose graphs differ in nothing but the names of their tensors."""
+    shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
+    shared = tuple((name, p.resolve(name)) for name in p.shared)
+    return p.adapter, type(get_method(p.method)), repr(p.config), bare(p), p.target.has_bias, shapes, shared, p.lowering
+
+
+def attributes(module: nn.Module) -> Iterator[tuple]:
+    """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers"):
+            yield from (
+                (n, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for n, t in value.items() if t is not None
+            )
+        elif not name.startswith("_") and name != "forward":
+            yield name, value if isinstance(value, LITERALS) else id(value)
+
+
+def held(root: nn.Module, name: str) -> Held:
+    owner, leaf = owner_of(root, name)
+    return Held(owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+
+
+def traced(module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
+    """(a graph as Dynamo gives it, with one call in it: of the module's forward, on the arguments and on the module's tensors,
+    the names of these). Raises Untraceable if the forward depends on values or sizes."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    own = {n: t for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+
+    def forward(*values):
+        twin = copy.copy(module)
+        twin.__dict__.pop("forward", None)
+        given = dict(zip(own, values[len(args) :], strict=True))
+        for kind in ("_parameters", "_buffers"):
+            twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}
+        return twin.forward(*values[: len(args)])
+
+    graph = fx.Graph()
+    with symbolic.patch(backed_size_oblivious=True):
+        fakes = [symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)]
+        fakes += [fake_of(mode, t) for t in own.values()]
+        try:
+            with mode:
+                result = forward(*fakes)
+        except Exception as error:
+            raise Untraceable from error
+    if mode.shape_env.guards and not of_torch(module):
+        raise Untraceable
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(fakes))]
+    for node, fake in zip(nodes, fakes, strict=True):
+        node.meta["example_value"] = fake
+    call = graph.call_function(forward, tuple(nodes))
+    call.meta["example_value"] = result
+    graph.output(call)
+    return fx.GraphModule(nn.Module(), graph), list(own)
+
+
+def symbolic_fake(mode: FakeTensorMode, x: torch.Tensor, name: str) -> torch.Tensor:
+    """A fake of any size but in the last dimension, in which modules fit their inputs."""
+    sizes = [DimDynamic.DYNAMIC] * (x.dim() - 1) + [DimDynamic.STATIC] * (x.dim() > 0 and x.is_floating_point())
+    sizes += [DimDynamic.DYNAMIC] * (x.dim() - len(sizes))
+    return mode.from_tensor(
+        x, source=ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)
+    )
+
+
+def usual_inputs(module: nn.Module, record: ModuleRecord) -> Iterator[torch.Tensor]:
+    """What such a module is usually called with; nothing for one that is not known."""
+    if isinstance(targets := module_targets(record), Refusal):
+        return
+    for target in targets:
+        W = module._parameters[target.parameter]
+        outer, inner = INPUTS[target.kind]
+        for sizes in outer:
+            if target.kind == "embedding":
+                yield W.new_empty(sizes, dtype=torch.long)
+            else:
+                features = target.shape[0] if target.kind == "norm" else target.shape[1] * target.groups
+                yield W.new_empty(*sizes, features, *inner)
