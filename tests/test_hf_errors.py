@@ -6,12 +6,12 @@ Each row runs on both libraries; PEFT says which class is due. Where we differ o
 import importlib
 import json
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers
+from graphs import model_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -54,6 +54,17 @@ class Net(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(self.odd(self.act(x)))
+
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(11, 8), nn.Conv1d(8, 8, 3, groups=2, padding=1)
+        self.self, self.cross = nn.MultiheadAttention(8, 2, batch_first=True), nn.MultiheadAttention(8, 2, vdim=4)
+
+    def forward(self, ids):
+        x = self.conv(self.embed(ids).mT).mT
+        return self.self(x, x, x)[0]
 
 
 # Models: (library) -> model
@@ -121,6 +132,16 @@ def injected(lib):
     return lib.inject_adapter_in_model(lora(lib), bare())
 
 
+def by_parameter(lib, **fields):
+    return one(lib, target_modules=[], target_parameters=["q.weight"], **fields)
+
+
+def two_by_parameter(lib):
+    model = by_parameter(lib)
+    model.add_adapter("other", lora(lib, target_modules=[], target_parameters=["q.weight"]))
+    return model
+
+
 def compiled(lib):
     return torch.compile(one(lib), backend="eager")
 
@@ -180,6 +201,15 @@ def get(**fields):
 
 def of(kind, **fields):
     return lambda lib, m, t: lib.get_peft_model(bare(), config(lib, kind, **fields))
+
+
+def of_parts(kind="Lora", **fields):
+    return lambda lib, m, t: lib.get_peft_model(Parts().eval(), getattr(lib, f"{kind}Config")(**fields))
+
+
+def of_tied(kind="Lora", **fields):
+    more = {"target_modules": ["q_proj"], **fields}
+    return lambda lib, m, t: lib.get_peft_model(model_of("tied_llama"), getattr(lib, f"{kind}Config")(**more))
 
 
 def load(file, *args, **options):
@@ -265,6 +295,14 @@ REFUSED = {
     "mamba's fused kernels": (
         mamba, lambda lib, m, t: lib.get_peft_model(m, config(lib, target_modules=["out_proj"])), "leave it out of the targets",
     ),
+    "groups": (NONE, of_parts(r=3, target_modules=["conv"]), "r=3 is not divisible by groups=2; nearest valid: 2"),
+    "attention of three widths": (NONE, of_parts(target_modules=["cross"]), "keeps separate q, k and v weights; name them in"),
+    "lora_bias on an embedding": (NONE, of_parts(target_modules=["embed"], lora_bias=True), "no meaning on kind embedding"),
+    "BOFT on an embedding": (NONE, of_parts("BOFT", target_modules=["embed"]), "those of an embedding are token ids"),
+    "tied tokens": (
+        NONE, of_tied(ensure_weight_tying=True, trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}),
+        "needs the same trainable_token_indices for all tied modules",
+    ),
     # LoRA's config
     "r=0": (NONE, get(r=0), "r: expected an integer from 1 to 65536, got 0"),
     "r=-1": (NONE, get(r=-1), "r: expected an integer from 1"),
@@ -340,6 +378,7 @@ REFUSED = {
     ),
     "add_weighted_adapter: heads": (two_heads, combine(), "head.weight"),
     # files
+    "load_state_dict": (one, lambda lib, m, t: m.load_state_dict({"nope": X}), "Missing key(s) in state_dict"),
     "from_pretrained: no folder": (NONE, load(lambda t: t / "nope"), "no such folder, and no hub id"),
     "from_pretrained: empty folder": (NONE, load(lambda t: t), "has no adapter_config.json"),
     "from_pretrained: no config": (NONE, load(without, "adapter_config.json"), "has no adapter_config.json"),
@@ -470,6 +509,9 @@ STRICTER = {
     "get_peft_model of a PeftModel": (one, lambda lib, m, t: lib.get_peft_model(m, lora(lib)), "add one to them"),
     "get_peft_model after an injection": (injected, lambda lib, m, t: lib.get_peft_model(m, lora(lib)), "inject_adapter_in_model("),
     "inject into a PeftModel": (one, lambda lib, m, t: lib.inject_adapter_in_model(lora(lib), m, "x"), "model.add_adapter(name"),
+    "add_weighted_adapter: DoRA's factors": (
+        lambda lib: two(lib, r=4, use_dora=True), combine(kind="cat"), "DORA has no two factors that can be summed: take an svd type",
+    ),
     "inject the same name": (injected, lambda lib, m, t: lib.inject_adapter_in_model(lora(lib), m), "'default' already"),
     "from_pretrained on a PeftModel": (one, lambda lib, m, t: lib.PeftModel.from_pretrained(m, saved(t)), "add one to them"),
     "from_pretrained: keys missing": (
@@ -544,6 +586,11 @@ WARNED = {
     "rank_pattern": (NONE, get(rank_pattern={"nope": 3}), "rank_pattern: 'nope' matches nothing"),
     "alpha_pattern": (NONE, get(alpha_pattern={"nope": 3}), "alpha_pattern: 'nope' matches nothing"),
     "target_parameters": (NONE, get(target_parameters=["nope"]), "target_parameters: 'nope' matches nothing"),
+    "a tied target": (NONE, of_tied(target_modules=["embed_tokens"]), "is tied to lm_head.weight, which does not change with it"),
+    "a tied head": (NONE, of_tied(target_modules=["lm_head", "q_proj"]), "keep ties with ensure_weight_tying=True"),
+    "a tied module to save": (NONE, of_tied(modules_to_save=["embed_tokens"]), "is tied to lm_head.weight"),
+    "a tied module of a method without factors": (NONE, of_tied("LoHa", modules_to_save=["embed_tokens"]), "is tied to"),
+    "no tie is touched": (NONE, of_tied(ensure_weight_tying=True), "ensure_weight_tying: 'tied weights' matches nothing"),
     "no ties to keep": (NONE, get(ensure_weight_tying=True), "ensure_weight_tying: 'tied weights' matches nothing"),
     "OFT's blocks": (NONE, of("OFT", r=0, oft_block_size=3), "oft_block_size=3 does not divide 8 features: 2 is used"),
     "OFT's number of blocks": (NONE, of("OFT", r=3, oft_block_size=0), "r=3 does not divide 8 features: 2 is used"),
@@ -590,6 +637,7 @@ SILENT = {
     "a name in the prefix": (one, lambda lib, m, t: m.add_adapter("lora", lora(lib)), "adapters are not found by parts of keys"),
     "fan_in_fan_out": (NONE, get(fan_in_fan_out=True), "how a weight is stored is read from its module"),
     "lora_bias without bias": (NONE, get(lora_bias=True, target_modules=["v"]), "it is merged: the module gets a bias"),
+    "LoRA on groups": (NONE, of_parts(target_modules=["conv"]), "it is merged: the weight loses its groups"),
     "BEFT without bias": (NONE, of("Beft", target_modules=["v"]), "it is merged: the module gets a bias"),
     "runtime_config in a file": (NONE, load(lambda t: edited(t, runtime_config={"a": 1})), "it has no meaning in files"),
     "inject twice": (injected, lambda lib, m, t: lib.inject_adapter_in_model(lora(lib), m, "x"), "it is meant for this"),
@@ -663,9 +711,29 @@ WORKS = {
     "weights in a mixed model": (mixed, combine(svd_rank=4), stays),
     "another rank into a resident adapter": (one, lambda lib, m, t: m.load_adapter(saved(t, r=2), "default"), changes),
     "swapping a method other than LoRA": (scaled, hotswap(method=ia3), stays),
-    "swapping a merged adapter": (merged, hotswap(), changes),
+    "swapping a merged adapter": (merged, hotswap(r=2), changes),
     "swapping another scale": (one, hotswap(use_rslora=True), changes),
     "swapping another pattern": (one, hotswap(alpha_pattern={"q": 32}), changes),
+    "a parameter's adapter beside one of another": (
+        by_parameter, lambda lib, m, t: m.add_adapter("x", lora(lib, target_modules=[], target_parameters=["v.weight"])), stays,
+    ),
+    "weights of adapters of parameters": (two_by_parameter, combine(), stays),
+    "rows of a batch with adapters of parameters": (
+        by_parameter, rows(["default", "__base__"]),
+        lambda before, after, found: torch.allclose(found[0], before[0]) and torch.allclose(found[1], bare()(X)[1]),
+    ),
+    "dropout before a parameter": (lambda lib: by_parameter(lib, lora_dropout=0.5), lambda lib, m, t: m.eval(), stays),
+    "DoRA of a parameter": (lambda lib: by_parameter(lib, use_dora=True), lambda lib, m, t: m.merge_adapter(), stays),
+    "lora_bias of a parameter": (lambda lib: by_parameter(lib, lora_bias=True), lambda lib, m, t: m.merge_adapter(), stays),
+    "layers of all linear modules": (
+        NONE, of_tied(target_modules="all-linear", layers_to_transform=[0]),
+        lambda b, a, m: all(".layers.0." in r.name for r in m.get_layer_status()),
+    ),
+    "DoRA on attention": (NONE, of_parts(target_modules=["self"], use_dora=True), lambda b, a, m: m(X) is not None),
+    "BOFT on a convolution": (NONE, of_parts("BOFT", target_modules=["conv"], boft_block_size=2), lambda b, a, m: m(X) is not None),
+    "HiRA on groups": (NONE, of_parts("Hira", target_modules=["conv"]), lambda b, a, m: m(X) is not None),
+    "VeRA on an embedding": (NONE, of_parts("Vera", target_modules=["embed"]), lambda b, a, m: m(X) is not None),
+    "LoHa on an embedding": (NONE, of_parts("LoHa", target_modules=["embed"]), lambda b, a, m: m(X) is not None),
     "injecting a method that shares tensors": (
         NONE, lambda lib, m, t: lib.inject_adapter_in_model(config(lib, "Vera"), bare()), lambda b, a, m: m(X) is not None,
     ),

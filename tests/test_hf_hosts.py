@@ -1,6 +1,7 @@
 """How calls of a PeftModel run: module by module, and what may be done to the model around that."""
 
 import copy
+import pickle
 import threading
 
 import accelerate
@@ -103,7 +104,8 @@ def test_autocast_is_pefts(tmp_path, dtype):
 def test_copies_are_adapted_and_apart():
     model = tuned()
     before = logits(model)
-    for copied in (copy.deepcopy(model), copy.deepcopy(model.get_base_model())):
+    pickled = pickle.loads(pickle.dumps(model))
+    for copied in (copy.deepcopy(model), copy.deepcopy(model.get_base_model()), pickled):
         assert torch.equal(logits(copied), before)
     copied = copy.deepcopy(model)
     with torch.no_grad():

@@ -93,7 +93,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
             given = {k: t for k, t in given.items() if k not in others}
     kept = adapter_files(gm, adapter_name)[1]
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
-    tuner.backend.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
+    tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     rest = load_embeddings(tuner.model, config, {k: t for k, t in found.items() if k not in wanted}, "the state dict")
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
     return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
@@ -102,13 +102,13 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
 def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, torch_device: str | None = None,
                     **kwargs) -> SwapReport:  # fmt: skip
     """Another adapter's numbers, of any method that the resident one has, in its place: nothing is compiled again."""
-    return tuner_of(model).backend.hotswap(model_name_or_path, adapter_name)
+    return tuner_of(model).hotswap(model_name_or_path, adapter_name)
 
 
 def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
                                     parameter_prefix: str = "") -> SwapReport:  # fmt: skip
     """`hotswap_adapter` from memory. Scales follow the config, its patterns included."""
-    return tuner_of(model).backend.hotswap((as_config(config), dict(state_dict)), adapter_name)
+    return tuner_of(model).hotswap((as_config(config), dict(state_dict)), adapter_name)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -43,13 +43,17 @@ class Host:
         # accelerate's hooks move weights in and out around the forward that they found
         self.name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
         self.replaced = module.__dict__.get(self.name)
-        self.forward = getattr(module, self.name)
         as_written = getattr(self.forward, "__func__", None) is type(module).forward
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
         self.forget()
         setattr(module, self.name, self)
+
+    @property
+    def forward(self) -> Callable:
+        """The module's own."""
+        return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("tables", "ready", "compiled")}

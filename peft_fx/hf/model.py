@@ -46,6 +46,10 @@ def signed(model: nn.Module, forward: Callable) -> Callable:
     return signed_forward
 
 
+def unmade(kind: type):
+    return kind.__new__(kind)
+
+
 @functools.cache
 def seen(kind: type, peft) -> type:
     """What `isinstance` takes a PeftModel around a model of this class for. peft: the module, None if nobody has imported it."""
@@ -85,6 +89,16 @@ class PeftModel(PushToHubMixin, nn.Module):
             model.enable_input_require_grads()  # reentrant checkpoints pass gradients on to inputs that ask for them alone
         self.training = model.training
         self.forward = MethodType(signed(model, type(self).forward), self)
+
+    def __reduce_ex__(self, protocol):
+        return unmade, (type(self),), self.__getstate__()  # pickle's own way compares with __class__
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in super().__getstate__().items() if k != "forward"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.forward = MethodType(signed(self.base_model.model, type(self).forward), self)
 
     @property
     def __class__(self):
@@ -191,7 +205,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                 self.add(adapter_name, config, None, is_trainable, autocast_adapter_dtype)
             result = self.load_fitting(tensors, adapter_name)
         elif adapter_name in self.peft_config:
-            self.base_model.backend.hotswap((config, tensors), adapter_name)
+            self.base_model.hotswap((config, tensors), adapter_name)
         else:
             self.add(adapter_name, config, (tensors, str(model_id)), is_trainable, autocast_adapter_dtype)
         self.base_model.set_requires_grad(adapter_name, is_trainable)

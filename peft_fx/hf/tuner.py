@@ -24,6 +24,7 @@ from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.combine import Combination, combined
 from ..verbs.derive import placements
+from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
 from .hosts import BASE, Host, Hosts
 
@@ -201,10 +202,11 @@ class Tuner(nn.Module):
         self.backend.delete(name)
         self.work.pop(name, None)
         self.chosen = tuple(n for n in self.chosen if n != name)
-        if not self.chosen and (left := list(self.peft_config)):
-            self.chosen = (left[0],)
-            self.set_requires_grad(left[0])
-            warnings.warn(f"Adapter {name} was active and is deleted; now {left[0]} is.", stacklevel=3)
+        if not self.chosen and self.peft_config:
+            new = min(self.peft_config)  # PEFT's choice
+            self.chosen = (new,)
+            self.set_requires_grad(new)
+            warnings.warn(f"Adapter {name} was active and is deleted; now {new} is.", stacklevel=3)
         self.refresh()
 
     def known(self, names: Iterable[str]) -> None:
@@ -282,6 +284,17 @@ class Tuner(nn.Module):
                 self.replace(name, value)
         self.merged_adapters += names
         self.refresh()
+
+    def hotswap(self, source, name: str) -> SwapReport:
+        """`peft_fx.hotswap`; what is merged is merged anew."""
+        merged = self.merged_adapters if name in self.merged_adapters else ()
+        if merged:
+            self.unmerge_adapter()
+        try:
+            return self.backend.hotswap(source, name)
+        finally:
+            if merged:
+                self.merge_adapter(list(merged))
 
     def replace(self, name: str, value: torch.Tensor) -> None:
         """`value` in place of a parameter of the model, which is kept for `unmerge_adapter`."""

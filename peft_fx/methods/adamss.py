@@ -6,10 +6,10 @@
     r_i = subspace_rank, at most |C_i| and q; use_dynamic_rank: and the number of singular values s of U[C_i] with
           s² > svd_threshold s_1², but one at least
 
-A_i starts with the leading right singular vectors of U[C_i], B_i with zeros: the identity, except with init_weights None or
-False. Without a bias V has n columns; on convolutions W is W.flatten(1). Files hold A_i, B_i and V; the clusters come from W
-again, and a file that does not fit them is refused (PEFT takes it). Here all A_i are one tensor (k, R, q), zero beyond r_i,
-all B_i one (m, R). PEFT has linear weights only.
+A_i starts with about the leading right singular vectors of U[C_i], by torch.svd_lowrank without a seed, as in PEFT; B_i with
+zeros: the identity, except with init_weights None or False. Without a bias V has n columns; on convolutions W is W.flatten(1).
+Files hold A_i, B_i and V; the clusters come from W again, and a file that does not fit them is refused (PEFT takes it). Here
+all A_i are one tensor (k, R, q), zero beyond r_i, all B_i one (m, R). PEFT has linear weights only.
 """
 
 from __future__ import annotations

@@ -152,7 +152,10 @@ class Method:
         """What to warn of on this target, though it can be adapted, or None."""
         if getattr(config, "save_projection", True):
             return None
-        return "save_projection=False: files hold a seed in place of the projections, which other versions of torch may draw differently"
+        return (
+            "save_projection=False: files hold a seed in place of the projections, which another version of torch may draw "
+            "differently"
+        )
 
     def tensors(self, target: Target, config: AdapterConfig) -> dict[str, Tensor]:
         """Name -> description of every tensor the method keeps for `target`."""

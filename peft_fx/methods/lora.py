@@ -11,13 +11,14 @@ projection of MultiheadAttention gets its update once; lora_dropout works on exp
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 from ..config import check_rank, one_of, pattern_field, probability, rank
 from . import get_method
 from .base import Additive, Factors, Tensor
-from .inits import drawn_after, kaiming, normal, scaled_normal, zeros
+from .inits import drawn_after, kaiming, normal, scaled_normal, uniform, zeros
 from .lora_fields import LoraFields
 from .scales import Ranked, fixed
 
@@ -70,17 +71,16 @@ class LoRA(Ranked, Additive):
         r, E, m = self.rank(target, config), target.experts or 1, target.out_features
         name_A, name_B, suffix = self.names(target)
         A, B = (E * r, target.in_features, *target.kernel), (m, E * r // target.groups, *(1,) * len(target.kernel))
-        made = (
-            normal if target.reads_ids else kaiming
-        )  # how PEFT's layers are when it makes them, before it initialises them
+        made = normal if target.reads_ids else kaiming  # how PEFT's layers are before it initialises them
         starts = {True: (kaiming, zeros), "gaussian": (partial(scaled_normal, 1 / r), zeros), False: (made, made)}
         init_A, init_B = starts[config.init_lora_weights]
+        init_bias = partial(uniform, 1 / math.sqrt(B[1]))
         if config.init_lora_weights:
-            init_A = partial(
-                drawn_after, made, (A, B, *([(m,)] if config.lora_bias else [])), zeros if target.reads_ids else init_A
-            )
-            init_B = normal if target.reads_ids else init_B
-        bias = {"lora_B_bias": Tensor((m,), zeros, "lora_B.bias")} if config.lora_bias else {}
+            if target.reads_ids:
+                init_A, init_B = zeros, normal
+            init_A = partial(drawn_after, made, (A, B, (m,)) if config.lora_bias else (A, B), init_A)
+            init_bias = zeros
+        bias = {"lora_B_bias": Tensor((m,), init_bias, "lora_B.bias")} if config.lora_bias else {}
         return {
             name_A: Tensor(A, init_A, name_A + suffix, pad=((0, E * target.groups),)),
             name_B: Tensor(B, init_B, name_B + suffix, pad=((1, 1),)),

@@ -79,7 +79,8 @@ def select(table: ModuleTable, config: AdapterConfig) -> Selection:
     tokens, token_refusals = choose_tokens(table, config, targets, saved)
     refusals = [*saved_refusals, *refusals, *parameter_refusals, *token_refusals]
     unmatched = [*missing_modules, *missing_parameters, *missing_saved, *unmatched_patterns(config, targets)]
-    if config.ensure_weight_tying and not type(config).ensure_weight_tying and not tied_group(table):
+    used = tied or tokens or any(s.source for s in saved)
+    if config.ensure_weight_tying and not type(config).ensure_weight_tying and not (tied_group(table) and used):
         unmatched.append(Unmatched("ensure_weight_tying", "tied weights"))
     if not targets and not refusals and config.target_modules != defaults.NO_TARGETS:
         raise nothing_chosen(table, config, excluded, [*missing_modules, *missing_parameters])

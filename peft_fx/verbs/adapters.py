@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..planning.plan import Placement
 from ..planning.selection import completed, resolved_target_modules
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
-from ..target import Target
+from ..target import ModuleTable, Target
 from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
 
 LOWERINGS = ("auto", "activation", "weight")
@@ -87,12 +87,25 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
         if text:
             warnings.warn(f"adapter {name!r}: {text}", stacklevel=4)
+    if not config.ensure_weight_tying:
+        warn_of_ties(name, plan.placements, state.table)
     values = None if source is None else match_tensors(plan, source[0], where=source[1])
     for placement in plan.placements:
         allocate(gm, placement, values, trainable)
     active = (*state.active, name) if activate else state.active
     gm.meta["peft_fx"] = state.update(recipe={**state.recipe, name: resident}, active=active)
     return gm
+
+
+def warn_of_ties(adapter: str, placements: Iterable[Placement], table: ModuleTable) -> None:
+    """Warns of an adapter that takes a weight away from those that are tied to it; trained tokens stay tied."""
+    names = (p.target.name for p in placements if p.method != "TOKENS")
+    if found := next(((name, others) for name in names if (others := table.tied_to(name))), None):
+        warnings.warn(
+            f"adapter {adapter!r}: {found[0]} is tied to {', '.join(found[1])}, which does not change with it: files and merged "
+            "models are no longer tied. LoRA, modules_to_save and tokens keep ties with ensure_weight_tying=True",
+            stacklevel=5,
+        )
 
 
 def only_one_with_biases(state: State, name: str, config: AdapterConfig) -> None:

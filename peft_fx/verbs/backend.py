@@ -73,8 +73,7 @@ class Backend:
         self.wanted, self.trainable, self.lowering = tuple(wanted), trainable, lowering
         self.inner = inner
         self.model: nn.Module | None = None
-        self._adapters: fx.GraphModule | None = None
-        self.copied = False
+        self._adapters: fx.GraphModule | tuple[Store, State] | None = None
         self.read: set[str] = set()  # targets that some graph reads
         self.deleted = 0  # how many adapters: a name may come again with other tensors
         self.complete = False
@@ -106,7 +105,7 @@ class Backend:
 
     def keep(self, gm: fx.GraphModule) -> None:
         """From now on the adapters are those of `gm`."""
-        self._adapters, self.copied = without_graph(self.model, gm.peft_fx, state_of(gm)), False
+        self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
 
     def add(self, name: str, resident: Resident, source: tuple | None = None, trainable: bool = True) -> None:
         """One more adapter, which does not act yet. source: (file's tensors, where); None: it starts as its method does.
@@ -145,12 +144,15 @@ class Backend:
         """The model's tree with the adapters beside it and no operators: what save_adapter and hotswap take."""
         if self._adapters is None:
             raise GraphError("this backend has no model yet: peft_fx.backend(recipe, model=model), or .attach(model)")
-        if self.copied:
-            self.keep(self._adapters)  # a copied graph module has the adapters, but not the model's tree
+        if isinstance(self._adapters, tuple):
+            self._adapters = without_graph(self.model, *self._adapters)
         return self._adapters
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, copied=True)
+    def __getstate__(self) -> dict:
+        """For copies and pickles: the adapters without the tree of the model's tensors, which is made again when it is asked for."""
+        gm = self._adapters
+        kept = (gm.peft_fx, state_of(gm).update(base=None)) if isinstance(gm, fx.GraphModule) else gm
+        return {**self.__dict__, "_adapters": kept}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapters' parameters, named <adapter>.<target>.<tensor>."""
@@ -310,12 +312,13 @@ def without_graph(model: nn.Module, store: Store | None = None, state: State | N
     tree = skeleton(model)
     device = next(model.parameters(), torch.empty(0)).device
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
-    nothing = fx.Graph()
-    nothing.output(None)
-    return build(
-        {ROOT: store or Store(ByMode(model.training), ByDevice(device)), **tree._modules},
-        dict(tree._parameters), buffers, fx.Graph(), state or State(module_table(model), BaseGraph(nothing)),
-    )  # fmt: skip
+    state = state or State(module_table(model), None)
+    if state.base is None:
+        nothing = fx.Graph()
+        nothing.output(None)
+        state = state.update(base=BaseGraph(nothing))
+    store = store or Store(ByMode(model.training), ByDevice(device))
+    return build({ROOT: store, **tree._modules}, dict(tree._parameters), buffers, fx.Graph(), state)
 
 
 def sources(recipe, adapter_name: str) -> Iterator[tuple]:

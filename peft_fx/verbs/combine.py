@@ -56,7 +56,9 @@ class Combination:
         if self.type not in TYPES:
             raise ValueError(f"combination_type={self.type!r}: expected one of {', '.join(TYPES)}")
         if self.majority_sign_method not in SIGNS:
-            raise UnsupportedError(f"majority_sign_method={self.majority_sign_method!r}: expected one of {', '.join(SIGNS)}")
+            raise UnsupportedError(
+                f"majority_sign_method={self.majority_sign_method!r}: expected one of {', '.join(SIGNS)}"
+            )
         if self.svd_rank is not None and self.svd_rank < 0:
             raise RecipeError(f"svd_rank={self.svd_rank}: expected a rank of 1 or more, or None for the parts' largest")
         if self.rule[0] and not (isinstance(self.density, (int, float)) and 0 <= self.density <= 1):

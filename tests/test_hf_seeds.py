@@ -1,0 +1,121 @@
+"""The same seed gives PEFT's adapter, bit for bit, and leaves the generator as PEFT leaves it: the same losses follow."""
+
+import copy
+
+import conformance as c
+import peft
+import pytest
+import torch
+from methods import cells, label
+
+import peft_fx
+
+LIBRARIES = {peft: peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft_fx: peft_fx.PEFT_TYPE_TO_CONFIG_MAPPING}
+LORA, LAYER = {"peft_type": "LORA", "r": 4}, {"target_modules": ["layer"]}
+
+
+def model_of(library, subject, options, dtype=torch.float32):
+    options = copy.deepcopy(options)
+    config = LIBRARIES[library][options.pop("peft_type")](**options)
+    base = c.build(subject, dtype)
+    torch.manual_seed(5)
+    return c.quiet(library.get_peft_model, base, config)
+
+
+def rows(subjects, *options, base=LORA, **more):
+    return [({**base, **more, **o}, subject) for subject in subjects.split() for o in options]
+
+
+LORA_CASES = [
+    *rows("linear Conv1D conv1d conv2d conv2d_grouped conv3d", {}, {"init_lora_weights": "gaussian"},
+          {"init_lora_weights": False}, {"lora_bias": True}, {"lora_bias": True, "init_lora_weights": False},
+          {"r": 2, "use_rslora": True, "lora_dropout": 0.1}, **LAYER),
+    *rows("embedding", {}, {"init_lora_weights": False}, **LAYER),
+    *rows("tied_llama", {}, {"init_lora_weights": False}, target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    *rows("mixtral", {}, {"init_lora_weights": False}, target_modules=["q_proj"],
+          target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    *rows("llama", {}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True},
+          {"trainable_token_indices": [1, 2]}, target_modules="all-linear", rank_pattern={"q_proj": 2, ".*1.*v_proj": 7}),
+    *rows("bert t5 gpt2 vit biased_llama", {}, target_modules="all-linear"),
+    *rows("twice", {}, target_modules=["shared", "last"]),
+    *rows("alias", {}, target_modules=["first", "second"]),
+]  # fmt: skip
+# What each method needs on the models below, besides targets.
+NEEDS = {
+    "ADALORA": {"total_step": 10, "init_r": 4}, "BOFT": {"boft_block_size": 4}, "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 8}, "GRALORA": {"r": 4}, "IA3": {"feedforward_modules": []}, "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 4, "r": 0}, "PSOFT": {"r": 4}, "RANDLORA": {"r": 4}, "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 2}, "SUPERTUNING": {"sparsity": 0.9, "r": 4}, "VBLORA": {"num_vectors": 4, "vector_length": 8},
+    "WAVEFT": {"n_frequency": 8},
+}  # fmt: skip
+NOT_LINEAR = {"LN_TUNING", "TRAINABLE_TOKENS"}
+METHODS = sorted({cell[1]["peft_type"] for cell in cells("PEFT")} | {"LORA"})
+ON_MODELS = [
+    ({"peft_type": name, "target_modules": targets, **NEEDS.get(name, {})}, subject)
+    for name in METHODS if name not in NOT_LINEAR
+    for subject, targets in (("biased_llama", ["v_proj", "q_proj", "down_proj"]), ("bert", ["query", "dense"]))
+]  # fmt: skip
+MORE = [
+    *rows("linear conv1d conv2d embedding Conv1D", {}, {"init_weights": False}, {"init_weights": "gaussian"},
+          base={"peft_type": "HIRA", "r": 4}, **LAYER),
+    *rows("linear conv2d", {}, {"init_lora_weights": False},
+          base={"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "total_step": 9}, **LAYER),
+    *rows("linear conv2d Conv1D", {"init_ia3_weights": False}, base={"peft_type": "IA3", "feedforward_modules": []}, **LAYER),
+    *rows("gpt2", *({"peft_type": m, **NEEDS.get(m, {})} for m in ("HIRA", "RANDLORA", "VBLORA", "VERA", "UNILORA", "IA3")),
+          base={}, target_modules=["c_attn", "c_proj"]),
+    *rows("wide", {"hybrid_r": 2}, base={"peft_type": "GRALORA", "r": 4}, **LAYER),
+]  # fmt: skip
+CASES = [(options, subject) for _, options, subject, *_ in cells("PEFT")] + LORA_CASES + ON_MODELS + MORE
+
+
+def is_case(name, **wanted):
+    """Whether a case is of this method and has these options."""
+    return lambda options, subject: options["peft_type"] == name and all(
+        options.get(k, "absent") == v for k, v in wanted.items()
+    )
+
+
+# (which cases, tensors that may differ by rounding ("~ ...") or at all, whether the state may too, why)
+ROUNDING = [
+    (is_case("LORA", use_dora=True), "lora_magnitude_vector", "a norm, summed in another order"),
+    (is_case("TINYLORA"), "tinylora_B", "frozen; W Aᵀ / S here, U sqrt(S) there: one decomposition of W less"),
+]
+EXCEPTIONS = [
+    (is_case("ADAMSS", init_weights=None), "PEFT draws B_i between the sketches for A_i and A_i+1"),
+    (is_case("HRA", apply_GS=True), "PEFT's equal pairs of columns leave Gram-Schmidt with rounding noise"),
+    (is_case("LILY", init_weights=False), "PEFT draws the router before B, here what is shared is drawn first"),
+]  # fmt: skip
+
+
+def numbers(library, model):
+    """PEFT's tensors and ours by key; of RandLoRA's shared ones, without the copies that PEFT has under each module."""
+    found = library.get_peft_model_state_dict(model, save_embedding_layers=False)
+    copies = lambda key: "." in key.removeprefix("base_model.") and key.endswith((".randlora_A", ".randlora_B"))  # noqa: E731
+    return {key: t for key, t in found.items() if not copies(key)}
+
+
+def name_of(case):
+    return label((case[0]["peft_type"], *case)) + ("" if case[0].get("target_modules") == ["layer"] else "-model")
+
+
+def check(options, subject, dtype=torch.float32):
+    expected_model, state = model_of(peft, subject, options, dtype), torch.get_rng_state()
+    model, ours = model_of(peft_fx, subject, options, dtype), torch.get_rng_state()
+    expected, found = numbers(peft, expected_model), numbers(peft_fx, model)
+    assert found.keys() == expected.keys()
+    rounded = [suffix for applies, suffix, _ in ROUNDING if applies(options, subject)]
+    for key, tensor in expected.items():
+        if any(suffix in key for suffix in rounded):
+            torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found[key], tensor), key
+    assert torch.equal(ours, state), "the generator's state"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_adapter_and_the_generator_are_pefts(case):
+    if reasons := [why for applies, why in EXCEPTIONS if applies(*case)]:
+        with pytest.raises(AssertionError):  # no longer an exception? Then take it from the list
+            check(*case)
+        pytest.skip(reasons[0])
+    check(*case)
