@@ -21,7 +21,7 @@ class NothingToAdaptError(RecipeError):
     """A config that matches nothing; PEFT's NoMatchingPeftModuleError."""
 
 
-class TargetError(RecipeError, TypeError):
+class TargetError(RecipeError, TypeError, NotImplementedError):
     """A target that the method cannot adapt."""
 
 

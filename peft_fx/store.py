@@ -101,7 +101,8 @@ class Adapters(nn.Module):
     """One child per adapter: its tensors, by target."""
 
     def __repr__(self) -> str:
-        return f"Adapters({', '.join(self._modules)})"  # a module for each part of each tensor's name is nothing to read
+        # a module for each part of each tensor's name is nothing to read
+        return f"Adapters({', '.join(self._modules)})"
 
 
 class Store(nn.Module):

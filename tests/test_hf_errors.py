@@ -118,6 +118,15 @@ def two_heads(lib):
     return two(lib, {"modules_to_save": ["head"]}, modules_to_save=["head"])
 
 
+def two_of(kind, second=None, **fields):
+    def make(lib):
+        model = lib.get_peft_model(bare(), config(lib, kind, **fields)).eval()
+        model.add_adapter("other", config(lib, kind, **{**fields, **(second or {})}))
+        return model
+
+    return make
+
+
 def mixed(lib):
     model = lib.get_peft_model(bare(), lora(lib), mixed=True)
     model.add_adapter("other", config(lib, "LoHa", r=4))
@@ -190,6 +199,12 @@ def with_tensors(folder, change):
 def spoiled(folder):
     (saved(folder) / "adapter_model.safetensors").write_text("nonsense")
     return folder / "saved"
+
+
+METHODS = [
+    "Adamss", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "Gralora", "HRA", "Hira", "Lily", "LoHa", "LoKr",
+    "Miss", "OFT", "Peanut", "Psoft", "Pvera", "RandLora", "Road", "Shira", "VBLoRA", "Vera", "WaveFT",
+]  # fmt: skip
 
 
 # How rows are written: id -> (setup, misuse(lib, model, folder), expected text)
@@ -299,6 +314,10 @@ REFUSED = {
     "attention of three widths": (NONE, of_parts(target_modules=["cross"]), "keeps separate q, k and v weights; name them in"),
     "lora_bias on an embedding": (NONE, of_parts(target_modules=["embed"], lora_bias=True), "no meaning on kind embedding"),
     "BOFT on an embedding": (NONE, of_parts("BOFT", target_modules=["embed"]), "those of an embedding are token ids"),
+    **{
+        f"{kind} on an activation": (NONE, of(kind, target_modules=["act"]), "Tanh is no class whose weights are known")
+        for kind in METHODS
+    },
     "tied tokens": (
         NONE, of_tied(ensure_weight_tying=True, trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}),
         "needs the same trainable_token_indices for all tied modules",
@@ -377,6 +396,15 @@ REFUSED = {
         equal_ranks, combine(kind="ties", density=0.5, majority_sign_method="nope"), "expected one of total, frequency",
     ),
     "add_weighted_adapter: heads": (two_heads, combine(), "head.weight"),
+    "add_weighted_adapter: AdaLoRA": (two_of("AdaLora", total_step=9, inference_mode=True), combine(), "ADALORA has no rank"),
+    "add_weighted_adapter: unknown IA3": (two_of("IA3", feedforward_modules=[]), lambda lib, m, t: m.add_weighted_adapter(["default", "nope"], [1, 1], "new"), "nope not found"),
+    "merge_adapter: two on a norm": (
+        two_of("LNTuning", target_modules=["norm"]), lambda lib, m, t: m.merge_adapter(["default", "other"]), "cannot act together",
+    ),
+    "merge_adapter: the same tokens": (
+        two_of("TrainableTokens", target_modules=["embed"], token_indices=[1]),
+        lambda lib, m, t: m.merge_adapter(["default", "other"]), "each replace its numbers",
+    ),
     # files
     "load_state_dict": (one, lambda lib, m, t: m.load_state_dict({"nope": X}), "Missing key(s) in state_dict"),
     "from_pretrained: no folder": (NONE, load(lambda t: t / "nope"), "no such folder, and no hub id"),
@@ -509,6 +537,14 @@ STRICTER = {
     "get_peft_model of a PeftModel": (one, lambda lib, m, t: lib.get_peft_model(m, lora(lib)), "add one to them"),
     "get_peft_model after an injection": (injected, lambda lib, m, t: lib.get_peft_model(m, lora(lib)), "inject_adapter_in_model("),
     "inject into a PeftModel": (one, lambda lib, m, t: lib.inject_adapter_in_model(lora(lib), m, "x"), "model.add_adapter(name"),
+    "base_model.set_adapter: two on a norm": (
+        two_of("LNTuning", target_modules=["norm"]), lambda lib, m, t: m.base_model.set_adapter(["default", "other"]),
+        "cannot act together",
+    ),
+    "base_model.set_adapter: the same tokens": (
+        two_of("TrainableTokens", target_modules=["embed"], token_indices=[1]),
+        lambda lib, m, t: m.base_model.set_adapter(["default", "other"]), "each replace its numbers",
+    ),
     "add_weighted_adapter: DoRA's factors": (
         lambda lib: two(lib, r=4, use_dora=True), combine(kind="cat"), "DORA has no two factors that can be summed: take an svd type",
     ),
@@ -734,6 +770,12 @@ WORKS = {
     "HiRA on groups": (NONE, of_parts("Hira", target_modules=["conv"]), lambda b, a, m: m(X) is not None),
     "VeRA on an embedding": (NONE, of_parts("Vera", target_modules=["embed"]), lambda b, a, m: m(X) is not None),
     "LoHa on an embedding": (NONE, of_parts("LoHa", target_modules=["embed"]), lambda b, a, m: m(X) is not None),
+    **{
+        f"two {kind} adapters with other projections": (two_of(kind, {field: 2}), lambda lib, m, t: m.set_adapter("other"), stays)
+        for kind, field in dict.fromkeys(("Vera", "RandLora", "Pvera", "Frod"), "projection_prng_key").items()
+    },
+    "two AdaLoRA adapters that train": (two_of("AdaLora", total_step=9), lambda lib, m, t: m.set_adapter("other"), stays),
+    "weights of LoHa adapters": (two_of("LoHa"), combine(svd_rank=4), stays),
     "injecting a method that shares tensors": (
         NONE, lambda lib, m, t: lib.inject_adapter_in_model(config(lib, "Vera"), bare()), lambda b, a, m: m(X) is not None,
     ),
@@ -882,3 +924,17 @@ def test_an_adapter_is_a_line_of_the_models_text():
     assert f"(default): LORA, acts, {ends}, 256 parameters, 256 trainable" in lines
     assert f"(other): LORA, does not act, {ends}, 128 parameters, 0 trainable" in lines
     assert "(peft_adapters): Adapters(default)" in repr(injected(peft_fx))
+
+
+def test_weighted_ia3_adapters_are_pefts():
+    make = two_of("IA3", {"target_modules": ["q", "head"]}, feedforward_modules=["q"], init_ia3_weights=False)
+    models = make(peft), make(peft_fx)
+    for name in ("default", "other"):
+        numbers = peft.get_peft_model_state_dict(models[0], adapter_name=name)
+        peft_fx.set_peft_model_state_dict(models[1], numbers, adapter_name=name)
+    for model in models:
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "new")
+        model.set_adapter("new")
+    torch.testing.assert_close(*map(output, models))
+    first, second = (set(m.peft_config["new"].target_modules) for m in models)
+    assert first == second == {"q", "v", "head"}

@@ -157,8 +157,8 @@ def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: 
     try:
         # what tracing saves for a backward is nothing to a checkpoint that this call is in
         with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t):
-            graph = host.hosts.traced(host.module, key, args)
-            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen)
+            graph = host.hosts.traced(host.module, key)
+            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
     except Untraceable:
         return False
     return True
@@ -254,12 +254,9 @@ class Hosts:
         """What these adapters put into a host, in order."""
         return tuple(p for name in active for p in self.chosen.get((host.module, name), ()))
 
-    def traced(self, module: nn.Module, key: tuple, args: tuple) -> Traced:
-        """The graph of the module's forward for such arguments: one for all modules that are alike."""
-        alike = (type(module), key, *attributes(module))
-        if alike not in self.graphs:
-            self.graphs[alike] = Traced(module, args)
-        return self.graphs[alike]
+    def traced(self, module: nn.Module, key: tuple) -> Traced:
+        """The graphs of the module's forward for a kind of call: those of all modules that are alike."""
+        return self.graphs.setdefault((type(module), key, *attributes(module)), Traced(module))
 
     def rows(self) -> Rows | None:
         """Of the call that this thread is in."""

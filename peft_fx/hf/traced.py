@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -55,34 +56,55 @@ class Untraceable(Exception):
 
 
 class Traced:
-    """The graph of modules that are alike, for one kind of call.
+    """The graphs of modules that are alike, for one kind of call.
 
     adapted: adapters that are alike -> what runs, and whose tensors it takes.
     """
 
-    def __init__(self, module: nn.Module, args: Sequence[torch.Tensor]):
-        self.graph, self.names = traced(module, args)
-        self.count = len(args)
-        self.traces: dict = {}
+    def __init__(self, module: nn.Module):
+        self.names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
         self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
 
-    def ready(self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...]) -> Ready:
-        """The graph with these adapters in it, over the module's tensors and theirs."""
+    def ready(
+        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], args: Sequence
+    ) -> Ready:
+        """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
         key = tuple(map(likeness, chosen))
         if key not in self.adapted:
-            store, base = backend.adapters.peft_fx, BaseGraph(fx.Graph())
-            store.mode.training, base.traces = module.training, self.traces
-            inputs = {
-                self.count + i: (place[name], (f"{path}.{name}" if path else name,))
-                for i, (place, name) in enumerate(own)
-            }
-            gm, further = adapt(self.graph, inputs, chosen, State(backend.state.table, base), store)
+            gm, further = sizeless(lambda fakes: adapted(backend, module, path, chosen, fakes, own), module, args)
             where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
             self.adapted[key] = gm.forward, [where[name] for name in further]
         run, further = self.adapted[key]
         ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
         return Ready(run, (*own, *ours))
+
+
+def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
+    """What `make` makes of fakes of the arguments, for arguments of any sizes.
+
+    Symbolic sizes take sympy, whose import alone is most of a first call. Forwards of torch's do not look at sizes: if two
+    examples give the same code, it holds none of theirs.
+    """
+    if of_torch(module):
+        with suppress(Untraceable):  # a size that has to be what it was
+            one, other = (make(larger_fakes(args, by)) for by in (0, 1))
+            if one[0].code == other[0].code:
+                return one
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with symbolic.patch(backed_size_oblivious=True):
+        return make([symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)])
+
+
+def adapted(
+    backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], fakes: list, own: list[Held]
+):
+    """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
+    store = backend.adapters.peft_fx
+    store.mode.training = module.training
+    names = [f"{path}.{name}" if path else name for _, name in own]
+    inputs = {len(fakes) + i: (place[leaf], (names[i],)) for i, (place, leaf) in enumerate(own)}
+    return adapt(traced(module, fakes), inputs, chosen, State(backend.state.table, BaseGraph(fx.Graph())), store)
 
 
 def likeness(p: Placement) -> tuple:
@@ -108,38 +130,51 @@ def held(root: nn.Module, name: str) -> Held:
     return Held(owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
 
 
-def traced(module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
-    """(a graph as Dynamo gives it, with one call in it: of the module's forward, on the arguments and on the module's tensors,
-    the names of these). Raises Untraceable if the forward depends on values or sizes."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    own = {n: t for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None}
+def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
+    """A graph as Dynamo gives it, with one call in it: of the module's forward, on fakes of its arguments and of its tensors.
+
+    Raises Untraceable if the forward depends on values or sizes.
+    """
+    mode, own = fakes[0].fake_mode, {}
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if tensor is not None:
+            own[name] = fake_of(mode, tensor)
+    count = len(fakes)
 
     def forward(*values):
         twin = copy.copy(module)
         twin.__dict__.pop("forward", None)
-        given = dict(zip(own, values[len(args) :], strict=True))
+        given = dict(zip(own, values[count:], strict=True))
         for kind in ("_parameters", "_buffers"):
             twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}
-        return twin.forward(*values[: len(args)])
+        return twin.forward(*values[:count])
 
-    graph = fx.Graph()
-    with symbolic.patch(backed_size_oblivious=True):
-        fakes = [symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)]
-        fakes += [fake_of(mode, t) for t in own.values()]
-        try:
-            with mode:
-                result = forward(*fakes)
-        except Exception as error:
-            raise Untraceable from error
-    if mode.shape_env.guards and not of_torch(module):
+    fakes = [*fakes, *own.values()]
+    try:
+        with mode:
+            result = forward(*fakes)
+    except Exception as error:
+        raise Untraceable from error
+    if mode.shape_env is not None and mode.shape_env.guards and not of_torch(module):
         raise Untraceable
+    graph = fx.Graph()
     nodes = [graph.placeholder(f"x{i}") for i in range(len(fakes))]
     for node, fake in zip(nodes, fakes, strict=True):
         node.meta["example_value"] = fake
     call = graph.call_function(forward, tuple(nodes))
     call.meta["example_value"] = result
     graph.output(call)
-    return fx.GraphModule(nn.Module(), graph), list(own)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def larger_fakes(args: Sequence[torch.Tensor], by: int) -> list[torch.Tensor]:
+    """Fakes of fixed sizes, larger in every dimension but that of features, the last."""
+    mode = FakeTensorMode()
+    sizes = [
+        [s + by for s in x.shape[:-1]] + [s + by * (not x.is_floating_point()) for s in x.shape[-1:]] for x in args
+    ]
+    with mode:
+        return [torch.empty(s, dtype=x.dtype, device=x.device) for s, x in zip(sizes, args, strict=True)]
 
 
 def symbolic_fake(mode: FakeTensorMode, x: torch.Tensor, name: str) -> torch.Tensor:

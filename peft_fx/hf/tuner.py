@@ -22,7 +22,7 @@ from ..planning.plan import clashes
 from ..store import ADAPTERS, Resident, get_tensor, owner_of
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
-from ..verbs.combine import Combination, combined
+from ..verbs.combine import Combination, combined, combined_scales
 from ..verbs.derive import placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
@@ -169,12 +169,19 @@ class Tuner(nn.Module):
                     parameter.data = parameter.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
-                             combination_type: str = "svd", **options) -> None:  # fmt: skip
-        """A new LoRA adapter, made of others as `peft_fx.combine` makes it; it does not act until `set_adapter`."""
+                             combination_type: str | None = None, **options) -> None:  # fmt: skip
+        """A new LoRA adapter, made of others as `peft_fx.combine` makes it; it does not act until `set_adapter`.
+
+        Where no combination_type is given, IA3 adapters become one IA3 adapter with the sum of their scales.
+        """
         self.known(adapters)
         if adapter_name in self.peft_config:
             return
-        config, tensors = combined(self.backend.adapters, adapters, weights, Combination(combination_type, **options))
+        if combination_type is None and not options and all(self.peft_config[n].peft_type == "IA3" for n in adapters):
+            config, tensors = combined_scales(self.backend.adapters, adapters, weights)
+        else:
+            how = Combination(combination_type or "svd", **options)
+            config, tensors = combined(self.backend.adapters, adapters, weights, how)
         self.add(adapter_name, config, (tensors, "the combination"), trainable=False)
 
     def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -225,7 +232,8 @@ class Tuner(nn.Module):
 
     def unmerge_first(self, done: str) -> None:
         if self.merged_adapters:
-            warnings.warn(f"Adapter cannot be {done} when the model is merged. Unmerging the model first.", stacklevel=4)
+            text = f"Adapter cannot be {done} when the model is merged. Unmerging the model first."
+            warnings.warn(text, stacklevel=4)
             self.unmerge_adapter()
 
     @contextmanager
@@ -351,14 +359,15 @@ class Tuner(nn.Module):
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raises ValueError for a PeftModel, and for a model that adapters were injected into."""
-    tuner = model._modules.get("base_model")
-    if isinstance(tuner, Tuner) or INJECTED in model.__dict__:
-        there = ", ".join((tuner if isinstance(tuner, Tuner) else model.__dict__[INJECTED]).peft_config)
-        remedy = "model.add_adapter(name, config)" if isinstance(tuner, Tuner) else "inject_adapter_in_model(config, model, name)"
-        raise ValueError(
-            f"this {model._get_name()} has adapters already ({there}): {remedy} or load_adapter add one to them; "
-            "unload() takes them away"
-        )
+    around, inside = model._modules.get("base_model"), model.__dict__.get(INJECTED)
+    if isinstance(around, Tuner):
+        there = around
+        remedy = "model.add_adapter(name, config) or load_adapter add one to them, unload() takes them away"
+    elif inside is not None:
+        there, remedy = inside, "inject_adapter_in_model(config, model, name) adds one to them"
+    else:
+        return
+    raise ValueError(f"this {model._get_name()} has adapters already ({', '.join(there.peft_config)}): {remedy}")
 
 
 def take_over(model: nn.Module) -> None:

@@ -63,8 +63,9 @@ class GraLoRA(Branch):
     def tensors(self, target, config):
         m, n, r, k, h = target.out_features, row_size(target), config.r, config.gralora_k, config.hybrid_r
         up, general_up = (zeros, zeros) if config.init_weights else (kaiming_blocks, kaiming)
+        general_down = partial(drawn_after, kaiming, ((h, n), (m, h)), kaiming)
         general = {
-            "gralora_A_general": Tensor((h, n), partial(drawn_after, kaiming, ((h, n), (m, h)), kaiming), "gralora_A_general.weight", pad=((0, 1),)),
+            "gralora_A_general": Tensor((h, n), general_down, "gralora_A_general.weight", pad=((0, 1),)),
             "gralora_B_general": Tensor((m, h), general_up, "gralora_B_general.weight", pad=((1, 1),)),
         }
         return {

@@ -51,7 +51,7 @@ class HRA(InputMap):
     def advice(self, target, config):
         if not config.init_weights or config.r % 2 == 0:
             return None
-        return f"r={config.r} is odd: directions cannot start in pairs that cancel, and the output changes from the start"
+        return f"r={config.r} is odd: directions cannot start in pairs that cancel, so the start is no identity"
 
     def tensors(self, target, config):
         paired = config.init_weights and config.r % 2 == 0 and not config.apply_GS

@@ -45,7 +45,7 @@ def leading(seed, threshold, A, W, rows):
         Z, r = X @ X.mT, min(len(X), len(A_i))
         if threshold is not None:
             S = torch.svd_lowrank(Z, q=len(Z))[1]
-            r = min(r, max(1, int((S > threshold * S[:1]).sum())))
+            r = min(r, max(1, int(S.gt(threshold * S[:1]).sum())))
         left = torch.svd_lowrank(Z, q=r)[0]
         A_i[:r] = torch.linalg.qr(X.mT @ left).Q.mT
 

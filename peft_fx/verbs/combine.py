@@ -14,6 +14,7 @@ have (PEFT's copies use_rslora and is off by sqrt(r) then), and a rank per targe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ from torch import fx
 
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
+from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from ..planning.plan import Placement
 from ..store import Resident, State, get_tensor, state_of
-from .adapters import base_weight, with_adapter
+from .adapters import adapter_files, base_weight, with_adapter
 from .derive import derived, names_of, placements, planned
 from .merge import theta_of
 
@@ -95,8 +97,7 @@ def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[fl
 def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combination) -> tuple[LoraConfig, dict]:
     """The config and file key -> tensor of the combination."""
     state = state_of(gm)
-    if len(names) != len(weights) or not names:
-        raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+    refuse_lengths(names, weights)
     groups = targets_of(state, names)
     factors = {}
     for name, found in groups.items():
@@ -118,6 +119,40 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
         value = A if tensor_name == p.rule.names(p.target)[0] else B
         tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(get_tensor(gm, p.target.name).device)
     return config, tensors
+
+
+@torch.no_grad()
+def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
+    """The config and file key -> tensor of IA3 adapters as one IA3 adapter: l = sum_k w_k l_k, over those on a module."""
+    refuse_lengths(names, weights)
+    targets_of(state_of(gm), names)
+    parts = [adapter_files(gm, name) for name in names]
+    tensors: dict[str, torch.Tensor] = {}
+    for (_, found), weight in zip(parts, weights, strict=True):
+        for key, scale in found.items():
+            before = tensors.get(key, torch.zeros_like(scale))
+            if before.shape != scale.shape:
+                raise RecipeError(
+                    f"{key}: a feed-forward module for some of {', '.join(names)} alone, whose scales have no sum"
+                )
+            tensors[key] = before + weight * scale
+    fields = {f: union(f, [getattr(c, f) for c, _ in parts]) for f in ("target_modules", "feedforward_modules")}
+    return dataclasses.replace(parts[0][0], **fields), tensors
+
+
+def union(field: str, entries: list[list[str] | str | None]) -> list[str] | str:
+    """What any of several configs chooses by a field. Raises RecipeError for names beside regexes."""
+    regexes = [e for e in entries if isinstance(e, str)]
+    if regexes and len(regexes) < len(entries):
+        raise RecipeError(
+            f"{field} is a regex in some adapters and a list in others: write all as one kind; got {entries}"
+        )
+    return "|".join(f"({e})" for e in regexes) if regexes else sorted({name for e in entries for name in e or ()})
+
+
+def refuse_lengths(names: Sequence[str], weights: Sequence[float]) -> None:
+    if len(names) != len(weights) or not names:
+        raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
 
 
 def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]:
@@ -200,7 +235,7 @@ def rank_of(p: Placement) -> int:
     """The rank of a part, where its method has one. Raises ValueError."""
     rank = getattr(p.rule, "rank", None)
     if rank is None:
-        raise ValueError(f"{p.method} has no rank: give svd_rank, the rank of the combination")
+        raise WrongTypeError(f"{p.method} has no rank: give svd_rank, the rank of the combination")
     return rank(p.target, p.config)
 
 
