@@ -45,7 +45,9 @@ def through_dynamo(model):
 @pytest.mark.parametrize("name", ["tied_llama", "gpt2", "bert", "mixtral"])
 def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
     """One graph, before any call was made; in it a swap compiles nothing."""
-    targets = {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}  # PEFT reads more into "all-linear" there
+    targets = (
+        {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}
+    )  # PEFT reads more into "all-linear" there
     model = tuned(name, **targets)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(**inputs(name))[0]
@@ -227,3 +229,27 @@ def test_a_forward_that_others_have_put_in_place_stays(tmp_path):
         torch.testing.assert_close(logits(model), adapted)
     assert not torch.allclose(adapted, logits(tuned(init_lora_weights=True)))
     assert model.unload() is base and q.forward is patched
+
+
+@pytest.mark.slow
+def test_a_graph_for_the_verbs_shares_the_adapters(tmp_path):
+    model = tuned()
+    expected = logits(model)
+    for adapted in (model, model.get_base_model()):
+        with pytest.raises(peft_fx.CaptureError, match="to_graph"):
+            peft_fx.capture(adapted)
+    graph = model.to_graph()
+    x = inputs("tied_llama")
+    torch.testing.assert_close(graph(**x).logits, expected)
+    torch.testing.assert_close(peft_fx.merge(graph)(**x).logits, expected)
+    tuned(r=2, lora_alpha=3).save_pretrained(tmp_path)
+    peft_fx.hotswap(graph, tmp_path)
+    torch.testing.assert_close(
+        logits(model), logits(peft.PeftModel.from_pretrained(model_of("tied_llama").eval(), tmp_path))
+    )
+    torch.testing.assert_close(graph(**x).logits, logits(model))
+    assert model.peft_config["default"].lora_alpha == 3
+    peft_fx.save_adapter(graph, tmp_path / "graph")
+    model.save_pretrained(tmp_path / "model")
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("graph", "model")]
+    assert files[0] == files[1]

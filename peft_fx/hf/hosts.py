@@ -51,6 +51,10 @@ class Host:
         setattr(module, self.name, self)
 
     @property
+    def active_adapters(self) -> tuple[str, ...]:
+        return self.hosts.active
+
+    @property
     def forward(self) -> Callable:
         """The module's own."""
         return self.replaced or type(self.module).forward.__get__(self.module)

@@ -13,17 +13,18 @@ from textwrap import indent
 
 import torch
 from rich.progress import track
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..config import AdapterConfig
 from ..errors import AdapterNameError, NoAdaptersError, TargetError, WrongTypeError
 from ..planning.plan import clashes
-from ..store import ADAPTERS, Resident, get_tensor, owner_of
+from ..store import ADAPTERS, Resident, get_tensor, owner_of, state_of
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
+from ..verbs.capture.model import capture
 from ..verbs.combine import Combination, combined, combined_scales
-from ..verbs.derive import placements
+from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
 from .hosts import BASE, Host, Hosts
@@ -247,6 +248,19 @@ class Tuner(nn.Module):
             self.enable_adapter_layers()
             if merged:
                 self.merge_adapter(list(merged))
+
+    def to_graph(self, args: tuple = (), kwargs: dict | None = None, **options) -> fx.GraphModule:
+        """A captured graph of the model with these adapters, for the verbs: compile, merge, export, package, reserve, ...
+
+        The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
+        in one is so in the other.
+        """
+        with self.disabled():
+            captured = capture(self.model, args, kwargs, **options)
+        ours = self.backend.adapters
+        gm = frozen(captured)
+        gm.peft_fx.adapters, gm.peft_fx.sharing = ours.peft_fx.adapters, ours.peft_fx.sharing
+        return derived(gm, state_of(gm).update(recipe=dict(self.backend.state.recipe), active=self.backend.active))
 
     # Training
 

@@ -71,6 +71,11 @@ def capture(
         raise CaptureError(f"capture takes an nn.Module or an ExportedProgram, got {type(model).__name__}")
     if ROOT in model._modules:
         raise CaptureError("this is a captured graph already: the verbs take it as it is, capture takes the model")
+    if any(getattr(m.__dict__.get("forward"), "active_adapters", ()) for m in model.modules()):
+        raise CaptureError(
+            "this model's modules run with adapters: the PeftModel's to_graph(args, kwargs) captures it with them, and "
+            "unload() takes them away"
+        )
     if not args and not kwargs:
         if not is_hugging_face(model):
             raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
