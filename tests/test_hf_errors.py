@@ -832,6 +832,7 @@ def test_a_refused_config_leaves_the_model_trainable():
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_of_other_shapes_what_fits_is_loaded(tmp_path):
     folder = edited(tmp_path, rank_pattern={"q": 2})
     loaded = []
