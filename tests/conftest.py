@@ -1,5 +1,10 @@
 """Fixtures for all tests."""
 
+import os
+
+# Read when huggingface_hub is imported; a try without a network takes 20 s.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 from peft_fx.passes import inject
 
