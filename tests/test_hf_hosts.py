@@ -45,9 +45,8 @@ def through_dynamo(model):
 @pytest.mark.parametrize("name", ["tied_llama", "gpt2", "bert", "mixtral"])
 def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
     """One graph, before any call was made; in it a swap compiles nothing."""
-    targets = (
-        {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}
-    )  # PEFT reads more into "all-linear" there
+    # routers and experts are traced at their first call, so not in a compiler that cannot stop for it
+    targets = {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}
     model = tuned(name, **targets)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(**inputs(name))[0]

@@ -34,6 +34,7 @@ LORA_CASES = [
     *rows("tied_llama", {}, {"init_lora_weights": False}, target_modules=["q_proj", "embed_tokens", "lm_head"]),
     *rows("mixtral", {}, {"init_lora_weights": False}, target_modules=["q_proj"],
           target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    *rows("mixtral", {}, {"init_lora_weights": "gaussian", "rank_pattern": {"down_proj": 2}}, target_modules="all-linear"),
     *rows("llama", {}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True},
           {"trainable_token_indices": [1, 2]}, target_modules="all-linear", rank_pattern={"q_proj": 2, ".*1.*v_proj": 7}),
     *rows("bert t5 gpt2 vit biased_llama", {}, target_modules="all-linear"),
@@ -158,6 +159,39 @@ def test_a_second_adapter_goes_on_where_the_first_ended():
         found.append(library.get_peft_model_state_dict(model, adapter_name="second"))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[1][key], tensor) for key, tensor in found[0].items())
+
+
+LOADED = [case for case in [*FIRST, *LORA_CASES] if case[0].get("bias") is None]  # of which there is one per model
+
+
+@pytest.mark.parametrize("case", LOADED, ids=name_of)
+def test_loading_draws_what_pefts_does(case, tmp_path):
+    """PEFT initialises an adapter before it gets the numbers of its files."""
+    options, subject = case
+    model_of(peft, subject, options).save_pretrained(tmp_path)
+    states = []
+    for library in LIBRARIES:
+        base = c.build(subject, torch.float32)
+        torch.manual_seed(5)
+        model = c.quiet(library.PeftModel.from_pretrained, base, tmp_path)
+        states.append(torch.get_rng_state())
+        c.quiet(model.load_adapter, tmp_path, "second")
+        if options["peft_type"] != "UNILORA":  # whose indices are not in its files: a swap draws them again
+            c.quiet(model.load_adapter, tmp_path, "second")  # numbers alone
+        states.append(torch.get_rng_state())
+    assert torch.equal(states[2], states[0]) and torch.equal(states[3], states[1])
+
+
+def test_loading_with_low_cpu_mem_usage_draws_nothing(tmp_path):
+    """As PEFT's LoRA; PEFT's VeRA and IA3, among others, draw all the same."""
+    options = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    model_of(peft, "llama", options).save_pretrained(tmp_path)
+    for library in LIBRARIES:
+        base = c.build("llama", torch.float32)
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
+        library.PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("options", [

@@ -19,6 +19,7 @@ from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
 from ..recipe import config_from_dict
 from ..target import ModuleTable
+from .experts import stacked
 from .foreign import from_foreign
 
 TENSORS = "adapter_model.safetensors"
@@ -43,7 +44,7 @@ def read_adapter(
         found, tensors = from_foreign(read_safetensors(file), metadata_of(file), table, where=str(source))
         return config or found, tensors
     folder = local_folder(source)
-    return config or read_config(folder), read_tensors(folder)
+    return stacked(config or read_config(folder), read_tensors(folder), table, where=str(source))
 
 
 def foreign_file(source) -> Path | None:

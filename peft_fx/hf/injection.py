@@ -14,6 +14,7 @@ from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
 from ..verbs.backend import Backend
 from .model import DEFAULT
+from .replication import deeper
 from .tuner import INJECTED, Tuner, refuse_adapted, take_over
 
 
@@ -32,8 +33,10 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
         tuner.add(adapter_name, config)
         tuner.set_adapter(adapter_name, config.inference_mode)
         return model
-    refuse_adapted(model)
-    backend = Backend([(adapter_name, config, None)], trainable=not config.inference_mode).attach(model, frames=False)
+    refuse_adapted(model, config)
+    backend = Backend([(adapter_name, config, None)], trainable=not config.inference_mode)
+    with deeper(model, config):
+        backend.attach(model, frames=False, deeper=True)
     take_over(model)
     model.requires_grad_(False)
     tuner = model.__dict__[INJECTED] = Tuner(model, backend)

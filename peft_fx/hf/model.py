@@ -27,6 +27,7 @@ from ..verbs.backend import Backend
 from .card import write_card
 from .embeddings import adapter_contents, load_embeddings
 from .hub import push_to_hub
+from .replication import deeper
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import Tuner, refuse_adapted, take_over
 from .types import HEADS, PeftType, TaskType
@@ -78,8 +79,10 @@ class PeftModel(PushToHubMixin, nn.Module):
                  low_cpu_mem_usage: bool = False, *, source: tuple | None = None, trainable: bool = True):  # fmt: skip
         super().__init__()
         config = prepared(as_config(peft_config), model)
-        refuse_adapted(model)
-        backend = Backend([(adapter_name, config, source)], trainable=trainable).attach(model, frames=False)
+        refuse_adapted(model, config)
+        backend = Backend([(adapter_name, config, source)], trainable=trainable)
+        with deeper(model, config):
+            backend.attach(model, frames=False, deeper=True)
         take_over(model)  # not before: the config may have been refused
         model.requires_grad_(False)
         self.base_model = Tuner(model, backend)
@@ -190,10 +193,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`.
 
         key_mapping: regex -> replacement, for modules that are called otherwise in the files. hub: subfolder, revision, token and
-        whatever else huggingface_hub's `snapshot_download` takes. The two options on memory are not read: a file's tensors are
-        taken as they are. Raises AdapterFileError for files that do not fit: what is returned is empty. With
-        ignore_mismatched_sizes what fits is taken, tensors of other shapes are named in a warning, and what is missing starts
-        as without files: its keys are returned.
+        whatever else huggingface_hub's `snapshot_download` takes. Unless low_cpu_mem_usage, the adapter is initialised
+        before it gets the files' numbers: so the generator goes on as PEFT's. torch_device and ephemeral_gpu_offload are not
+        read. Raises AdapterFileError for files that do not fit: what is returned is empty. With ignore_mismatched_sizes what
+        fits is taken, tensors of other shapes are named in a warning, and what is missing starts as without files: its keys
+        are returned.
         """
         model = self.get_base_model()
         config, tensors = read_adapter(located(model_id, **hub), self.base_model.backend.state.table)
@@ -207,7 +211,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         elif adapter_name in self.peft_config:
             self.base_model.hotswap((config, tensors), adapter_name)
         else:
-            self.add(adapter_name, config, (tensors, str(model_id)), is_trainable, autocast_adapter_dtype)
+            source = (tensors, str(model_id), not low_cpu_mem_usage)
+            self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
@@ -271,7 +276,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         chosen = class_of(config) if cls is PeftModel else cls
         tensors = load_embeddings(model, config, renamed(tensors, key_mapping), str(model_id))
         config.inference_mode = not is_trainable
-        source = None if ignore_mismatched_sizes else (tensors, str(model_id))
+        source = None if ignore_mismatched_sizes else (tensors, str(model_id), not low_cpu_mem_usage)
         made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable, source=source)
         if ignore_mismatched_sizes:
             made.load_fitting(tensors, adapter_name)

@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ..config import AdapterConfig
-from ..errors import AdapterNameError, NoAdaptersError, TargetError, WrongTypeError
+from ..errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError, TargetError, WrongTypeError
 from ..planning.plan import clashes
 from ..store import ADAPTERS, Resident, get_tensor, owner_of, state_of
 from ..training.allocators import Allocator, allocators, penalty, work_of
@@ -28,6 +28,7 @@ from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
 from .hosts import BASE, Host, Hosts
+from .replication import is_deeper, shallow
 
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
@@ -153,7 +154,7 @@ class Tuner(nn.Module):
         self.refresh()
 
     def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
-        """source: (file's tensors, where), None for initial values. It does not act until `set_adapter`."""
+        """source: what `Source` takes, None for initial values. It does not act until `set_adapter`."""
         self.unmerge_first("added")  # it may start from the base's weights
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
@@ -183,7 +184,7 @@ class Tuner(nn.Module):
         else:
             how = Combination(combination_type or "svd", **options)
             config, tensors = combined(self.backend.adapters, adapters, weights, how)
-        self.add(adapter_name, config, (tensors, "the combination"), trainable=False)
+        self.add(adapter_name, config, (tensors, "the combination", True), trainable=False)
 
     def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
@@ -287,6 +288,11 @@ class Tuner(nn.Module):
         """Folds adapters, None: the active ones, into the model's parameters. safe_merge: refuse inf and nan."""
         if isinstance(adapter_names, str):
             raise WrongTypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
+        if is_deeper(self.model):
+            raise MergeError(
+                "Cannot merge LORA layers when base model layers are replicated: copies of a layer share one weight, which would "
+                "get the updates of them all. peft_fx.merge(model.to_graph(...), untie=True) gives each a weight of its own"
+            )
         names = tuple(adapter_names or self.chosen)
         self.known(names)
         names = tuple(n for n in names if n not in self.merged_adapters)
@@ -354,8 +360,9 @@ class Tuner(nn.Module):
         self.refresh()
 
     def unload(self) -> nn.Module:
-        """The model, called as before it had adapters."""
+        """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
         self.hosts.close()
+        shallow(self.model)
         return self.model
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
@@ -371,14 +378,19 @@ class Tuner(nn.Module):
         return self.unload()
 
 
-def refuse_adapted(model: nn.Module) -> None:
-    """Raises ValueError for a PeftModel, and for a model that adapters were injected into."""
+def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
+    """Raises ValueError for a PeftModel, a model that adapters were injected into, or one that layer_replication made deeper."""
     around, inside = model._modules.get("base_model"), model.__dict__.get(INJECTED)
     if isinstance(around, Tuner):
         there = around
         remedy = "model.add_adapter(name, config) or load_adapter add one to them, unload() takes them away"
     elif inside is not None:
         there, remedy = inside, "inject_adapter_in_model(config, model, name) adds one to them"
+    elif is_deeper(model) or (config.layer_replication and hosts_in(model)):
+        raise RecipeError(
+            f"there is a PeftModel around this {model._get_name()} already, and layer_replication is for one alone: call its "
+            "unload() first"
+        )
     else:
         return
     raise ValueError(f"this {model._get_name()} has adapters already ({', '.join(there.peft_config)}): {remedy}")
@@ -386,8 +398,7 @@ def refuse_adapted(model: nn.Module) -> None:
 
 def take_over(model: nn.Module) -> None:
     """Warns where a PeftModel is around the model already; its adapters act no longer."""
-    found = [m.__dict__.get(name) for m in model.modules() for name in ("forward", "_old_forward")]
-    others = dict.fromkeys(host.hosts for host in found if isinstance(host, Host))
+    others = hosts_in(model)
     for hosts in others:
         hosts.close()
     if others:
@@ -396,6 +407,12 @@ def take_over(model: nn.Module) -> None:
             "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first",
             stacklevel=4,
         )
+
+
+def hosts_in(model: nn.Module) -> dict[Hosts, None]:
+    """Those of the PeftModels around it."""
+    found = [m.__dict__.get(name) for m in model.modules() for name in ("forward", "_old_forward")]
+    return dict.fromkeys(host.hosts for host in found if isinstance(host, Host))
 
 
 def tuner_of(model: nn.Module) -> Tuner:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ..config import AdapterConfig, by_pattern
 from ..errors import NothingToAdaptError, RecipeError
 from ..target import ModuleRecord, ModuleTable, Target
-from . import defaults
+from . import defaults, moe
 from .kinds import CONTAINERS, Refusal, module_targets, parameter_target
 from .wrappers import with_file_paths
 
@@ -137,13 +137,29 @@ def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str
 
 
 def completed(table: ModuleTable, config: AdapterConfig) -> AdapterConfig:
-    """The config with the model type's default in other fields that name modules, as far as these are targets."""
+    """The config with the model type's default in other fields that name modules, as far as these are targets, and with
+    the parameters that hold what it names as modules (`moe.py`). Completing it again changes nothing.
+    """
     new = copy.copy(config)
     for name, by_type in defaults.DEFAULT_NAMES.get(config.peft_type, {}).items():
         if getattr(config, name) is None and table.model_type in by_type:
             targets, found = config.target_modules, by_type[table.model_type]
             setattr(new, name, [n for n in found if n in targets] if isinstance(targets, list) else found)
-    return new
+    return moe.converted(table, new, lambda more: last_parts(table, new, more), moe.NAMES.get(table.model_type))
+
+
+def last_parts(table: ModuleTable, config: AdapterConfig, more: Iterable[str]) -> set[str]:
+    """The last parts of the paths that a `target_modules` string chooses among modules and `more`: "all-linear" all of these."""
+    more = list(more)
+    if config.target_modules.lower() == defaults.ALL_LINEAR:
+        heads = heads_left_out(table, config)
+        paths = [r.path for r in table.records if r.is_a("Linear", "Conv1D") and r.path not in heads] + more
+    else:
+        matches = matcher("target_modules", config.target_modules)
+        excluded = matcher("exclude_modules", config.exclude_modules)
+        known = [r.path for r in table.records if r.path] + more
+        paths = [path for path in known if matches(path) and not excluded(path)]
+    return {path.rpartition(".")[2] for path in paths}
 
 
 def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[str] | str:

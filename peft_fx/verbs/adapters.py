@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import fx, nn
@@ -26,6 +27,17 @@ from ..target import ModuleTable, Target
 from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
 
 LOWERINGS = ("auto", "activation", "weight")
+
+
+class Source(NamedTuple):
+    """Numbers for a new adapter: file key -> tensor, and where they are from.
+
+    drawn: its tensors are initialised nevertheless, as PEFT's are, so that the generator goes on as it does there.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    where: str
+    drawn: bool = False
 
 
 def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
@@ -66,8 +78,12 @@ def load_adapter(
     return derived(gm, state_of(gm))
 
 
-def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, activate: bool) -> fx.GraphModule:
-    """A graph module with one more resident adapter, not yet derived. source: (file's tensors, where) or None for init."""
+def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, activate: bool,
+                 deeper: bool = False) -> fx.GraphModule:  # fmt: skip
+    """A graph module with one more resident adapter, not yet derived. source: what `Source` takes, None for initial values.
+
+    deeper: the model has the layers of the config's layer_replication already.
+    """
     state = state_of(gm, "apply")
     resident = dataclasses.replace(resident, config=completed(state.table, resident.config))
     config = resident.config
@@ -78,7 +94,7 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
         raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
     only_one_with_biases(state, name, config)
     gm = derive(gm, fx.Graph(), state) if state.recipe else frozen(gm)
-    if config.layer_replication:
+    if config.layer_replication and not deeper:
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
     plan = planned(state, name, config)
@@ -87,13 +103,15 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
         if text:
             warnings.warn(f"adapter {name!r}: {text}", stacklevel=4)
-    if not config.ensure_weight_tying:
+    recipe = {**state.recipe, name: resident}
+    if not config.ensure_weight_tying and not any(r.config.layer_replication for r in recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
-    values = None if source is None else match_tensors(plan, source[0], where=source[1])
+    source = source and Source(*source)
+    values = source and match_tensors(plan, source.tensors, where=source.where)
     for placement in plan.placements:
-        allocate(gm, placement, values, trainable)
+        allocate(gm, placement, values, trainable, source is not None and source.drawn)
     active = (*state.active, name) if activate else state.active
-    gm.meta["peft_fx"] = state.update(recipe={**state.recipe, name: resident}, active=active)
+    gm.meta["peft_fx"] = state.update(recipe=recipe, active=active)
     return gm
 
 
@@ -116,8 +134,8 @@ def only_one_with_biases(state: State, name: str, config: AdapterConfig) -> None
         )
 
 
-def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool) -> None:
-    """Registers a placement's tensors, initialised or from a file."""
+def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool, drawn=False) -> None:
+    """Registers a placement's tensors, initialised or from a file; `drawn`: one after the other."""
     base = get_tensor(gm, placement.target.name)
     device = offloaded_to(gm.get_submodule(placement.target.path)) if base.device.type == "meta" else None
     for name, spec in placement.tensors.items():
@@ -125,7 +143,10 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
             continue
         tensor = empty_tensor(spec, base, device)
         state_name = placement.state_name(name)
-        fill(tensor, gm, placement, name, (values or {}).get(state_name), {})
+        value = (values or {}).get(state_name)
+        if drawn and value is not None and base.device.type != "meta":
+            fill(tensor, gm, placement, name, None, {})
+        fill(tensor, gm, placement, name, value, {})
         full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
         set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)

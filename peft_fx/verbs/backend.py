@@ -78,10 +78,11 @@ class Backend:
         self.deleted = 0  # how many adapters: a name may come again with other tensors
         self.complete = False
 
-    def attach(self, model: nn.Module, frames: bool = True) -> Backend:
+    def attach(self, model: nn.Module, frames: bool = True, deeper: bool = False) -> Backend:
         """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does.
 
-        frames: give torch's modules with targets frames that Dynamo can compile (`give_frames`).
+        frames: give torch's modules with targets frames that Dynamo can compile (`give_frames`). deeper: the model has the layers
+        of the configs' layer_replication already.
         """
         model = getattr(model, "_orig_mod", model)
         if self.model is not None and self.model is not model:
@@ -94,10 +95,11 @@ class Backend:
                 if config is None:  # files: only the model's table says what those of other programs mean
                     config, tensors = read_adapter(source, state_of(gm).table)
                     source = (tensors, str(source))
-                if config.layer_replication:
+                if config.layer_replication and not deeper:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
                 trainable = not config.inference_mode if source is None else self.trainable
-                gm = with_adapter(gm, name, Resident(config, self.lowering), source, trainable, activate=True)
+                resident = Resident(config, self.lowering)
+                gm = with_adapter(gm, name, resident, source, trainable, activate=True, deeper=deeper)
             self.model, self.frames = model, frames
             self.keep(gm)
             self.open(self.acting())
@@ -108,10 +110,15 @@ class Backend:
         self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
 
     def add(self, name: str, resident: Resident, source: tuple | None = None, trainable: bool = True) -> None:
-        """One more adapter, which does not act yet. source: (file's tensors, where); None: it starts as its method does.
+        """One more adapter, which does not act yet. source: what `Source` takes; None: it starts as its method does.
 
         Raises RecipeError and AdapterFileError as `apply` and `load_adapter` do; nothing has changed then.
         """
+        if resident.config.layer_replication:
+            raise RecipeError(
+                f"layer_replication changes the base model and has to come with its first adapter: leave it out for {name!r}, "
+                "which is planned on the model as it is now"
+            )
         self.keep(with_adapter(self.adapters, name, resident, source, trainable, activate=False))
         self.open(placements(self.state, name))
 
