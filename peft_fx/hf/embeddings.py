@@ -66,7 +66,7 @@ def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") 
             continue
         for name in model.get_submodule(path).state_dict():
             # what a merge has replaced is the base's
-            tensor = tuner.replaced.get(f"{path}.{name}", get_tensor(model, f"{path}.{name}"))
+            tensor = tuner.replaced.before.get(f"{path}.{name}", get_tensor(model, f"{path}.{name}"))
             found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = tensor.detach()
     return found
 

@@ -289,3 +289,22 @@ def kind(x: torch.Tensor) -> tuple:
     device = x.device
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return x.dtype, x.dim(), device, autocast
+
+
+def take_over(model: nn.Module) -> None:
+    """Warns where a PeftModel is around the model already; its adapters act no longer."""
+    others = hosts_in(model)
+    for hosts in others:
+        hosts.close()
+    if others:
+        warnings.warn(
+            f"There is a PeftModel around this {type(model).__name__} already, whose adapters act no longer: the new ones take "
+            "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first",
+            stacklevel=4,
+        )
+
+
+def hosts_in(model: nn.Module) -> dict[Hosts, None]:
+    """Those of the PeftModels around it."""
+    found = [m.__dict__.get(name) for m in model.modules() for name in ("forward", "_old_forward")]
+    return dict.fromkeys(host.hosts for host in found if isinstance(host, Host))

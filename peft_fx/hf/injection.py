@@ -13,9 +13,10 @@ from ..planning.modules import module_table
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
 from ..verbs.backend import Backend
+from .hosts import take_over
 from .model import DEFAULT
 from .replication import deeper
-from .tuner import INJECTED, Tuner, refuse_adapted, take_over
+from .tuner import INJECTED, Tuner, refuse_adapted
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -26,44 +24,17 @@ from ..recipe import as_config
 from ..verbs.backend import Backend
 from .card import write_card
 from .embeddings import adapter_contents, load_embeddings
+from .guise import seen, signed, unmade
+from .hosts import take_over
 from .hub import push_to_hub
 from .replication import deeper
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
-from .tuner import Tuner, refuse_adapted, take_over
+from .tuner import Tuner, refuse_adapted
 from .types import HEADS, PeftType, TaskType
 from .weights import renamed
 
 ADAPTERS = "base_model.adapters."  # where the state dict has them
 DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
-
-
-def signed(model: nn.Module, forward: Callable) -> Callable:
-    """A function like `forward`, a method, with the signature of the model's: from it a Trainer learns what columns it takes."""
-
-    def signed_forward(self, *args, **kwargs):
-        return forward(self, *args, **kwargs)
-
-    signed_forward.__signature__ = inspect.signature(type(model).forward)
-    return signed_forward
-
-
-def unmade(kind: type):
-    return kind.__new__(kind)
-
-
-@functools.cache
-def seen(kind: type, peft) -> type:
-    """What `isinstance` takes a PeftModel around a model of this class for. peft: the module, None if nobody has imported it."""
-    if peft is None:
-        return kind
-
-    class Both(type(kind)):
-        """Bases would not do: transformers' models and PEFT's derive from the same classes in different orders."""
-
-        def mro(cls):
-            return [*dict.fromkeys((*super().mro()[:-1], *peft.PeftModel.__mro__))]
-
-    return Both(kind.__name__, (kind,), {"__module__": kind.__module__})
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -107,7 +78,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __class__(self):
         """The model's, to `isinstance`, and PEFT's if that is imported: tools that know these take this for one of them."""
         modules = self.__dict__.get("_modules", {})
-        return seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
+        return (
+            seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
+        )
 
     def _get_name(self) -> str:
         return type(self).__name__

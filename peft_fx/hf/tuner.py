@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..config import AdapterConfig
 from ..errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError, TargetError, WrongTypeError
 from ..planning.plan import clashes
-from ..store import ADAPTERS, Resident, get_tensor, owner_of, state_of
+from ..store import ADAPTERS, Resident, get_tensor, state_of
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
@@ -27,7 +27,8 @@ from ..verbs.combine import Combination, combined, combined_scales
 from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .hosts import BASE, Host, Hosts
+from .hosts import BASE, Hosts, hosts_in
+from .replaced import Replaced
 from .replication import is_deeper, shallow
 
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
@@ -44,7 +45,7 @@ class Tuner(nn.Module):
         self.enabled = True
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
-        self.__dict__["replaced"] = {}
+        self.__dict__["replaced"] = Replaced(model, backend)
         self.forget_importance()
         self.__dict__["hosts"] = Hosts(model, backend)
         self.refresh()
@@ -308,8 +309,7 @@ class Tuner(nn.Module):
             found, _ = folded(self.backend.adapters, group, safe_merge)
             results |= found
         with self.backend.adapters.peft_fx.sharing.writing(results.values()):
-            for name, value in results.items():
-                self.replace(name, value)
+            self.replaced.write(results)
         self.merged_adapters += names
         self.refresh()
 
@@ -324,38 +324,11 @@ class Tuner(nn.Module):
             if merged:
                 self.merge_adapter(list(merged))
 
-    def replace(self, name: str, value: torch.Tensor) -> None:
-        """`value` in place of a parameter of the model, which is kept for `unmerge_adapter`."""
-        old = get_tensor(self.model, name)
-        tied = bool(self.backend.state.table.tied_to(name))
-        if old is not None and old.shape == value.shape and not tied:
-            self.replaced.setdefault(name, old.detach().clone())
-            with torch.no_grad():
-                old.copy_(value)
-        else:  # a weight that others share, a bias that there was none of, a convolution that loses its groups
-            self.replaced.setdefault(name, old)
-            self.put(name, nn.Parameter(value, requires_grad=False))
-
-    def put(self, name: str, parameter: nn.Parameter | None) -> None:
-        """Another Parameter under a name of the model's, None to take it away."""
-        for root in (self.model, self.backend.adapters):
-            owner, leaf = owner_of(root, name)
-            owner._parameters[leaf] = parameter
-        owner = owner_of(self.model, name)[0]
-        if parameter is not None and parameter.dim() > 2 and hasattr(owner, "groups"):
-            owner.groups = owner.in_channels // parameter.shape[0 if owner.transposed else 1]
-
     def unmerge_adapter(self) -> None:
         """The model's parameters as they were before the merge, bit for bit."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged: nothing to do.", stacklevel=3)
-        for name, old in self.replaced.items():
-            if old is None or isinstance(old, nn.Parameter):
-                self.put(name, old)
-            else:
-                with torch.no_grad():
-                    get_tensor(self.model, name).copy_(old)
-        self.replaced.clear()
+        self.replaced.undo()
         self.merged_adapters = ()
         self.refresh()
 
@@ -368,7 +341,9 @@ class Tuner(nn.Module):
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
         """The model with adapters folded in, and nothing else left of them."""
         self.merge_adapter(adapter_names, safe_merge, progressbar)
-        if any(self.backend.state.table.tied_to(name) for name in self.replaced) and hasattr(self.model, "config"):
+        if any(self.backend.state.table.tied_to(name) for name in self.replaced.before) and hasattr(
+            self.model, "config"
+        ):
             warnings.warn(
                 "The input and output embeddings are not tied any more after this merge: tie_word_embeddings=False is set in the "
                 "model's config",
@@ -394,25 +369,6 @@ def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
     else:
         return
     raise ValueError(f"this {model._get_name()} has adapters already ({', '.join(there.peft_config)}): {remedy}")
-
-
-def take_over(model: nn.Module) -> None:
-    """Warns where a PeftModel is around the model already; its adapters act no longer."""
-    others = hosts_in(model)
-    for hosts in others:
-        hosts.close()
-    if others:
-        warnings.warn(
-            f"There is a PeftModel around this {type(model).__name__} already, whose adapters act no longer: the new ones take "
-            "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first",
-            stacklevel=4,
-        )
-
-
-def hosts_in(model: nn.Module) -> dict[Hosts, None]:
-    """Those of the PeftModels around it."""
-    found = [m.__dict__.get(name) for m in model.modules() for name in ("forward", "_old_forward")]
-    return dict.fromkeys(host.hosts for host in found if isinstance(host, Host))
 
 
 def tuner_of(model: nn.Module) -> Tuner:

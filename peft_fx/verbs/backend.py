@@ -156,7 +156,7 @@ class Backend:
         return self._adapters
 
     def __getstate__(self) -> dict:
-        """For copies and pickles: the adapters without the tree of the model's tensors, which is made again when it is asked for."""
+        """For copies and pickles: the adapters alone; the tree of the model's tensors is made again when it is asked for."""
         gm = self._adapters
         kept = (gm.peft_fx, state_of(gm).update(base=None)) if isinstance(gm, fx.GraphModule) else gm
         return {**self.__dict__, "_adapters": kept}
