@@ -45,7 +45,7 @@ def through_dynamo(model):
 @pytest.mark.parametrize("name", ["tied_llama", "gpt2", "bert", "mixtral"])
 def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
     """One graph, before any call was made; in it a swap compiles nothing."""
-    # routers and experts are traced at their first call, so not in a compiler that cannot stop for it
+    # experts depend on values: they are Dynamo's, and a graph break
     targets = {"target_modules": ["q_proj", "v_proj"]} if name == "mixtral" else {}
     model = tuned(name, **targets)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

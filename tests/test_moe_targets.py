@@ -78,7 +78,8 @@ OPTIONS = {
                  "alpha_pattern": {"down_proj": 5}, "use_rslora": True},
     "attention": {"target_modules": ["q_proj"]},
 }  # fmt: skip
-QUICK = {*(("mixtral", which) for which in ("all-linear", "router", "regex", "patterns")), ("qwen2_moe", "list"), ("qwen3_moe", "regex"), ("half_dense", "list"),
+QUICK = {*(("mixtral", which) for which in ("all-linear", "router", "regex", "patterns")),
+         ("qwen2_moe", "list"), ("qwen3_moe", "regex"), ("half_dense", "list"),
          ("deepseek_v2", "all-linear"), ("olmoe", "list")}  # fmt: skip
 
 
@@ -222,7 +223,8 @@ FILES = {
     "dropout": {"targets": {"%s"}, "lora_dropout": 0.1},
 }
 EXPANDED = {"%s": slice(0, 3), "%gate_up": slice(0, 2), "%down": slice(2, 3)}
-QUICK_FILES = {*(("mixtral", which) for which in ("experts", "gate and up", "one layer", "rslora")), ("qwen2_moe", "router"), ("half_dense", "gate and up"),
+QUICK_FILES = {*(("mixtral", which) for which in ("experts", "gate and up", "one layer", "rslora")),
+               ("qwen2_moe", "router"), ("half_dense", "gate and up"),
                ("deepseek_v2", "experts"), ("qwen3_moe", "experts")}  # fmt: skip
 # What PEFT loads too, every tensor in its place. Elsewhere it drops some or scales them otherwise.
 ALIKE = {(name, which) for name in ("mixtral", "olmoe", "qwen3_moe") for which in ("experts", "router", "down")}
