@@ -43,8 +43,11 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
         parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
         buffers={n: tuple(module._buffers[n].shape) for n in persistent if module._buffers[n] is not None},
         # without __getattr__, in which diffusers' models look into their config, with a warning
-        attributes={n: _literal(v) for n in ATTRIBUTES
-                    if _is_literal(v := vars(module).get(n, getattr(type(module), n, _MISSING)))},
+        attributes={
+            n: _literal(v)
+            for n in ATTRIBUTES
+            if _is_literal(v := vars(module).get(n, getattr(type(module), n, _MISSING)))
+        },
         aliases=tuple(paths[1:]),
     )
 
