@@ -12,7 +12,7 @@ import peft_fx
 diffusers = pytest.importorskip("diffusers")
 from diffusers.loaders import lora_conversion_utils as theirs  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning")]
 
 
 def unet():

@@ -13,6 +13,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import peft_fx
 
+pytestmark = pytest.mark.slow
+
 RANGES = [[0, 2], [1, 2], [0, 1]]  # layers 0 1 1 0
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "intermediate.dense"]}
 LIBRARIES = (peft, peft_fx)

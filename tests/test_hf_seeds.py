@@ -10,6 +10,8 @@ from methods import cells, label
 
 import peft_fx
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = {peft: peft.PEFT_TYPE_TO_CONFIG_MAPPING, peft_fx: peft_fx.PEFT_TYPE_TO_CONFIG_MAPPING}
 LORA, LAYER = {"peft_type": "LORA", "r": 4}, {"target_modules": ["layer"]}
 

