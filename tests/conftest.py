@@ -13,6 +13,17 @@ COUNTED = inject.CHEAPER
 inject.CHEAPER = 0.0
 
 
+# Files that take a minute or more. First, so that no worker begins one when the others are done.
+LONG = (
+    "conformance_peft", "conformance_definition", "smollm2", "package", "stamp", "compile", "backend", "hf", "hf_seeds",
+    "moe_targets", "hf_trl", "examples", "hf_smollm2", "capture_families", "hotswap", "concurrency",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def counted_forms(request, monkeypatch):
     """Tests marked `counted` choose forms as users get them."""

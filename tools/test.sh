@@ -26,7 +26,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCHINDUCTOR_COMPILE_THREADS="${
 export TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" TRITON_CACHE_DIR="$scratch/triton"
 
 # loadfile: a file's tests run in one worker, so its module fixtures (captures, compiled models) are made once;
-# loadscope would send each test class of a file to another worker and make them again.
+# loadscope would send each test class of a file to another worker and make them again. Files come as tests/conftest.py
+# orders them; xdist's own order, by number of tests, begins the longest file last.
 status=0
-python -m pytest -n "${PEFT_FX_WORKERS:-2}" --dist loadfile "${selection[@]}" "$@" || status=$?
+python -m pytest -n "${PEFT_FX_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@" || status=$?
 exit "$status"
