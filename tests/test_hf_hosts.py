@@ -254,3 +254,17 @@ def test_a_graph_for_the_verbs_shares_the_adapters(tmp_path):
     model.save_pretrained(tmp_path / "model")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("graph", "model")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+def test_base_weights_that_the_user_trains_too_get_pefts_gradients(tmp_path, called_before):
+    model = tuned()
+    reference = pefts(model, tmp_path)
+    base = model.get_base_model().model.layers[0].self_attn.q_proj
+    theirs = reference.get_base_model().model.layers[0].self_attn.q_proj.base_layer
+    if called_before:
+        logits(model)
+    for m, weight in ((model, base.weight), (reference, theirs.weight)):
+        weight.requires_grad_(True)
+        logits(m).square().mean().backward()
+    torch.testing.assert_close(base.weight.grad, theirs.weight.grad)

@@ -137,6 +137,8 @@ class Host:
 def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dict):
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
     backend, host.used = host.hosts.backend, True
+    if not host.hosts.placements(host, active):
+        return host.forward(*args, **kwargs)
     if host.compiled is None:
         host.compiled = torch.compile(host.forward, backend=backend, recompile_limit=GRAPHS, isolate_recompiles=True)
     others = backend.active

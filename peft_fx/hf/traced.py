@@ -118,9 +118,7 @@ def attributes(module: nn.Module) -> Iterator[tuple]:
     """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers"):
-            yield from (
-                (n, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for n, t in value.items() if t is not None
-            )
+            yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in value.items() if t is not None)
         elif not name.startswith("_") and name != "forward":
             yield name, value if isinstance(value, LITERALS) else id(value)
 
@@ -138,7 +136,7 @@ def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
     mode, own = fakes[0].fake_mode, {}
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
         if tensor is not None:
-            own[name] = fake_of(mode, tensor)
+            own[name] = fake_of(mode, tensor.detach())  # frozen or not is the user's business here, as in PEFT
     count = len(fakes)
 
     def forward(*values):
