@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from peft_fx.passes import inject
 
 COUNTED = inject.CHEAPER
@@ -22,6 +23,26 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing compiled, and nothing counted, by the tests before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(model, tokenizer) of SmolLM2-135M; skipped where the weights cannot be had."""
+    from tools.smollm2 import Unavailable, load
+
+    try:
+        return load()
+    except Unavailable as error:
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
 @pytest.fixture(autouse=True)

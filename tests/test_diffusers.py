@@ -196,13 +196,6 @@ def test_what_diffusers_saves_is_loaded(captured, tmp_path):
     assert tuned.meta["peft_fx"].recipe["default"].config.lora_alpha == 12
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_peft_model_gives_pefts_outputs_and_gradients(fresh_dynamo, name, tmp_path):
     torch.manual_seed(0)

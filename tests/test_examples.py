@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import peft_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 SCRIPTS = sorted((Path(__file__).parent / "examples").glob("*.py"))
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -29,13 +31,6 @@ WORDS = [
     *["text", "label", "positive", "negative", "neutral", ":"],
 ]
 LABELS = {"good": "positive", "bad": "negative", "fine": "neutral"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def tokenizer(template):

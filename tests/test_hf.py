@@ -13,15 +13,10 @@ from torch.utils.data import Dataset
 
 import peft_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 LORA = dict(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
 TASKS = {"tied_llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def pair(name, folder, is_trainable=False, **config):

@@ -13,14 +13,9 @@ from torch import nn
 
 import peft_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 LORA = dict(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def tuned(name="tied_llama", **config):

@@ -8,7 +8,6 @@ import torch
 import transformers
 
 import peft_fx
-from tools.smollm2 import Unavailable, load
 from tools.text import blocks
 
 pytestmark = pytest.mark.slow
@@ -16,12 +15,9 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def real():
-    """(model, tokenizer, token blocks); skipped where the weights cannot be had."""
-    try:
-        model, tokenizer = load()
-    except Unavailable as error:
-        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+def real(smollm2):
+    """(model, tokenizer, token blocks)."""
+    model, tokenizer = smollm2
     return model, tokenizer, blocks(tokenizer, 24, 0)[0][: 2 * STEPS]
 
 

@@ -8,7 +8,6 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import peft_fx
-from tools.smollm2 import Unavailable, load
 from tools.text import blocks
 
 pytestmark = pytest.mark.slow
@@ -16,12 +15,9 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def real():
-    """(model, token blocks, base graph); skipped where the weights cannot be had."""
-    try:
-        model, tokenizer = load()
-    except Unavailable as error:
-        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+def real(smollm2):
+    """(model, token blocks, base graph)."""
+    model, tokenizer = smollm2
     data, _ = blocks(tokenizer, 48, 0)
     return model.eval(), data, peft_fx.capture(model)
 

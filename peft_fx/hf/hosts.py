@@ -36,7 +36,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules th
 
 
 class Host:
-    """A module's forward. ready: what runs, by kind of call, with the adapters that act."""
+    """A module's forward. ready: what runs, by kind of call, with the adapters that act; tables: that, for other adapters too."""
 
     def __init__(self, hosts: Hosts, module: nn.Module, path: str):
         self.hosts, self.module, self.path = hosts, module, path
@@ -75,12 +75,8 @@ class Host:
 
     def forget(self) -> None:
         """After adapters came or went, or tensors were replaced."""
-        self.tables: dict[tuple[str, ...], dict[tuple, Ready]] = {}
-        self.choose()
-
-    def choose(self) -> None:
-        """After other adapters are to act."""
-        self.ready = self.tables.setdefault(self.hosts.active, {})
+        self.ready: dict[tuple, Ready] = {}
+        self.tables: dict[tuple[str, ...], dict[tuple, Ready]] = {self.hosts.active: self.ready}
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -231,11 +227,11 @@ class Hosts:
         """After adapters came or went, or tensors of theirs or of the model were replaced. active: those that act now."""
         self.active = active
         self.lock()
-        self.placed = {name: placements(self.backend.state, name) for name in self.backend.state.recipe}
-        paths = {p.target.path for found in self.placed.values() for p in found}
+        placed = {name: placements(self.backend.state, name) for name in self.backend.state.recipe}
+        paths = {p.target.path for found in placed.values() for p in found}
         wholes = {path for path in paths if self.model.get_submodule(path)._modules}
         self.chosen: dict[tuple[nn.Module, str], list[Placement]] = {}
-        for name, found in self.placed.items():
+        for name, found in placed.items():
             for p in found:
                 host = self.host(p.target.path, wholes)
                 self.chosen.setdefault((host.module, name), []).append(p)

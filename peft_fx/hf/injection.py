@@ -16,7 +16,7 @@ from ..verbs.backend import Backend
 from .hosts import take_over
 from .model import DEFAULT
 from .replication import deeper
-from .tuner import INJECTED, Tuner, refuse_adapted
+from .tuner import CHILD, INJECTED, Tuner, refuse_adapted
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -41,7 +41,7 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
     take_over(model)
     model.requires_grad_(False)
     tuner = model.__dict__[INJECTED] = Tuner(model, backend)
-    tuner.refresh()
+    model.add_module(CHILD, tuner.adapters)
     return model
 
 

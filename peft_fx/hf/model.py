@@ -19,6 +19,7 @@ from ..config import AdapterConfig
 from ..errors import NotAFolderError, RecipeError
 from ..files.read import located, read_adapter
 from ..files.write import plain, write_adapter
+from ..planning.defaults import TASK_HEADS
 from ..planning.modules import module_table
 from ..recipe import as_config
 from ..verbs.backend import Backend
@@ -30,7 +31,7 @@ from .hub import push_to_hub
 from .replication import deeper
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import Tuner, refuse_adapted
-from .types import HEADS, PeftType, TaskType
+from .types import PeftType, TaskType
 from .weights import renamed
 
 ADAPTERS = "base_model.adapters."  # where the state dict has them
@@ -378,7 +379,7 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The config with what follows from the model and the task: the base's name, heads that are trained whole."""
-    heads = HEADS.get(config.task_type, ())
+    heads = TASK_HEADS.get(config.task_type, ())
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     kept = list(dict.fromkeys([*(config.modules_to_save or ()), *(h for h in heads if h in found)]))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
