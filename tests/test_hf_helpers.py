@@ -139,6 +139,7 @@ def test_submodules_are_modules_like_others():
     assert importlib.util.find_spec("peft_fx.tuners.lora") is not None and peft_fx.utils is utils
     assert importlib.import_module("peft_fx.tuners.lora").LoraConfig is peft_fx.LoraConfig
     assert functional.set_adapter is not peft_fx.set_adapter
+    assert importlib.reload(peft_fx).utils is utils
     for module, name in ((utils, "nothing"), (peft_fx.tuners.lora, "IA3")):
         with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
             getattr(module, name)

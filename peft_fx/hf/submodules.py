@@ -48,10 +48,12 @@ def look_up(package: str, name: str, places: tuple[str, ...], attribute: str):
 
 
 def make_submodules(package: str) -> None:
-    """Puts them where `import` looks, and under their names into `package`."""
+    """Puts them where `import` looks, and under their names into `package`. A reload of the package keeps them."""
     for submodule, places in SUBMODULES.items():
         parent, _, leaf = f"{package}.{submodule}".rpartition(".")
         name = f"{parent}.{leaf}"
+        if name in sys.modules:
+            continue
         module = ModuleType(name, f"Names of PEFT's, from {', '.join(f'{package}.{p}'.rstrip('.') for p in places)}.")
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []  # a package, without files of its own
