@@ -61,8 +61,8 @@ _HF = {
     "hf.hotswap": ("prepare_model_for_compiled_hotswap",),
     "hf.injection": ("inject_adapter_in_model",),
     "hf.constants": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING", "PeftError",
-        "PeftWarning",
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftError", "PeftWarning",
     ),
     "hf.helpers": ("get_peft_config", "shift_tokens_right"),
     "hf.kappa": ("find_kappa_target_modules",),
@@ -82,11 +82,14 @@ def __getattr__(name: str):
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     if name.endswith("Config") and name in (configs := _configs()):
         return configs[name]
+    if name.endswith("Model"):  # one for each config
+        return getattr(import_module(".hf.tuners", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *_MODULES, *_configs()})
+    configs = _configs()
+    return sorted({*globals(), *_MODULES, *configs, *(f"{name.removesuffix('Config')}Model" for name in configs)})
 
 
 def _configs() -> dict[str, type[AdapterConfig]]:

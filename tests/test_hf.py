@@ -393,6 +393,17 @@ def test_a_trainer_loads_its_best_model(tmp_path):
     torch.testing.assert_close(logits(model.eval()), logits(best.eval()))
 
 
+def test_transformers_counts_are_over_the_adapters_too_as_with_peft(llamas):
+    theirs, ours = llamas
+    for count in (
+        lambda m: m.num_parameters(),
+        lambda m: m.num_parameters(only_trainable=True),
+        lambda m: m.num_parameters(exclude_embeddings=True),
+        lambda m: m.get_memory_footprint(return_buffers=False),
+    ):
+        assert count(ours) == count(theirs)
+
+
 # Refusals
 
 

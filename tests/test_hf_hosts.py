@@ -140,6 +140,26 @@ def test_hooks_see_their_module():
     assert len(seen) == 1 and not torch.equal(zeroed, logits(model))
 
 
+class Packed(nn.Linear):
+    """Its forward does not read `weight`."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.packed = self.weight.detach().clone()
+
+    def forward(self, x):
+        return x @ self.packed.T
+
+
+def test_a_module_that_does_not_read_its_weight_is_named():
+    model = peft_fx.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), Packed(4, 4)), peft_fx.LoraConfig(target_modules=["0", "1"])
+    )
+    model(torch.ones(2, 4))
+    with pytest.warns(UserWarning, match="1 of 2 adapted modules, first 1, did not use their weights"):
+        model(torch.ones(2, 4))
+
+
 def test_weights_that_accelerate_brings_at_each_call(tmp_path):
     expected = logits(tuned())
     model = accelerate.cpu_offload(model_of("tied_llama").eval(), execution_device="cpu")

@@ -108,11 +108,13 @@ def test_supervised_fine_tuning_gives_pefts_losses_and_resumes(base, load, fine_
 
 
 def test_preferences_are_learnt_beside_a_reference_adapter_as_in_peft(trl, base, load, preferred, tmp_path):
-    """The trainer copies "default" to "ref" by parameters' names, and switches between the two."""
+    """The trainer copies "default" to "ref" by parameters' names, switches between the two, and turns dropout off."""
     found = []
     for library in (peft, peft_fx):
         arguments = trl.DPOConfig(str(tmp_path / library.__name__), gradient_checkpointing=False, **RUN)
-        trainer = trl.DPOTrainer(load(library), args=arguments, train_dataset=preferred, processing_class=base[1])
+        trainer = trl.DPOTrainer(
+            load(library, lora_dropout=0.3), args=arguments, train_dataset=preferred, processing_class=base[1]
+        )
         trainer.train()
         assert list(trainer.model.peft_config) == ["default", "ref"]
         found.append(logged(trainer, "loss", "rewards/margins"))

@@ -45,6 +45,10 @@ globals().update(TARGET_TABLES)
 def __getattr__(name: str):
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":  # imports every method
         return {peft_type: get_config(peft_type) for peft_type in PeftType}
+    if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
+        from .tuners import tuner_class
+
+        return {peft_type: tuner_class(peft_type) for peft_type in PeftType}
     if name == "MODEL_TYPE_TO_PEFT_MODEL_MAPPING":
         from .model import CLASSES  # whoever asks for another name need not wait for transformers
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from ..planning.plan import PREFIX
 from ..planning.selection import choose_saved
 from ..store import get_tensor
 from ..target import ModuleTable
-from ..verbs.adapters import adapter_files
 from ..verbs.derive import placements
 from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .tuner import Tuner
@@ -32,19 +31,13 @@ ADAPTED = "base_layer."  # any other
 COPY = "modules_to_save."  # PEFT writes a saved module's trained copy twice
 
 
-def adapter_contents(tuner: Tuner, adapter: str, save_embedding_layers="auto") -> tuple[AdapterConfig, dict]:
-    """(config, file key -> tensor) of an adapter's files: of what training has left of it."""
-    allocator = tuner.allocators.get(adapter)
-    chosen = getattr(allocator, "rank_pattern", None)
-    config, tensors = allocator.files() if chosen else adapter_files(tuner.backend.adapters, adapter)
-    if config.task_type is None:  # for AutoPeftModel
-        kind = type(tuner.model)
-        config = replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
-    return config, tensors | embedding_tensors(tuner, adapter, save_embedding_layers)
+def embedding_tensors(
+    tuner: Tuner, adapter: str, save_embedding_layers="auto", state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """File key -> tensor: what goes into the adapter's file besides its own tensors. save_embedding_layers: as in PEFT.
 
-
-def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") -> dict[str, torch.Tensor]:
-    """File key -> tensor: what goes into the adapter's file besides its own tensors. save_embedding_layers: as in PEFT."""
+    state_dict: of the whole model, which comes before the model's own tensors.
+    """
     model, config = tuner.model, tuner.peft_config[adapter]
     targeted = names_embedding(model, config)
     save = save_embedding_layers
@@ -59,14 +52,15 @@ def embedding_tensors(tuner: Tuner, adapter: str, save_embedding_layers="auto") 
             "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4
         )
     methods = {p.target.path: p.method for p in placements(state, adapter)}
-    found = {}
+    found, given = {}, state_dict or {}
     for path in paths:
         method = methods.get(path, "")
         if targeted and method in BASE:
             continue
         for name in model.get_submodule(path).state_dict():
-            # what a merge has replaced is the base's
-            tensor = tuner.replaced.before.get(f"{path}.{name}", get_tensor(model, f"{path}.{name}"))
+            here = f"{path}.{name}"
+            now = given.get(f"{PREFIX}{here}", given.get(here, get_tensor(model, here)))
+            tensor = tuner.replaced.before.get(here, now)  # what a merge has replaced is the base's
             found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = tensor.detach()
     return found
 

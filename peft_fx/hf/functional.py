@@ -7,23 +7,23 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..files.match import needless
 from ..planning.plan import PREFIX
 from ..recipe import as_config
-from ..store import ADAPTERS, derive, set_tensor, state_of
+from ..store import state_of
 from ..verbs.adapters import adapter_files
 from ..verbs.derive import planned
 from ..verbs.hotswap import SwapReport
 from .constants import UPCAST_DTYPES, PeftWarning
-from .embeddings import adapter_contents, embedding_tensors, load_embeddings
-from .model import ADAPTERS as IN_MODEL
+from .contents import adapter_contents
+from .embeddings import load_embeddings
 from .model import DEFAULT
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tensors import parameters_of
-from .tuner import CHILD, INJECTED, tuner_of
+from .tuner import INJECTED, tuner_of
 
 LOW = frozenset(getattr(torch, name) for name in ("float16", "bfloat16", *UPCAST_DTYPES) if hasattr(torch, name))
 
@@ -41,30 +41,12 @@ def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: s
     model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     tuner = tuner_of(model)
     tuner.known((adapter_name,))
-    if state_dict is None:
-        tensors = adapter_contents(tuner, adapter_name, save_embedding_layers)[1]
-    else:
-        tensors = adapter_files(holding(tuner.backend.adapters, state_dict, adapter_name), adapter_name)[1]
-        tensors |= embedding_tensors(tuner, adapter_name, save_embedding_layers)
+    tensors = adapter_contents(tuner, adapter_name, save_embedding_layers, state_dict)[1]
     return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if is_injected(model) else tensors
 
 
 def is_injected(model: nn.Module) -> bool:
     return INJECTED in model.__dict__
-
-
-def holding(gm: fx.GraphModule, state_dict: dict, adapter: str) -> fx.GraphModule:
-    """A module like `gm` that has the adapter's tensors from the state dict of a model."""
-    places = [f"{place}.{adapter}." for place in (IN_MODEL.removesuffix("."), CHILD)]
-    given = {k[len(p) :]: t for p in places for k, t in state_dict.items() if k.startswith(p)}
-    if not given:
-        raise ValueError(
-            f"the state dict has no key that begins with {' or '.join(places)}: expected model.state_dict()"
-        )
-    new = derive(gm, fx.Graph(), state_of(gm))
-    for name, tensor in given.items():
-        set_tensor(new, f"{ADAPTERS}.{adapter}.{name}", tensor)
-    return new
 
 
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = DEFAULT,

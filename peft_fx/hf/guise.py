@@ -36,3 +36,9 @@ def seen(kind: type, peft) -> type:
             return [*dict.fromkeys((*super().mro()[:-1], *peft.PeftModel.__mro__))]
 
     return Both(kind.__name__, (kind,), {"__module__": kind.__module__})
+
+
+def derived_from(kind: type, new: type, guise: type) -> type:
+    """The class `new`, which derives from what is seen, deriving from what is there."""
+    bases = tuple(kind if base is guise else base for base in new.__bases__)
+    return type(new.__name__, bases, {k: v for k, v in vars(new).items() if k not in ("__dict__", "__weakref__")})

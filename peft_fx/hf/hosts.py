@@ -96,7 +96,7 @@ class Host:
                 self.dynamo = True
                 return through_dynamo(self, active, args, kwargs)
             ready = table[key]
-        return ready.run(*args, *[place[name] for place, name in ready.tensors])
+        return ready.run(*args, *[held.tensor for held in ready.tensors])
 
     @torch._dynamo.assume_constant_result
     def foresee(self) -> None:
@@ -151,7 +151,6 @@ def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dic
 @torch.compiler.disable
 def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: tuple) -> bool:
     """Fills `table` for such arguments. False if no single graph does."""
-    host.used = True
     chosen = host.hosts.placements(host, active)
     if not chosen:
         table[key] = Ready(host.forward, ())
@@ -161,6 +160,7 @@ def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: 
         with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t):
             graph = host.hosts.traced(host.module, key)
             table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
+        host.used |= table[key].complete
     except Untraceable:
         return False
     return True
@@ -214,14 +214,19 @@ class Hosts:
             return self.model._call_impl(*args, **kwargs)
 
     def check_used(self) -> None:
-        """Warns of modules with adapters that the first call of the model did not call."""
+        """Warns of modules whose adapters did not act in the first call of the model."""
         acting = [h for h in self.opened.values() if self.placements(h, self.active)]
-        if unused := [h.path for h in acting if not h.used]:
+        if unused := [h.path for h in acting if not self.has_acted(h)]:
             warnings.warn(
-                f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, were not called in the model's first call: "
-                "it has no use for them with such inputs, or reads their weights elsewhere, where no adapter acts",
+                f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, did not use their weights in the model's "
+                "first call: it does not call them with such inputs, or reads the weights elsewhere, where no adapter acts",
                 stacklevel=4,
             )
+
+    def has_acted(self, host: Host) -> bool:
+        """Whether some graph that ran for it has an adapter in it."""
+        targets = {p.target.name for p in self.placements(host, self.active)}
+        return host.used and not (host.dynamo and targets.isdisjoint(self.backend.read))
 
     def refresh(self, active: tuple[str, ...]) -> None:
         """After adapters came or went, or tensors of theirs or of the model were replaced. active: those that act now."""

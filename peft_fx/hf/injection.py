@@ -12,11 +12,7 @@ from ..config import AdapterConfig
 from ..planning.modules import module_table
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
-from ..verbs.backend import Backend
-from .hosts import take_over
-from .model import DEFAULT
-from .replication import deeper
-from .tuner import CHILD, INJECTED, Tuner, refuse_adapted
+from .tuner import CHILD, DEFAULT, INJECTED, Tuner
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -34,13 +30,7 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
         tuner.add(adapter_name, config)
         tuner.set_adapter(adapter_name, config.inference_mode)
         return model
-    refuse_adapted(model, config)
-    backend = Backend([(adapter_name, config, None)], trainable=not config.inference_mode)
-    with deeper(model, config):
-        backend.attach(model, frames=False, deeper=True)
-    take_over(model)
-    model.requires_grad_(False)
-    tuner = model.__dict__[INJECTED] = Tuner(model, backend)
+    tuner = model.__dict__[INJECTED] = Tuner(model, config, adapter_name)
     model.add_module(CHILD, tuner.adapters)
     return model
 

@@ -22,20 +22,22 @@ from ..files.write import plain, write_adapter
 from ..planning.defaults import TASK_HEADS
 from ..planning.modules import module_table
 from ..recipe import as_config
-from ..verbs.backend import Backend
 from .card import write_card
-from .embeddings import adapter_contents, load_embeddings
-from .guise import seen, signed, unmade
-from .hosts import take_over
+from .contents import adapter_contents
+from .embeddings import load_embeddings
+from .guise import derived_from, seen, signed, unmade
 from .hub import push_to_hub
-from .replication import deeper
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
-from .tuner import Tuner, refuse_adapted
+from .tuner import DEFAULT, IN_MODEL, Tuner
+from .tuners import tuner_class
 from .types import PeftType, TaskType
 from .weights import renamed
 
-ADAPTERS = "base_model.adapters."  # where the state dict has them
-DEFAULT = "default"  # its files lie in the folder itself, those of others in one of their name
+COUNTS = (
+    "floating_point_ops",
+    "get_memory_footprint",
+    "num_parameters",
+)  # transformers', which go over the adapters too
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -46,18 +48,14 @@ class PeftModel(PushToHubMixin, nn.Module):
     """
 
     task_type: TaskType | None = None
+    one_type = True  # whether its adapters are of one peft_type
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, autocast_adapter_dtype: bool = True,
                  low_cpu_mem_usage: bool = False, *, source: tuple | None = None, trainable: bool = True):  # fmt: skip
         super().__init__()
         config = prepared(as_config(peft_config), model)
-        refuse_adapted(model, config)
-        backend = Backend([(adapter_name, config, source)], trainable=trainable)
-        with deeper(model, config):
-            backend.attach(model, frames=False, deeper=True)
-        take_over(model)  # not before: the config may have been refused
-        model.requires_grad_(False)
-        self.base_model = Tuner(model, backend)
+        kind = tuner_class(config.peft_type) if self.one_type else Tuner
+        self.base_model = kind(model, config, adapter_name, source=source, trainable=trainable)
         if not autocast_adapter_dtype:
             self.base_model.cast_to_base(adapter_name)
         if getattr(model, "is_activation_checkpointing", False):
@@ -83,6 +81,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
         )
 
+    @__class__.setter
+    def __class__(self, new: type) -> None:
+        """What torch's `fully_shard` puts together of a class of its own and the one that it sees."""
+        object.__dict__["__class__"].__set__(self, derived_from(type(self), new, self.__class__))
+
     def _get_name(self) -> str:
         return type(self).__name__
 
@@ -92,7 +95,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         except AttributeError:
             if name == "base_model":
                 raise
-            return getattr(self.base_model, name)
+            found = getattr(self.base_model, name)
+            return MethodType(found.__func__, self) if name in COUNTS else found
 
     # Calls
 
@@ -145,20 +149,17 @@ class PeftModel(PushToHubMixin, nn.Module):
     def add(self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True,
             autocast: bool = True) -> None:  # fmt: skip
         config = prepared(config, self.get_base_model())
-        self.refuse_other_types(config)
+        first = next(iter(self.peft_config.values()), config)
+        if self.one_type and config.peft_type != first.peft_type:
+            raise ValueError(
+                f"Cannot combine adapters with different peft types. Found {first.peft_type} and {config.peft_type}: use "
+                "get_peft_model(..., mixed=True), or peft_fx.apply, which combine any"
+            )
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or give another name")
         self.base_model.add(adapter_name, config, source, trainable)
         if not autocast:
             self.base_model.cast_to_base(adapter_name)
-
-    def refuse_other_types(self, config: AdapterConfig) -> None:
-        first = next(iter(self.peft_config.values()), config)
-        if config.peft_type != first.peft_type:
-            raise ValueError(
-                f"Cannot combine adapters with different peft types. Found {first.peft_type} and {config.peft_type}: use "
-                "get_peft_model(..., mixed=True), or peft_fx.apply, which combine any"
-            )
 
     def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
                      autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
@@ -259,9 +260,10 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
                         save_embedding_layers="auto", is_main_process: bool = True, **kwargs) -> None:  # fmt: skip
-        """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others below it.
+        """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others to folders in it.
 
-        A Trainer, which gives state_dict, gets a file more: what it loads when it resumes, all adapters by their names here.
+        state_dict: of the whole model, where its own tensors are shards. A Trainer, which gives one, gets a file more: what
+        it loads when it resumes, all adapters by their names here.
         """
         folder = Path(save_directory)
         if folder.is_file():
@@ -274,13 +276,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        given = kwargs.get("state_dict") or None
         for name in names:
-            contents = adapter_contents(self.base_model, name, save_embedding_layers)
+            contents = adapter_contents(self.base_model, name, save_embedding_layers, given)
             write_adapter(folder if name == DEFAULT else folder / name, *contents)
         write_card(folder, [self.peft_config[n] for n in names], self.get_base_model())
         if "state_dict" in kwargs:
-            state = kwargs["state_dict"] or self.state_dict()
-            ours = {k: t for k, t in state.items() if k.startswith(ADAPTERS)}
+            ours = {k: t for k, t in (given or self.state_dict()).items() if k.startswith(IN_MODEL)}
             save_file(plain(ours), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def create_or_update_model_card(self, output_dir) -> None:
@@ -294,7 +296,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def _keys_to_ignore_on_save(self) -> set[str]:
         """What a Trainer does not miss when it resumes: the model's own weights."""
-        return {k for k in self.state_dict() if not k.startswith(ADAPTERS)}
+        return {k for k in self.state_dict() if not k.startswith(IN_MODEL)}
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -327,8 +329,7 @@ CLASSES = {cls.task_type: cls for cls in PeftModel.__subclasses__()}
 class PeftMixedModel(PeftModel):
     """Adapters of any types on one model, several of which act at once, in order. Unlike PEFT's it is saved and merged too."""
 
-    def refuse_other_types(self, config: AdapterConfig) -> None:
-        """None is refused."""
+    one_type = False
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """These act from now on, in order."""

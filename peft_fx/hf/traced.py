@@ -38,17 +38,29 @@ INPUTS = {
 
 
 class Held(NamedTuple):
-    """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there."""
+    """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there.
 
+    shadow: the module's `__dict__`, whose attributes hide these: while a forward runs, FSDP 1 keeps the gathered tensors there.
+    """
+
+    shadow: dict
     place: dict
     name: str
 
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self.shadow[self.name] if self.name in self.shadow else self.place[self.name]
+
 
 class Ready(NamedTuple):
-    """What a host runs for one kind of call: a function of the call's arguments and of these tensors."""
+    """What a host runs for one kind of call: a function of the call's arguments and of these tensors.
+
+    complete: whether it has all adapters in it that it was made with.
+    """
 
     run: Callable
     tensors: tuple[Held, ...]
+    complete: bool = True
 
 
 class Untraceable(Exception):
@@ -62,7 +74,7 @@ class Traced:
     """
 
     def __init__(self, module: nn.Module):
-        self.names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
+        self.names = list(tensors_of(module))
         self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
 
     def ready(
@@ -77,7 +89,7 @@ class Traced:
             self.adapted[key] = gm.forward, [where[name] for name in further]
         run, further = self.adapted[key]
         ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
-        return Ready(run, (*own, *ours))
+        return Ready(run, (*own, *ours), {i for i, _ in further} == {*range(len(chosen))})
 
 
 def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
@@ -102,8 +114,8 @@ def adapted(
     """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
     store = backend.adapters.peft_fx
     store.mode.training = module.training
-    names = [f"{path}.{name}" if path else name for _, name in own]
-    inputs = {len(fakes) + i: (place[leaf], (names[i],)) for i, (place, leaf) in enumerate(own)}
+    names = [f"{path}.{held.name}" if path else held.name for held in own]
+    inputs = {len(fakes) + i: (held.tensor, (names[i],)) for i, held in enumerate(own)}
     return adapt(traced(module, fakes), inputs, chosen, State(backend.state.table, BaseGraph(fx.Graph())), store)
 
 
@@ -116,16 +128,22 @@ def likeness(p: Placement) -> tuple:
 
 def attributes(module: nn.Module) -> Iterator[tuple]:
     """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
+    own = tensors_of(module)
+    yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in own.items())
     for name, value in module.__dict__.items():
-        if name in ("_parameters", "_buffers"):
-            yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in value.items() if t is not None)
-        elif not name.startswith("_") and name != "forward":
+        if not name.startswith("_") and name != "forward" and name not in own:
             yield name, value if isinstance(value, LITERALS) else id(value)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers, as its forward sees them."""
+    names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
+    return {name: held(module, name).tensor for name in names}
 
 
 def held(root: nn.Module, name: str) -> Held:
     owner, leaf = owner_of(root, name)
-    return Held(owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
 
 
 def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
@@ -133,15 +151,14 @@ def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
 
     Raises Untraceable if the forward depends on values or sizes.
     """
-    mode, own = fakes[0].fake_mode, {}
-    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        if tensor is not None:
-            own[name] = fake_of(mode, tensor.detach())  # frozen or not is the user's business here, as in PEFT
-    count = len(fakes)
+    mode, count = fakes[0].fake_mode, len(fakes)
+    # frozen or not is the user's business here, as in PEFT
+    own = {name: fake_of(mode, tensor.detach()) for name, tensor in tensors_of(module).items()}
 
     def forward(*values):
         twin = copy.copy(module)
-        twin.__dict__.pop("forward", None)
+        for name in ("forward", *own):
+            twin.__dict__.pop(name, None)
         given = dict(zip(own, values[count:], strict=True))
         for kind in ("_parameters", "_buffers"):
             twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}

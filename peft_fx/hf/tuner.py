@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..config import AdapterConfig
 from ..errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError, TargetError, WrongTypeError
 from ..planning.plan import clashes
+from ..recipe import as_config
 from ..store import ADAPTERS, Resident, get_tensor, state_of
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
@@ -27,24 +28,48 @@ from ..verbs.combine import Combination, combined, combined_scales
 from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
-from .hosts import BASE, Hosts, hosts_in
+from .dropout import dropouts
+from .hosts import BASE, Hosts, hosts_in, take_over
 from .replaced import Replaced
-from .replication import is_deeper, shallow
+from .replication import deeper, is_deeper, shallow
 
+DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
+IN_MODEL = "base_model.adapters"  # where the state dict of a PeftModel has them
 
 
 class Tuner(nn.Module):
-    """A model and the adapters of one `Backend`."""
+    """A model, adapted in place, and its adapters.
 
-    def __init__(self, model: nn.Module, backend: Backend):
+    peft_config: a config of ours, of PEFT's, a dict, or a dict of these by adapter name. source: (tensors, where from, whether
+    initial values are drawn first) of a file. Raises RecipeError, a ValueError, where nothing matches or a target is refused.
+    """
+
+    peft_type: str | None = None  # of its adapters; None: any
+
+    def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
+                 source: tuple | None = None, trainable: bool = True):  # fmt: skip
         super().__init__()
+        if isinstance(peft_config, dict) and "peft_type" not in peft_config and adapter_name in peft_config:
+            peft_config = peft_config[adapter_name]
+        config = as_config(peft_config)
+        if self.peft_type not in (None, config.peft_type):
+            raise RecipeError(f"{self._get_name()} has {self.peft_type} adapters, and the config is for {config.peft_type}: take "
+                              "get_peft_model, which finds the class, or the class for this config")  # fmt: skip
+        refuse_adapted(model, config)
+        backend = Backend([(adapter_name, config, source)], trainable=trainable)
+        with deeper(model, config):
+            backend.attach(model, frames=False, deeper=True)
+        take_over(model)  # not before: the config may have been refused
+        model.requires_grad_(False)
         self.model = model
+        self.training = model.training
         self.__dict__["backend"] = backend  # holds the model: no child
         self.enabled = True
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
+        self.dropouts = nn.ModuleList()
         self.__dict__["replaced"] = Replaced(model, backend)
         self.forget_importance()
         self.__dict__["hosts"] = Hosts(model, backend)
@@ -61,6 +86,7 @@ class Tuner(nn.Module):
     def refresh(self) -> None:
         """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
         self.adapters = self.backend.adapters.peft_fx.adapters
+        self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
         if INJECTED in self.model.__dict__:
             self.model.add_module(CHILD, self.adapters)
         acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
@@ -116,7 +142,7 @@ class Tuner(nn.Module):
     def __repr__(self) -> str:
         """The model, and a line per adapter."""
         lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.peft_config)]
-        return f"Tuner(\n{indent(chr(10).join(lines), '  ')}\n)"
+        return f"{self._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
     def described(self, name: str) -> str:
         found = [p.target.name for p in placements(self.backend.state, name)]

@@ -44,12 +44,13 @@ class DEFT(Branch):
     name = "DEFT"
     Config = DeftConfig
     refuses = {"norm": "DEFT projects a matrix; name the norm in modules_to_save to train it whole"}
+    drops = "deft_dropout"
     reads = ("y",)
     written = ("decomposition_method",)
     one_size = "the orthogonal columns that qr makes of zeros would project the weight"
 
     def dropout(self, config):
-        return 0.0 if config.para else config.deft_dropout
+        return 0.0 if config.para else super().dropout(config)
 
     def tensors(self, target, config):
         r = min(config.r, target.out_features)

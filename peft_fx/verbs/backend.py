@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ class Backend:
         self.model: nn.Module | None = None
         self._adapters: fx.GraphModule | tuple[Store, State] | None = None
         self.read: set[str] = set()  # targets that some graph reads
-        self.deleted = 0  # how many adapters: a name may come again with other tensors
+        self.changes = 0  # adapters deleted, whose names may come again with other tensors, or configured anew
         self.complete = False
 
     def attach(self, model: nn.Module, frames: bool = True, deeper: bool = False) -> Backend:
@@ -131,7 +131,13 @@ class Backend:
         names_of(self.state, name)
         self.adapters.peft_fx.adapters._modules.pop(name, None)
         self.adapters.meta[ROOT] = without(self.state, name)
-        self.deleted += 1
+        self.changes += 1
+
+    def configure(self, name: str, **fields) -> None:
+        """Other values in an adapter's config, of fields that no tensor of it depends on."""
+        resident = self.state.recipe[name]
+        resident.config = replace(resident.config, **fields)
+        self.changes += 1
 
     @property
     def state(self) -> State:
@@ -270,7 +276,7 @@ class Adapted:
     def key(self, args: Sequence) -> tuple:
         owner = self.owner
         seen = tuple([id(args[i]) for i in self.watched])
-        return seen, owner.model.training, owner.adapters.meta[ROOT].active, owner.deleted
+        return seen, owner.model.training, owner.adapters.meta[ROOT].active, owner.changes
 
     def add(self, args: Sequence, compiler: Callable) -> Variant:
         """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""

@@ -1,0 +1,43 @@
+"""Parameters sharded over two processes, by torch's FSDP of either version and by accelerate: losses and files of one process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded import KINDS, train
+
+import peft_fx
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(losses, tensors) of PEFT's on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(peft, None, folder), load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(losses, folder, whole):
+    assert losses == pytest.approx(whole[0], abs=1e-5) and losses[-1] < losses[0]
+    found = load_file(folder / "adapter_model.safetensors")
+    assert found.keys() == whole[1].keys()
+    for key, tensor in whole[1].items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_gives_pefts_losses_and_files(whole, tmp_path):
+    assert_same(train(peft_fx, None, tmp_path), tmp_path, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_give_the_losses_and_files_of_one_process(kind, whole, tmp_path):
+    script = Path(__file__).parent / "sharded.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    subprocess.run([*launch, "peft_fx", kind, tmp_path], check=True, timeout=300)
+    assert_same(json.loads((tmp_path / "losses.json").read_text()), tmp_path, whole)
