@@ -150,7 +150,8 @@ def test_launched_processes_together_give_the_losses_of_one_with_peft(processes,
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *(several if processes > 1 else ["--cpu"]), *options]
-    subprocess.run([*launch, str(script)], cwd=folder, check=True, timeout=300)
+    done = subprocess.run([*launch, str(script)], cwd=folder, timeout=300, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
     found = json.loads((folder / "results.json").read_text())
     assert found["processes"] == processes
     compare(found["losses"], expected["losses"])
