@@ -176,6 +176,7 @@ def test_a_model_without_parameters_is_captured():
         assert torch.equal(graph(Y), wanted)
 
 
+@pytest.mark.slow
 def test_a_bf16_model_is_captured_as_it_is():
     torch.manual_seed(0)
     model = tiny.llama(attention_dropout=0.1).to(torch.bfloat16)

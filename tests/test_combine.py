@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from graphs import inputs, model_of
+from marks import quick
 
 import peft_fx
 
@@ -35,9 +36,7 @@ def output(model, name="tied_llama"):
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.4], [1.5, -0.5]], ids=str)
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in ("cat", "ties") else pytest.mark.slow) for k in EVERY]
-)
+@pytest.mark.parametrize("kind", quick(EVERY, "ties"))
 def test_pefts_results(tmp_path, kind, weights, monkeypatch):
     reference, graph = pair(tmp_path)
     options = dict(density=0.5) if kind not in ("linear", "cat", "svd") else {}

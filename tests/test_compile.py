@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from marks import quick
 from peft_fx.passes.outline import Block
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
@@ -89,10 +90,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-SLOW = [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in FAMILIES]
-
-
-@pytest.fixture(scope="module", params=SLOW)
+@pytest.fixture(scope="module", params=quick(FAMILIES, "llama"))
 def family(request):
     """(model, adapted graph, inputs, expected classes), adapters away from where they start."""
     build, inputs, options, expected = FAMILIES[request.param]

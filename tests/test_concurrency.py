@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import conformance as c
 import pytest
 import torch
+from marks import quick
 
 import peft_fx as fx
 from peft_fx.sharing import Sharing
@@ -75,9 +76,7 @@ FORMS = {
 
 def forms(*names):
     """The first one is in the quick run."""
-    return pytest.mark.parametrize(
-        "form", [names[0], *(pytest.param(n, marks=pytest.mark.slow) for n in names[1:])], ids=names
-    )
+    return pytest.mark.parametrize("form", quick(names, names[0]), ids=names)
 
 
 @forms(*FORMS)
@@ -105,12 +104,14 @@ def test_merged_swaps_under_load(form, tmp_path):
     under_load(caller(model), lambda folder: fx.hotswap(model, folder), [a, b])
 
 
+@pytest.mark.slow
 def test_a_swap_of_a_graph_waits_for_the_forwards_of_those_derived_from_it(tmp_path):
     a, b = folders(tmp_path)
     graph = fx.load_adapter(c.captured("llama"), a)
     under_load(caller(fx.set_adapter(graph, "default")), lambda folder: fx.hotswap(graph, folder), [a, b])
 
 
+@pytest.mark.slow
 def test_a_graph_inside_a_compiled_function_is_guarded_by_its_caller(tmp_path):
     a, b = folders(tmp_path)
     graph = fx.load_adapter(c.captured("llama"), a)

@@ -3,6 +3,7 @@
 import conformance as c
 import pytest
 import torch
+from marks import quick
 from peft_fx.passes.inject import tag_of, tagged
 from peft_fx.passes.operators import schema_name
 from torch import nn
@@ -43,7 +44,7 @@ def same_bits(before, after):
 # Forms
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mixtral_batched"])
+@pytest.mark.parametrize("name", quick(("mixtral", "mixtral_batched"), "mixtral"))
 def test_no_node_has_the_size_of_the_experts_update(name):
     gm = adapted(name, **EXPERTS)
     experts = [p.shape for n, p in c.build(name).named_parameters() if "experts" in n]
@@ -58,7 +59,9 @@ LOW_PRECISION = [("linear", LAYER), ("Conv1D", LAYER), ("conv2d", LAYER), ("embe
                  ("mixtral", EXPERTS)]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, options", LOW_PRECISION, ids=[x[0] for x in LOW_PRECISION])
+@pytest.mark.parametrize(
+    "name, options", quick(LOW_PRECISION, "linear", "Conv1D", "conv2d", "embedding"), ids=[x[0] for x in LOW_PRECISION]
+)
 def test_a_bf16_base_gets_no_fp32_activation_but_casts_of_the_factors(name, options):
     gm = adapted(name, torch.bfloat16, **options)
     wide = [(n, v) for n, v in inserted(gm) if v.dtype == torch.float32]

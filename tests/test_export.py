@@ -22,6 +22,7 @@ from graphs import (
     same_bits,
     tuned,
 )
+from marks import quick
 
 import peft_fx
 from peft_fx.errors import AdapterFileError, GraphError, MergeError
@@ -62,7 +63,7 @@ def there_and_back(graph, path):
     return peft_fx.load(path)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(c, marks=() if c == "llama" else pytest.mark.slow) for c in CASES])
+@pytest.fixture(scope="module", params=quick(CASES, "llama"))
 def case(request, tmp_path_factory):
     """(model's name, tuned graph, the graph loaded from its file), in eval mode."""
     name, config = CASES[request.param]

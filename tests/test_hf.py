@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from graphs import inputs, model_of
+from marks import quick
 from torch.utils.data import Dataset
 
 import peft_fx
@@ -68,7 +69,7 @@ def test_a_call_gives_what_peft_gives(llamas):
     torch.testing.assert_close(model(inputs_embeds=embedded).logits, reference(inputs_embeds=embedded).logits)
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=() if w == "greedy" else pytest.mark.slow) for w in WAYS])
+@pytest.mark.parametrize("way", quick(WAYS, "greedy"))
 def test_generated_tokens_are_pefts(llamas, way):
     reference, model = llamas
     assert torch.equal(generated(model, **WAYS[way]), generated(reference, **WAYS[way]))

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from graphs import inputs, model_of
+from marks import quick
 from torch import nn
 
 import peft_fx
@@ -37,9 +38,7 @@ def through_dynamo(model):
     return [h.path for h in model.base_model.hosts.opened.values() if h.dynamo]
 
 
-@pytest.mark.parametrize(
-    "name", ["tied_llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "bert", "mixtral"))]
-)
+@pytest.mark.parametrize("name", quick(("tied_llama", "gpt2", "bert", "mixtral"), "tied_llama"))
 def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
     """One graph, before any call was made; in it a swap compiles nothing."""
     # experts depend on values: they are Dynamo's, and a graph break

@@ -15,6 +15,7 @@ from diffusers.loaders import lora_conversion_utils as theirs  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing config attribute:FutureWarning")
 
 
+@pytest.mark.slow
 def test_a_peft_model_is_made_from_a_file_and_takes_another(tmp_path):
     torch._dynamo.reset()
     torch.manual_seed(0)

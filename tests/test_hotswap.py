@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from graphs import bits, captured, folder_of, gradients, loss_of, model_of, output, same_bits, tuned
+from marks import quick
 from safetensors.torch import load_file, save_file
 
 import peft_fx
@@ -61,7 +62,7 @@ def full(name, config):
     return {**{k: v for k, v in SLOTS[name].items() if k != "r"}, **config}
 
 
-@pytest.fixture(scope="module", params=SLOTS)
+@pytest.fixture(scope="module", params=quick(SLOTS, "llama", "mixed"))
 def family(request, tmp_path_factory):
     """A model's name and the folders of its adapters."""
     name = request.param

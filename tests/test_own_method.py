@@ -103,6 +103,7 @@ def test_it_is_saved_loaded_and_swapped(page, tmp_path):
         assert c.error(c.run(compiled, "llama"), c.run(other, "llama")) <= 1e-6
 
 
+@pytest.mark.slow
 def test_it_is_exported_and_loaded_adapted_and_merged(page, tmp_path):
     tuned = adapted()
     for graph in (tuned, fx.merge(tuned)):

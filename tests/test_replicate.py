@@ -6,6 +6,7 @@ import peft
 import pytest
 import tiny
 import torch
+from marks import quick
 
 import peft_fx
 
@@ -13,7 +14,7 @@ RANGES = [[0, 2], [1, 2], [0, 1]]  # layers 0 1 1 0
 CASES = {"llama": ["q_proj", "down_proj"], "bert": ["query", "intermediate.dense"]}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=quick(CASES, "llama"))
 def case(request, tmp_path_factory):
     model = tiny.build(request.param).eval()
     config = peft.LoraConfig(

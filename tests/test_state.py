@@ -20,6 +20,7 @@ from graphs import (
     same_bits,
     tuned,
 )
+from marks import quick
 
 import peft_fx
 from peft_fx.errors import GraphError, MergeError, RecipeError
@@ -388,7 +389,7 @@ PEFT_COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", PEFT_COUNTS)
+@pytest.mark.parametrize("name", quick(PEFT_COUNTS, "tied_llama"))
 def test_trainable_parameters_are_counted_as_peft_counts_them(name):
     config = PEFT_COUNTS[name]
     theirs = peft.get_peft_model(model_of(name), peft.LoraConfig(**config)).get_nb_trainable_parameters()
