@@ -60,7 +60,7 @@ class AdapterConfig:
     # the field that holds the rank, where an adapter fits into a wider one; a rank_pattern overrides it
     ranked: ClassVar[str] = ""
     # a folder or Hub id -> its config; files/read.py, some layers above, puts it here
-    reader: ClassVar[Callable[[Any], AdapterConfig]]
+    reader: ClassVar[Callable[..., AdapterConfig]]
     is_prompt_learning: ClassVar[bool] = False
 
     task_type: str | None = None
@@ -137,9 +137,9 @@ class AdapterConfig:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
-    def save_pretrained(self, folder) -> None:
+    def save_pretrained(self, save_directory) -> None:
         """Writes `adapter_config.json`, whole or not at all."""
-        path = Path(folder) / CONFIG_FILE
+        path = Path(save_directory) / CONFIG_FILE
         if path.parent.is_file():
             raise NotAFolderError(f"{path.parent} is a file, expected a folder to write {CONFIG_FILE} into")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,17 +149,23 @@ class AdapterConfig:
             os.replace(whole, path)
 
     @classmethod
-    def from_pretrained(cls, folder, subfolder: str | None = None, **changes):
-        """The config in a folder or a Hub repository, of this class or one derived from it; changes: fields to replace.
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **hub):
+        """The config in a folder or a Hub repository, of this class or one derived from it.
 
-        Raises AdapterFileError, and RecipeError for another method's config.
+        hub: revision, token and whatever else huggingface_hub's `snapshot_download` takes. Raises AdapterFileError, and
+        RecipeError for another method's config and for fields of a config.
         """
-        config = AdapterConfig.reader(Path(folder) / subfolder if subfolder else folder)
+        if fields := sorted(hub.keys() & {f.name for f in dataclasses.fields(cls)} - {"revision"}):
+            raise RecipeError(
+                f"{', '.join(fields)}: what a file says is changed in the config that is read: config.{fields[0]} = ..."
+            )
+        config = AdapterConfig.reader(pretrained_model_name_or_path, subfolder, **hub)
         if not isinstance(config, cls):
             raise RecipeError(
-                f"{folder}: expected a {cls.__name__}, got a {type(config).__name__}: read it with PeftConfig"
+                f"{pretrained_model_name_or_path}: expected a {cls.__name__}, got a {type(config).__name__}: read it with "
+                "PeftConfig"
             )
-        return dataclasses.replace(config, **changes)
+        return config
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]):

@@ -7,6 +7,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,10 +34,10 @@ def fully_shard(model, optimiser):
 
 
 def fsdp(model, optimiser):
+    from peft_fx.utils.other import fsdp_auto_wrap_policy
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    policy = ModuleWrapPolicy([LlamaDecoderLayer])
+    policy = fsdp_auto_wrap_policy(model)
     around = FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
     )
@@ -97,4 +98,6 @@ if __name__ == "__main__":
     found = train(importlib.import_module(sys.argv[1]), sys.argv[2], out)
     if dist.get_rank() == 0:
         (out / "losses.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # threads of torch's end the interpreter's own way out with abort(), now and then

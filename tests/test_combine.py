@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import misuse
 import peft
 import pytest
 import torch
@@ -139,6 +140,20 @@ def test_the_face_has_it_too(tmp_path):
         m.add_weighted_adapter(["a", "b"], [0.6, 0.4], "c", "cat")
         m.set_adapter("c")
     torch.testing.assert_close(output(model), output(reference.eval()))
+
+
+def test_weighted_ia3_adapters_are_pefts():
+    make = misuse.two_of("IA3", {"target_modules": ["q", "head"]}, feedforward_modules=["q"], init_ia3_weights=False)
+    models = make(peft), make(peft_fx)
+    for name in ("default", "other"):
+        numbers = peft.get_peft_model_state_dict(models[0], adapter_name=name)
+        peft_fx.set_peft_model_state_dict(models[1], numbers, adapter_name=name)
+    for model in models:
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], "new")
+        model.set_adapter("new")
+    torch.testing.assert_close(*map(misuse.output, models))
+    first, second = (set(m.peft_config["new"].target_modules) for m in models)
+    assert first == second == {"q", "v", "head"}
 
 
 def test_clamped(tmp_path):

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 SCRIPTS = sorted((Path(__file__).parent / "examples").glob("*.py"))
 CLOSE = dict(rtol=1e-5, atol=1e-6)
+ABORTED = "terminate called without an active exception"  # by a thread of torch's, now and then, when all is done
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = [
@@ -151,7 +152,7 @@ def test_launched_processes_together_give_the_losses_of_one_with_peft(processes,
     options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *(several if processes > 1 else ["--cpu"]), *options]
     done = subprocess.run([*launch, str(script)], cwd=folder, timeout=300, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
+    assert not done.returncode or ABORTED in done.stderr, done.stderr
     found = json.loads((folder / "results.json").read_text())
     assert found["processes"] == processes
     compare(found["losses"], expected["losses"])

@@ -8,6 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from graphs import model_of
+from peft_fx.utils.other import fsdp_auto_wrap_policy
 from safetensors.torch import load_file
 from sharded import KINDS, train
 
@@ -42,3 +44,22 @@ def test_shards_give_the_losses_and_files_of_one_process(kind, whole, tmp_path):
     done = subprocess.run([*launch, "peft_fx", kind, tmp_path], timeout=300, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert_same(json.loads((tmp_path / "losses.json").read_text()), tmp_path, whole)
+
+
+def test_what_is_sharded_on_its_own(monkeypatch):
+    model = peft_fx.get_peft_model(model_of("biased_llama"), peft_fx.LoraConfig(target_modules=["q_proj"]))
+
+    def chosen():
+        policy = fsdp_auto_wrap_policy(model)
+        return {type(m).__name__ for m in model.modules() if policy(m, recurse=False, nonwrapped_numel=1)}
+
+    assert chosen() == {"LlamaDecoderLayer"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP, LlamaAttention")
+    assert chosen() == {"LlamaMLP", "LlamaAttention"}
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nothing")
+    with pytest.raises(TypeError, match="to wrap in the model: Nothing; set FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        chosen()
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    bare = peft_fx.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peft_fx.LoraConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match="none is named"):
+        fsdp_auto_wrap_policy(bare)

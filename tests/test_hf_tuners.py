@@ -71,6 +71,16 @@ def test_a_tuner_takes_a_dict_of_configs_and_its_own_methods_alone():
     assert all(p.requires_grad for p in model.parameters()) and "forward" not in vars(model.model.layers[0])
 
 
+def test_targeted_names_are_pefts():
+    config = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    theirs, ours = (
+        c.quiet(library.get_peft_model, c.build("mixtral"), library.LoraConfig(r=2, **config)).base_model
+        for library in (peft, peft_fx)
+    )
+    assert sorted(ours.targeted_module_names) == sorted(theirs.targeted_module_names)
+    assert sorted(ours.targeted_parameter_names) == sorted(theirs.targeted_parameter_names) != []
+
+
 # Dropout
 
 

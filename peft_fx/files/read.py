@@ -66,9 +66,9 @@ def foreign_file(source) -> Path | None:
     return file_in(folder, names[0]) if names else None
 
 
-def read_config(folder) -> AdapterConfig:
-    """The config in `folder` (a local folder, or a hub id "org/name"). Raises AdapterFileError."""
-    path = file_in(local_folder(folder), CONFIG)
+def read_config(folder, subfolder: str | None = None, **hub) -> AdapterConfig:
+    """The config in `folder` (a local folder, or a hub id "org/name"). hub: as for `located`. Raises AdapterFileError."""
+    path = file_in(local_folder(folder, subfolder, **hub), CONFIG)
     if path is None:
         raise AdapterFileError(f"{folder}: has no {CONFIG}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -173,11 +173,13 @@ def file_in(folder: Path, name: str) -> Path | None:
     return path
 
 
-def local_folder(source) -> Path:
-    """A local folder as it is; a hub id is downloaded, adapter files only. Raises AdapterFileError."""
-    path = located(source)
-    if path.is_file():
-        raise AdapterFileError(f"{source}: is a file, expected an adapter folder")
+def local_folder(source, subfolder: str | None = None, **hub) -> Path:
+    """`located`, for folders alone."""
+    path = located(source, subfolder, **hub)
+    if not path.is_dir():
+        raise AdapterFileError(
+            f"{path}: {'is a file' if path.is_file() else 'is not there'}, expected an adapter folder"
+        )
     return path
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -130,6 +131,10 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         return self.base_model.enabled and bool(self.active_adapters)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -259,7 +264,8 @@ class PeftModel(PushToHubMixin, nn.Module):
         return made.train(is_trainable and made.training)
 
     def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-                        save_embedding_layers="auto", is_main_process: bool = True, **kwargs) -> None:  # fmt: skip
+                        save_embedding_layers="auto", is_main_process: bool = True,
+                        path_initial_model_for_weight_conversion: str | None = None, **kwargs) -> None:  # fmt: skip
         """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others to folders in it.
 
         state_dict: of the whole model, where its own tensors are shards. A Trainer, which gives one, gets a file more: what
@@ -273,6 +279,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             raise ValueError(f"there is no adapter {unknown[0]!r} to save; there are: {', '.join(self.peft_config)}")
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion is for initialisations that change the base weight (PiSSA, CorDA, "
+                "OLoRA, LoRA-GA), which this version does not have: leave it out"
+            )
         if not is_main_process:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ SUBMODULES = {
     "utils": ("hf.constants", "hf.types", "hf.kbit", "hf.helpers", "hf.functional", "hf.weights"),
     "utils.constants": ("hf.constants",),
     "utils.hotswap": ("hf.functional", "hf.hotswap"),
-    "utils.other": ("hf.constants", "hf.kbit", "hf.helpers", "hf.weights"),
+    "utils.other": ("hf.constants", "hf.kbit", "hf.helpers", "hf.weights", "hf.sharding"),
     "utils.peft_types": ("hf.types",),
     "utils.save_and_load": ("hf.functional", "hf.weights"),
 }

@@ -21,6 +21,7 @@ from ..errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError,
 from ..planning.plan import clashes
 from ..recipe import as_config
 from ..store import ADAPTERS, Resident, get_tensor, state_of
+from ..target import Target
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
@@ -165,9 +166,19 @@ class Tuner(nn.Module):
     active_adapter = active_adapters  # PEFT's tuners have both
 
     @property
+    def targets(self) -> list[Target]:
+        """What some adapter is on."""
+        return [p.target for name in self.peft_config for p in placements(self.backend.state, name)]
+
+    @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the modules that some adapter is on."""
-        return list(dict.fromkeys(p.target.path for n in self.peft_config for p in placements(self.backend.state, n)))
+        return list(dict.fromkeys(t.path for t in self.targets if not t.by_parameter))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the parameters that `target_parameters` of some adapter chose."""
+        return list(dict.fromkeys(t.tensor_name for t in self.targets if t.by_parameter))
 
     def disable_adapter_layers(self) -> None:
         """The base model, merged weights taken out too, until `enable_adapter_layers`."""
@@ -198,24 +209,26 @@ class Tuner(nn.Module):
                     parameter.data = parameter.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
-                             combination_type: str | None = None, **options) -> None:  # fmt: skip
+                             combination_type: str | None = None, *options, **named) -> None:  # fmt: skip
         """A new LoRA adapter, made of others as `peft_fx.combine` makes it; it does not act until `set_adapter`.
 
-        Where no combination_type is given, IA3 adapters become one IA3 adapter with the sum of their scales.
+        Options are those of `Combination`, in its order. Where neither they nor a combination_type are given, IA3 adapters
+        become one IA3 adapter with the sum of their scales.
         """
         self.known(adapters)
         if adapter_name in self.peft_config:
             return
-        if combination_type is None and not options and all(self.peft_config[n].peft_type == "IA3" for n in adapters):
+        chosen = combination_type or options or named
+        if not chosen and all(self.peft_config[n].peft_type == "IA3" for n in adapters):
             config, tensors = combined_scales(self.backend.adapters, adapters, weights)
         else:
-            how = Combination(combination_type or "svd", **options)
+            how = Combination(combination_type or "svd", *options, **named)
             config, tensors = combined(self.backend.adapters, adapters, weights, how)
         self.add(adapter_name, config, (tensors, "the combination", True), trainable=False)
 
-    def set_adapter(self, names: str | Iterable[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
-        names = (names,) if isinstance(names, str) else tuple(names)
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self.known(names)
         self.refuse_clashes(names)
         self.unmerge_first("set")
@@ -224,25 +237,25 @@ class Tuner(nn.Module):
         for name in self.peft_config:
             self.set_requires_grad(name, name in names and not inference_mode)
 
-    def set_requires_grad(self, names: str | Iterable[str], requires_grad: bool = True) -> None:
-        for name in (names,) if isinstance(names, str) else names:
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.known((name,))
             tree = self.adapters._modules.get(name)
             for parameter in tree.parameters() if tree is not None else ():
                 parameter.requires_grad_(requires_grad)
 
-    def delete_adapter(self, name: str) -> None:
-        self.known((name,))
-        if name in self.merged_adapters:
-            raise ValueError(f"adapter {name!r} is merged: call unmerge_adapter() before deleting it")
-        self.backend.delete(name)
-        self.work.pop(name, None)
-        self.chosen = tuple(n for n in self.chosen if n != name)
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.known((adapter_name,))
+        if adapter_name in self.merged_adapters:
+            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
+        self.backend.delete(adapter_name)
+        self.work.pop(adapter_name, None)
+        self.chosen = tuple(n for n in self.chosen if n != adapter_name)
         if not self.chosen and self.peft_config:
             new = min(self.peft_config)  # PEFT's choice
             self.chosen = (new,)
             self.set_requires_grad(new)
-            warnings.warn(f"Adapter {name} was active and is deleted; now {new} is.", stacklevel=3)
+            warnings.warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.", stacklevel=3)
         self.refresh()
 
     def known(self, names: Iterable[str]) -> None:

@@ -35,3 +35,4 @@ results = {"processes": accelerator.num_processes, "losses": losses}
 if accelerator.is_main_process:
     with open("results.json", "w") as file:
         json.dump(results, file)
+accelerator.end_training()
