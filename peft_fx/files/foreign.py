@@ -9,7 +9,6 @@ and tensors under PEFT's keys. A module's scale is alpha / r, and 1 where the fi
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ import torch
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
+from ..notices import warn
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import config_from_dict
 from ..target import ModuleTable
@@ -83,7 +83,7 @@ def from_foreign(
         raise AdapterFileError(f"{where}: {error}") from error
     (name,) = made
     if left := [f"{n} ({count(c)})" for n, c in components.items() if n != name]:
-        warnings.warn(f"{where}: left out what is for other parts of a pipeline: {', '.join(left)}", stacklevel=4)
+        warn(f"{where}: left out what is for other parts of a pipeline: {', '.join(left)}")
     return made[name]
 
 

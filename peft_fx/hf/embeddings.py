@@ -8,7 +8,6 @@ tell how PEFT wraps the module. Loading writes them into the base model.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
+from ..notices import warn
 from ..planning.modules import module_table
 from ..planning.plan import PREFIX
 from ..planning.selection import choose_saved
@@ -48,9 +48,7 @@ def embedding_tensors(
     state = tuner.backend.state
     paths = embedding_paths(state.table)
     if not paths:
-        warnings.warn(
-            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model.", stacklevel=4
-        )
+        warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
     methods = {p.target.path: p.method for p in placements(state, adapter)}
     found, given = {}, state_dict or {}
     for path in paths:
@@ -85,9 +83,7 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
     """What "auto" means."""
     tokens = config.peft_type == "TRAINABLE_TOKENS" or config.trainable_token_indices is not None
     if targeted and not tokens:
-        warnings.warn(
-            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=5
-        )
+        warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.")
         return True
     size, base = getattr(getattr(model, "config", None), "vocab_size", None), config.base_model_name_or_path
     if not size or not base:
@@ -95,15 +91,10 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
     try:
         before = type(model.config).from_pretrained(base).vocab_size
     except (OSError, ValueError):  # no such folder or repository, or offline and not in the cache
-        warnings.warn(
-            f"Could not find a config file in {base} - will assume that the vocabulary was not modified.", stacklevel=5
-        )
+        warn(f"Could not find a config file in {base} - will assume that the vocabulary was not modified.")
         return False
     if size != before:
-        warnings.warn(
-            "Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.",
-            stacklevel=5,
-        )
+        warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized during finetuning.")
     return size != before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..files.match import needless
+from ..notices import warn
 from ..planning.plan import PREFIX
 from ..recipe import as_config
 from ..store import state_of
@@ -71,7 +71,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
                   for k, t in given.items() for p, name in [wanted[k]] if p.tensors[name].pieces is None}  # fmt: skip
         if others := {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}:
             lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in others.items()]
-            warnings.warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning, stacklevel=2)
+            warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning)
             given = {k: t for k, t in given.items() if k not in others}
     kept = adapter_files(gm, adapter_name)[1]
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]

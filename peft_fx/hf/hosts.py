@@ -12,7 +12,6 @@ Dynamo on its own: `verbs/backend.py`.
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
+from ..notices import warn
 from ..planning.plan import Placement
 from ..verbs.backend import Backend
 from ..verbs.derive import placements
@@ -217,10 +217,9 @@ class Hosts:
         """Warns of modules whose adapters did not act in the first call of the model."""
         acting = [h for h in self.opened.values() if self.placements(h, self.active)]
         if unused := [h.path for h in acting if not self.has_acted(h)]:
-            warnings.warn(
+            warn(
                 f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, did not use their weights in the model's "
-                "first call: it does not call them with such inputs, or reads the weights elsewhere, where no adapter acts",
-                stacklevel=4,
+                "first call: it does not call them with such inputs, or reads the weights elsewhere, where no adapter acts"
             )
 
     def has_acted(self, host: Host) -> bool:
@@ -300,10 +299,9 @@ def take_over(model: nn.Module) -> None:
     for hosts in others:
         hosts.close()
     if others:
-        warnings.warn(
+        warn(
             f"There is a PeftModel around this {type(model).__name__} already, whose adapters act no longer: the new ones take "
-            "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first",
-            stacklevel=4,
+            "their place. To have both, add one to that PeftModel (add_adapter); else call its unload() first"
         )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
+from ..notices import warn
 from ..verbs.hotswap import prepare_hotswap
 from .tuner import tuner_of
 
@@ -30,7 +29,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         )
         if check_compiled == "error":
             raise ValueError(text)
-        warnings.warn(text, stacklevel=2)
+        warn(text)
     if target_rank is None:
         return
     tuner.backend.set_adapter(())  # there is no graph to put any into

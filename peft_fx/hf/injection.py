@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import torch
 from torch import nn
 
 from ..config import AdapterConfig
+from ..notices import warn
 from ..planning.modules import module_table
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import as_config
@@ -54,11 +54,10 @@ def with_targets_of(state_dict: dict, config: AdapterConfig, model: nn.Module) -
         found.add(path)
     by_config = make_plan(table, "config", config, strict=False).targets if config.target_modules else ()
     if by_config and {t.path for t in by_config} != found:
-        warnings.warn(
+        warn(
             f"While injecting the PEFT adapters, an inconsistency was discovered: the config names {len(by_config)} modules, "
             f"the state dict {len(found)}; those of the state dict are taken",
             RuntimeWarning,
-            stacklevel=3,
         )
     return dataclasses.replace(config, target_modules=sorted(found), exclude_modules=None, layers_to_transform=None,
                                layers_pattern=None)  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..config import AdapterConfig
 from ..errors import NotAFolderError, RecipeError
 from ..files.read import located, read_adapter
 from ..files.write import plain, write_adapter
+from ..notices import warn
 from ..planning.defaults import TASK_HEADS
 from ..planning.modules import module_table
 from ..recipe import as_config
@@ -34,11 +34,7 @@ from .tuners import tuner_class
 from .types import PeftType, TaskType
 from .weights import renamed
 
-COUNTS = (
-    "floating_point_ops",
-    "get_memory_footprint",
-    "num_parameters",
-)  # transformers', which go over the adapters too
+COUNTS = ("get_memory_footprint", "num_parameters")  # transformers', which go over the adapters too
 
 
 class PeftModel(PushToHubMixin, nn.Module):
@@ -375,14 +371,13 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
     config = as_config(peft_config)
     if revision is not None:
         if config.revision not in (None, revision):
-            warnings.warn(f"the config's revision={config.revision!r} gives way to revision={revision!r}", stacklevel=2)
+            warn(f"the config's revision={config.revision!r} gives way to revision={revision!r}")
         config = dataclasses.replace(config, revision=revision)
     name = getattr(model, "name_or_path", None)
     if name and config.base_model_name_or_path not in (None, name):
-        warnings.warn(
+        warn(
             f"the config's base_model_name_or_path was {config.base_model_name_or_path!r}, now it is the model's, {name!r}: "
-            "load that one with this adapter",
-            stacklevel=2,
+            "load that one with this adapter"
         )
         config = dataclasses.replace(config, base_model_name_or_path=name)
     chosen = PeftMixedModel if mixed else class_of(config)

@@ -114,8 +114,8 @@ def adapted(
     """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
     store = backend.adapters.peft_fx
     store.mode.training = module.training
-    names = [f"{path}.{held.name}" if path else held.name for held in own]
-    inputs = {len(fakes) + i: (held.tensor, (names[i],)) for i, held in enumerate(own)}
+    names = [f"{path}.{one.name}" if path else one.name for one in own]
+    inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
     return adapt(traced(module, fakes), inputs, chosen, State(backend.state.table, BaseGraph(fx.Graph())), store)
 
 

@@ -6,7 +6,6 @@ Merging writes into its parameters, and keeps what was there, so that unmerging 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from textwrap import indent
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import AdapterConfig
 from ..errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError, TargetError, WrongTypeError
+from ..notices import warn
 from ..planning.plan import clashes
 from ..recipe import as_config
 from ..store import ADAPTERS, Resident, get_tensor, state_of
@@ -255,7 +255,7 @@ class Tuner(nn.Module):
             new = min(self.peft_config)  # PEFT's choice
             self.chosen = (new,)
             self.set_requires_grad(new)
-            warnings.warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.", stacklevel=3)
+            warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
         self.refresh()
 
     def known(self, names: Iterable[str]) -> None:
@@ -275,7 +275,7 @@ class Tuner(nn.Module):
     def unmerge_first(self, done: str) -> None:
         if self.merged_adapters:
             text = f"Adapter cannot be {done} when the model is merged. Unmerging the model first."
-            warnings.warn(text, stacklevel=4)
+            warn(text)
             self.unmerge_adapter()
 
     @contextmanager
@@ -339,7 +339,7 @@ class Tuner(nn.Module):
         self.refuse_clashes((*self.merged_adapters, *names))
         if self.merged_adapters:
             now = f"now merged too: {', '.join(names)}" if names else "nothing to do"
-            warnings.warn(f"Already merged: {', '.join(self.merged_adapters)}; {now}.", stacklevel=3)
+            warn(f"Already merged: {', '.join(self.merged_adapters)}; {now}.")
         state = self.backend.state
         chosen = [p for name in names for p in placements(state, name)]
         refuse_no_weight(chosen)
@@ -366,7 +366,7 @@ class Tuner(nn.Module):
     def unmerge_adapter(self) -> None:
         """The model's parameters as they were before the merge, bit for bit."""
         if not self.merged_adapters:
-            warnings.warn("Already unmerged: nothing to do.", stacklevel=3)
+            warn("Already unmerged: nothing to do.")
         self.replaced.undo()
         self.merged_adapters = ()
         self.refresh()
@@ -383,10 +383,9 @@ class Tuner(nn.Module):
         if any(self.backend.state.table.tied_to(name) for name in self.replaced.before) and hasattr(
             self.model, "config"
         ):
-            warnings.warn(
+            warn(
                 "The input and output embeddings are not tied any more after this merge: tie_word_embeddings=False is set in the "
-                "model's config",
-                stacklevel=3,
+                "model's config"
             )
             self.model.config.tie_word_embeddings = False  # or the next from_pretrained would tie them again
         return self.unload()

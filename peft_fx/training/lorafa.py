@@ -9,13 +9,13 @@ list of parameters, which a magnitude or bias shifts.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch.optim import Optimizer
 
 from ..hf.tensors import adapters_of, pairs_of, parameters_of, tensors_of
+from ..notices import warn
 from ..store import state_of
 from .riemannian import damped_inverse
 
@@ -87,7 +87,7 @@ def create_lorafa_optimizer(model, r: int, lora_alpha: float, lr: float, weight_
             raise ValueError(
                 f"use_rslora={use_rslora}, but the configs of {', '.join(others)} say otherwise: leave it out"
             )
-        warnings.warn("use_rslora is read from the configs: leave it out", FutureWarning, stacklevel=2)
+        warn("use_rslora is read from the configs: leave it out", FutureWarning)
     pairs = pairs_of(parameters_of(model))
     scales = {t.path: t.tensor for t in tensors_of(model) if t.name == "scaling"}
     chosen = {}
@@ -99,7 +99,7 @@ def create_lorafa_optimizer(model, r: int, lora_alpha: float, lr: float, weight_
             )
         A.tensor.requires_grad_(False)
         if not A.tensor.count_nonzero():
-            warnings.warn(f"{target.name}: A is zero and stays so, B learns nothing", stacklevel=2)
+            warn(f"{target.name}: A is zero and stays so, B learns nothing")
         chosen[B.tensor] = A.tensor, scales[A.placement.state_name("scaling")]
     trained = [t.tensor for t in parameters_of(model) if t.tensor.requires_grad]
     return LoraFAOptimizer(trained, lr, weight_decay=weight_decay, projected=chosen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
 from ..methods.base import Tensor, crop_to
+from ..notices import warn
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
 from ..planning.selection import completed, resolved_target_modules
@@ -99,10 +99,10 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
         state = state_of(gm)
     plan = planned(state, name, config)
     for entry in plan.unmatched:
-        warnings.warn(f"adapter {name!r}: {entry}", UnmatchedWarning, stacklevel=4)
+        warn(f"adapter {name!r}: {entry}", UnmatchedWarning)
     for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
         if text:
-            warnings.warn(f"adapter {name!r}: {text}", stacklevel=4)
+            warn(f"adapter {name!r}: {text}")
     recipe = {**state.recipe, name: resident}
     if not config.ensure_weight_tying and not any(r.config.layer_replication for r in recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
@@ -119,10 +119,9 @@ def warn_of_ties(adapter: str, placements: Iterable[Placement], table: ModuleTab
     """Warns of an adapter that takes a weight away from those that are tied to it; trained tokens stay tied."""
     names = (p.target.name for p in placements if p.method != "TOKENS")
     if found := next(((name, others) for name in names if (others := table.tied_to(name))), None):
-        warnings.warn(
+        warn(
             f"adapter {adapter!r}: {found[0]} is tied to {', '.join(found[1])}, which does not change with it: files and merged "
-            "models are no longer tied. LoRA, modules_to_save and tokens keep ties with ensure_weight_tying=True",
-            stacklevel=5,
+            "models are no longer tied. LoRA, modules_to_save and tokens keep ties with ensure_weight_tying=True"
         )
 
 

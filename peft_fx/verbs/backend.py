@@ -8,7 +8,6 @@ graph may serve several modules, so each call looks at which parameters it gets 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import GraphError, RecipeError
 from ..files.read import read_adapter
+from ..notices import warn
 from ..passes.base import regions
 from ..passes.dynamo import CHECKPOINT, adapt
 from ..passes.products import options_with
@@ -236,10 +236,9 @@ class Backend:
         self.complete = True
         targets = dict.fromkeys(p.target.name for p in self.acting())
         if unread := [name for name in targets if name not in self.read]:
-            warnings.warn(
+            warn(
                 f"{len(unread)} of {len(targets)} targets, first {unread[0]}, are in no graph of Dynamo's so far: the model did "
-                "not use them, or Dynamo left their module to Python, where no adapter acts: compile with fullgraph=True to see",
-                stacklevel=3,
+                "not use them, or Dynamo left their module to Python, where no adapter acts: compile with fullgraph=True to see"
             )
 
 
