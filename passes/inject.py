@@ -17,6 +17,7 @@ from torch import fx
 
 from ..errors import RecipeError
 from ..methods import get_method
+from ..methods.base import HALF
 from ..planning.kinds import stored_shape
 from ..planning.plan import Placement, Refusal, Shared, clashes
 from ..store import ADAPTERS, GATES, ROOT, get_tensor
@@ -41,8 +42,6 @@ from .splice import TAG, Splicer, signature
 
 aten = torch.ops.aten
 
-
-HALF = (torch.float16, torch.bfloat16)
 CHEAPER = 0.8  # the weight form is chosen below this share of the activation form's cost
 
 

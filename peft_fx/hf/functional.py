@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..files.match import needless
+from ..methods.base import HALF
 from ..notices import warn
 from ..planning.plan import PREFIX
 from ..recipe import as_config
@@ -25,7 +26,7 @@ from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_stat
 from .tensors import parameters_of
 from .tuner import INJECTED, tuner_of
 
-LOW = frozenset(getattr(torch, name) for name in ("float16", "bfloat16", *UPCAST_DTYPES) if hasattr(torch, name))
+LOW = HALF | {getattr(torch, name) for name in UPCAST_DTYPES if hasattr(torch, name)}
 
 
 # Numbers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-HALF = (torch.float16, torch.bfloat16)
+from ..methods.base import HALF
+
 # what transformers calls quantisations that bring their own 16-bit parameters: those stay as they are
 LEFT_ALONE = frozenset({"gptq", "aqlm", "eetq", "torchao", "hqq"})
 

@@ -48,6 +48,9 @@ class Pieces:
     ends: tuple[str, ...] = ()
 
 
+HALF = frozenset({torch.bfloat16, torch.float16})  # adapters of bases in these are float32
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor that a method keeps for one target.

@@ -16,7 +16,7 @@ from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
-from ..methods.base import Tensor, crop_to
+from ..methods.base import HALF, Tensor, crop_to
 from ..notices import warn
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
@@ -162,7 +162,7 @@ def fill(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, name: s
     if value is None:
         weights = [base_weight(gm, t) for t in spec.sources or (placement.target,)]
         spec.init(tensor, weights if spec.sources else weights[0], *values_of(gm, placement, spec.needs, newer))
-        if spec.trainable and weights[0].dtype in (torch.bfloat16, torch.float16):  # PEFT makes it in that dtype first
+        if spec.trainable and weights[0].dtype in HALF:  # PEFT makes it in that dtype first
             tensor.copy_(tensor.to(weights[0].dtype))
     elif spec.pieces is None:
         tensor.copy_(value)
