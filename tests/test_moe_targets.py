@@ -107,11 +107,11 @@ def test_config_tensors_and_outputs_are_pefts(name, which, tmp_path):
 
 
 def test_experts_are_in_all_linear_and_shared_ones_are_not():
+    config = peft_fx.LoraConfig(target_modules="all-linear")
     chosen = {
-        name: set(peft_fx.get_peft_model(model_of(name), peft_fx.LoraConfig(target_modules="all-linear"))
-                  .base_model.targeted_module_names)
+        name: {t.path for t in peft_fx.get_peft_model(model_of(name), config).base_model.targets}
         for name in ("mixtral", "deepseek_v2")
-    }  # fmt: skip
+    }
     assert {f"model.layers.{i}.mlp.{m}" for i in range(2) for m in ("experts", "gate")} < chosen["mixtral"]
     assert "model.layers.1.mlp.experts" in chosen["deepseek_v2"]
     assert not any("shared_experts" in path for path in chosen["deepseek_v2"])
