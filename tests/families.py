@@ -138,7 +138,7 @@ class Family:
 
 FAMILIES = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), text),
-    "llama labels": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), causal_labels, causal_labels),
+    "llama labels": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY)), causal_labels, causal_labels, slow=True),
     "llama tied": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROTARY, tie_word_embeddings=True)), text, slow=True),
     "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**ROTARY, head_dim=8)), text, slow=True),
     "gemma2": Family(lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**GEMMA)), text, slow=True),
@@ -196,7 +196,7 @@ FAMILIES = {
     "mamba": Family(
         lambda: hf.MambaForCausalLM(
             hf.MambaConfig(hidden_size=16, state_size=4, num_hidden_layers=2, vocab_size=40, time_step_rank=4)), plain_text,
-        sizes=((2, 7), (3, 7), (1, 7))),  # the scan is unrolled over the length
+        sizes=((2, 7), (3, 7), (1, 7)), slow=True),  # the scan is unrolled over the length
     "conv net": Family(ConvNet, tensor(3, 9, 9), tensor(3, 9, 9)),
     "conv 1d": Family(Signal, signal, signal),
 }  # fmt: skip

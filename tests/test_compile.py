@@ -166,6 +166,7 @@ def test_the_number_of_compiled_graphs_does_not_grow_with_depth(depths):
     assert {n: graphs_compiled(lambda g=g: training(g)) for n, g in depths.items()} == {2: 4, 5: 4}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_flat_graph_s_outputs_and_gradients_at_any_length(depths):
     compiled = fx.compile(depths[5], backend="aot_eager")
     for length in (6, 9, 4):

@@ -34,6 +34,7 @@ def made(library, options, targets, **more):
     return c.quiet(kind, model_of(LLAMA), chosen, "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "targets"), CASES, ids=lambda v: v["peft_type"] if isinstance(v, dict) else "")
 def test_a_tuner_without_a_peft_model_computes_as_pefts(options, targets):
     theirs, ours = (made(library, options, targets) for library in (peft, peft_fx))
@@ -71,6 +72,7 @@ def test_a_tuner_takes_a_dict_of_configs_and_its_own_methods_alone():
     assert all(p.requires_grad for p in model.parameters()) and "forward" not in vars(model.model.layers[0])
 
 
+@pytest.mark.slow
 def test_targeted_names_are_pefts():
     config = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
     theirs, ours = (
@@ -116,6 +118,7 @@ def test_dropout_that_a_tool_sets_is_that_of_the_adapters_as_in_peft(use_dora):
     assert torch.equal(logits(models[1].eval()), logits(models[1].eval()))
 
 
+@pytest.mark.slow
 def test_dropout_in_parts_that_dynamo_traces_is_set_too():
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["attn"], "lora_dropout": 0.5, "init_lora_weights": False}
     model, given = c.quiet(peft_fx.get_peft_model, c.build("attention"), config).train(), c.inputs("attention")

@@ -5,6 +5,7 @@ import warnings
 import conformance as c
 import pytest
 from graphs import inputs, model_of
+from marks import quick
 from torch import nn
 
 import peft_fx
@@ -41,7 +42,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "a verb", "get_peft_model"))
 def test_a_warning_is_at_the_users_line(case):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
