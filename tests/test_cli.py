@@ -107,6 +107,7 @@ def test_a_config_is_built_without_memory(files, name):
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in expected.parameters())
 
 
+@pytest.mark.slow
 def test_experts_are_possible_targets(files):
     kinds = {t["target"]: t["kind"] for t in inspected(files.mixtral)["targets"]}
     assert kinds["model.layers.0.mlp.experts.gate_up_proj"] == "expert"

@@ -132,6 +132,7 @@ def test_equal_layers_become_blocks_of_one_class_with_the_same_outputs_names_and
     assert not groups(inlined) and inlined.code == tuned.code
 
 
+@pytest.mark.slow
 def test_resnet_s_stages_are_cut_where_blocks_are_equal():
     _, inputs, options, _ = FAMILIES["resnet"]
     torch.manual_seed(0)

@@ -71,6 +71,14 @@ CASES = [
     ("mixtral", {"target_modules": ["q_proj"], "target_parameters": [EXPERTS[1], "mlp.gate.weight"], "rank_pattern": {"experts.down_proj": 4}}),
     ("mixtral_batched", {"target_modules": [], "target_parameters": EXPERTS}),
 ]  # fmt: skip
+LARGE = {
+    "biased_llama",
+    "gpt2",
+    "bert",
+    "t5",
+    "vit",
+    "mixtral_batched",
+}  # of models, the quick run has two llamas and mixtral
 # modules whose weight is tied to one that PEFT's merge does not keep apart from it
 MERGED_WRONGLY = [
     ("tied_llama", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
@@ -86,7 +94,10 @@ def label(case):
     return name + "".join(f"-{k}={v}" for k, v in options.items() if case[1] is not LAYER)[:90]
 
 
-@pytest.fixture(scope="module", params=CASES + MERGED_WRONGLY, ids=map(label, CASES + MERGED_WRONGLY))
+ALL = [pytest.param(x, marks=pytest.mark.slow if x[0] in LARGE else (), id=label(x)) for x in CASES + MERGED_WRONGLY]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def case(request, tmp_path_factory):
     """(subject, PEFT's model, our graph over the same weights, loaded from PEFT's file)."""
     name, options = request.param

@@ -193,6 +193,7 @@ def test_a_call_in_one_thread_and_a_swap_in_another(tmp_path):
     assert found and all(any(torch.equal(y, r) for r in right) for y in found)
 
 
+@pytest.mark.slow
 def test_what_goes_through_dynamo(tmp_path):
     """A module with parts, one that reads its part's weight, and a stack of experts with a loop over them."""
 

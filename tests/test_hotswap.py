@@ -106,6 +106,7 @@ def step(run, optimizer, name):
     return loss, found
 
 
+@pytest.mark.slow
 def test_training_goes_on_between_swaps_without_recompiling(family):
     name, folders = family
     graph = slot(name)

@@ -73,6 +73,7 @@ def test_merge_needs_untie_and_is_then_right(case):
     assert torch.equal(run(peft_fx.unmerge(merged), inputs), expected)
 
 
+@pytest.mark.slow
 def test_a_replicated_graph_survives_export_and_load(case, tmp_path):
     _, _, graph, folder, inputs = case
     tuned = peft_fx.load_adapter(graph, folder)
