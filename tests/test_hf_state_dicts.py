@@ -5,7 +5,8 @@ import pytest
 import torch
 from beside_peft import LORA, both, logits
 from graphs import model_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import peft_fx
 from peft_fx import functional, helpers, utils
@@ -99,6 +100,19 @@ def test_numbers_from_a_state_dict(tmp_path):
         assert not differ(a, b) and any(t.any() for t in a.values())
     with pytest.raises(ValueError, match="no key that begins with"):
         peft_fx.get_peft_model_state_dict(model, state_dict={})
+
+
+def test_a_state_dict_is_what_is_saved(tmp_path):
+    """As gathered from shards, whole or in half precision."""
+    reference, model = both(tmp_path, modules_to_save=["lm_head"])
+    for library, m in ((peft, reference), (peft_fx, model)):
+        state = {k: (2 * t).to(torch.bfloat16) for k, t in m.state_dict().items()}
+        m.save_pretrained(tmp_path / library.__name__, state_dict=state)
+    theirs, ours = (load_file(tmp_path / lib / "adapter_model.safetensors") for lib in ("peft", "peft_fx"))
+    assert not differ(ours, theirs) and {t.dtype for t in ours.values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="no key that begins with"):
+        model.save_pretrained(tmp_path / "nowhere", state_dict=nn.Linear(1, 1).state_dict())
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_bare_pieces_of_a_tensor_are_set(tmp_path):

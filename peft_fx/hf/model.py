@@ -282,11 +282,11 @@ class PeftModel(PushToHubMixin, nn.Module):
             )
         if not is_main_process:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         given = kwargs.get("state_dict") or None
-        for name in names:
-            contents = adapter_contents(self.base_model, name, save_embedding_layers, given)
-            write_adapter(folder if name == DEFAULT else folder / name, *contents)
+        contents = [adapter_contents(self.base_model, name, save_embedding_layers, given) for name in names]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, files in zip(names, contents, strict=True):
+            write_adapter(folder if name == DEFAULT else folder / name, *files)
         write_card(folder, [self.peft_config[n] for n in names], self.get_base_model())
         if "state_dict" in kwargs:
             ours = {k: t for k, t in (given or self.state_dict()).items() if k.startswith(IN_MODEL)}
