@@ -1,10 +1,7 @@
 """Configs that cannot be meant, and targets that the model has not: refused as PEFT does, and the text says what to do."""
 
-import pytest
 import transformers
-from misuse import NONE, bare, config, get, lora, of, of_parts, of_tied, refused, stricter, stumbled
-
-import peft_fx
+from misuse import NONE, bare, config, get, of, of_parts, of_tied
 
 METHODS = [
     "Adamss", "BOFT", "C3A", "Deft", "Delora", "FourierFT", "Frod", "Glora", "Gralora", "HRA", "Hira", "Lily", "LoHa", "LoKr",
@@ -121,28 +118,3 @@ STRICTER = {
     "VBLoRA: topk": (NONE, of("VBLoRA", vector_length=4, num_vectors=1, topk=2), "topk=2 is more than num_vectors=1"),
     "AdaLoRA: init_r": (NONE, of("AdaLora", total_step=9, init_r=0), "init_r: expected an integer from 1"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("row", REFUSED)
-def test_what_peft_refuses_is_refused_as_the_same_class(row, tmp_path):
-    assert REFUSED[row][2] in refused(REFUSED[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STUMBLES)
-def test_what_peft_stumbles_over_is_refused(row, tmp_path):
-    assert STUMBLES[row][2] in stumbled(STUMBLES[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STRICTER)
-def test_what_peft_lets_pass_is_refused(row, tmp_path):
-    assert STRICTER[row][2] in stricter(STRICTER[row], tmp_path)
-
-
-def test_a_refused_config_leaves_the_model_trainable():
-    base = bare()
-    for fields in ({"target_modules": ["qq"]}, {"target_modules": ["act"]}):
-        with pytest.raises(ValueError):
-            peft_fx.get_peft_model(base, lora(peft_fx, **fields))
-        with pytest.raises(ValueError):
-            peft_fx.inject_adapter_in_model(lora(peft_fx, **fields), base)
-    assert all(p.requires_grad for p in base.parameters())

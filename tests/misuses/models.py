@@ -1,6 +1,5 @@
 """Misuse of a model and its adapters, by name, in batches, merged, weighted, injected: refused as PEFT does, and nothing changes."""
 
-import pytest
 import torch
 from misuse import (
     NONE,
@@ -14,11 +13,8 @@ from misuse import (
     mixed,
     one,
     prepare,
-    refused,
     rows,
     saved,
-    stricter,
-    stumbled,
     sub,
     swap,
     two,
@@ -165,18 +161,3 @@ STRICTER = {
     ),
     "inject the same name": (injected, lambda lib, m, t: lib.inject_adapter_in_model(lora(lib), m), "'default' already"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("row", REFUSED)
-def test_what_peft_refuses_is_refused_as_the_same_class(row, tmp_path):
-    assert REFUSED[row][2] in refused(REFUSED[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STUMBLES)
-def test_what_peft_stumbles_over_is_refused(row, tmp_path):
-    assert STUMBLES[row][2] in stumbled(STUMBLES[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STRICTER)
-def test_what_peft_lets_pass_is_refused(row, tmp_path):
-    assert STRICTER[row][2] in stricter(STRICTER[row], tmp_path)

@@ -1,13 +1,10 @@
 """Misuse of adapter files (loading, saving, hotswap, AutoPeftModel): refused as PEFT does, and nothing changes."""
 
-import peft
-import pytest
 import torch
 from misuse import (
     NONE,
     X,
     add,
-    bare,
     compiled,
     edited,
     hotswap,
@@ -16,15 +13,10 @@ from misuse import (
     lora,
     one,
     prepare,
-    refused,
     saved,
-    stricter,
-    stumbled,
     swap,
 )
 from safetensors.torch import load_file, save_file
-
-import peft_fx
 
 
 def without(folder, name):
@@ -137,33 +129,3 @@ STRICTER = {
     ),
     "hotswap_adapter: a larger rank": (one, hotswap(r=8), "shape (8, 8) does not fit the slot (4, 8); widen it before compiling"),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("row", REFUSED)
-def test_what_peft_refuses_is_refused_as_the_same_class(row, tmp_path):
-    assert REFUSED[row][2] in refused(REFUSED[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STUMBLES)
-def test_what_peft_stumbles_over_is_refused(row, tmp_path):
-    assert STUMBLES[row][2] in stumbled(STUMBLES[row], tmp_path)
-
-
-@pytest.mark.parametrize("row", STRICTER)
-def test_what_peft_lets_pass_is_refused(row, tmp_path):
-    assert STRICTER[row][2] in stricter(STRICTER[row], tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_of_other_shapes_what_fits_is_loaded(tmp_path):
-    folder = edited(tmp_path, rank_pattern={"q": 2})
-    loaded = []
-    for lib in (peft, peft_fx):
-        model = lib.PeftModel.from_pretrained(bare(), folder, ignore_mismatched_sizes=True)
-        model.load_adapter(folder, "new", ignore_mismatched_sizes=True)
-        model.set_adapter("new")
-        loaded.append(lib.get_peft_model_state_dict(model, adapter_name="new"))
-        assert not model.training
-    kept = [k for k in loaded[0] if ".v." in k]
-    assert loaded[0].keys() == loaded[1].keys() and len(kept) == 4
-    assert all(torch.equal(loaded[0][k], loaded[1][k]) for k in kept)
