@@ -6,7 +6,7 @@ MODULES = {"configs": configs, "files": files, "models": models}
 
 
 def rows(table: str) -> dict[str, tuple]:
-    """ "subject: id" -> row of one table over all subjects."""
+    """Rows of one table over all subjects, by subject and id."""
     return {
         f"{name}: {row}": found for name, module in MODULES.items() for row, found in getattr(module, table).items()
     }
