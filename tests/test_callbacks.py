@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from test_examples import llama
 from torch.utils.data import Dataset
 
@@ -70,6 +71,17 @@ def test_adaloras_losses_and_ranks_are_pefts(models, tmp_path):
     back = peft.PeftModel.from_pretrained(llama_again(), tmp_path / "kept").eval()
     ids = Sentences()[0]["input_ids"][None]
     torch.testing.assert_close(back(input_ids=ids).logits, ours.eval()(input_ids=ids).logits)
+
+
+def test_of_a_state_dict_too_the_kept_components_are_saved(models, tmp_path):
+    _, ours = models
+    train(ours, tmp_path / "run", Budget())
+    doubled = {k: 2 * t for k, t in ours.state_dict().items()}
+    ours.save_pretrained(tmp_path / "own")
+    ours.save_pretrained(tmp_path / "given", state_dict=doubled)
+    own, given = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "given"))
+    assert own.keys() == given.keys() and min(t.shape[0] for k, t in own.items() if "lora_A" in k) < 4
+    assert all(torch.equal(given[k], 2 * own[k]) for k in own if "lora_" in k)
 
 
 def llama_again():

@@ -22,12 +22,12 @@ def adapter_contents(
 
     state_dict: of the whole model, where its own tensors are shards. Raises ValueError if it lacks the adapter's.
     """
+    gm = tuner.backend.adapters
+    if state_dict is not None:
+        gm = holding(gm, state_dict, adapter)
     allocator = tuner.allocators.get(adapter)
-    if getattr(allocator, "rank_pattern", None):
-        config, tensors = allocator.files()
-    else:
-        gm = tuner.backend.adapters
-        config, tensors = adapter_files(gm if state_dict is None else holding(gm, state_dict, adapter), adapter)
+    chosen = getattr(allocator, "rank_pattern", None)
+    config, tensors = allocator.files(gm) if chosen else adapter_files(gm, adapter)
     if config.task_type is None:  # for AutoPeftModel
         kind = type(tuner.model)
         config = replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})
@@ -36,7 +36,7 @@ def adapter_contents(
 
 def holding(gm: fx.GraphModule, state_dict: Mapping[str, torch.Tensor], adapter: str) -> fx.GraphModule:
     """A module like `gm` that has the adapter's tensors from the state dict of a model."""
-    places = [f"{place}.{adapter}." for place in (IN_MODEL, CHILD)]
+    places = [f"{place}{adapter}." for place in (IN_MODEL, f"{CHILD}.")]
     given = {k[len(p) :]: t for p in places for k, t in state_dict.items() if k.startswith(p)}
     if not given:
         raise ValueError(

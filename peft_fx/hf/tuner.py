@@ -37,7 +37,7 @@ from .replication import deeper, is_deeper, shallow
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-IN_MODEL = "base_model.adapters"  # where the state dict of a PeftModel has them
+IN_MODEL = "base_model.adapters."  # where the state dict of a PeftModel has them
 
 
 class Tuner(nn.Module):

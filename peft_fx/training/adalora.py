@@ -100,14 +100,14 @@ class RankAllocator:
         """Writes the adapter as `save_adapter` does, with the kept components only."""
         return write_adapter(Path(folder), *self.files())
 
-    def files(self) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-        """What `save` writes."""
+    def files(self, tuned: fx.GraphModule | None = None) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+        """What `save` writes. tuned: a graph module with other numbers for the same adapter."""
         config = replace(self.config, rank_pattern=self.rank_pattern)
         plan = make_plan(self.state.table, self.adapter, config)
         found = {}
         for p in plan.placements:
             for name, key, _ in p.saved():
-                found[key] = get_tensor(self.tuned, f"{ADAPTERS}.{p.resolve(name).name}").detach()
+                found[key] = get_tensor(tuned or self.tuned, f"{ADAPTERS}.{p.resolve(name).name}").detach()
                 if p.method == "ADALORA" and self.rank_pattern:
                     kept = torch.tensor(self.rank_pattern[f"{p.target.file_path}.lora_E"], device=found[key].device)
                     found[key] = found[key].index_select(COMPONENTS[name], kept.nonzero().flatten())
