@@ -1,14 +1,23 @@
-"""Misuse is refused as PEFT refuses it, with a text of our own, and nothing changes. The rows are in tests/misuses/."""
+"""Misuse is refused as PEFT refuses it, with a text of our own, and nothing changes. The rows are in tests/misuse/."""
 
 import peft
 import pytest
 import torch
-from misuse import bare, edited, lora, refused, stricter, stumbled
-from misuses import rows
+from misuse import bare, configs, edited, files, lora, models, refused, stricter, stumbled
 
 import peft_fx
 
-REFUSED, STUMBLES, STRICTER = map(rows, ("REFUSED", "STUMBLES", "STRICTER"))
+SUBJECTS = {"configs": configs, "files": files, "models": models}
+
+
+def every(table):
+    """Rows of one table over all subjects, by subject and id."""
+    return {
+        f"{name}: {row}": found for name, module in SUBJECTS.items() for row, found in getattr(module, table).items()
+    }
+
+
+REFUSED, STUMBLES, STRICTER = map(every, ("REFUSED", "STUMBLES", "STRICTER"))
 
 
 @pytest.mark.parametrize("row", REFUSED)

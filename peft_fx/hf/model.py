@@ -98,9 +98,8 @@ class PeftModel(PushToHubMixin, nn.Module):
     # Calls
 
     def forward(self, *args, **kwargs):
-        return self._modules["base_model"](
-            *args, **kwargs
-        )  # Dynamo takes `self.base_model` for that of `self.__class__`
+        # Dynamo takes `self.base_model` for that of `self.__class__`
+        return self._modules["base_model"](*args, **kwargs)
 
     def generate(self, *args, **kwargs):
         return self.base_model.generate(*args, **kwargs)

@@ -74,7 +74,7 @@ class Traced:
     """
 
     def __init__(self, module: nn.Module):
-        self.names = list(tensors_of(module))
+        self.names = list(own_tensors(module))
         self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
 
     def ready(
@@ -128,14 +128,14 @@ def likeness(p: Placement) -> tuple:
 
 def attributes(module: nn.Module) -> Iterator[tuple]:
     """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
-    own = tensors_of(module)
+    own = own_tensors(module)
     yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in own.items())
     for name, value in module.__dict__.items():
         if not name.startswith("_") and name != "forward" and name not in own:
             yield name, value if isinstance(value, LITERALS) else id(value)
 
 
-def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's parameters and buffers, as its forward sees them."""
     names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
     return {name: held(module, name).tensor for name in names}
@@ -153,7 +153,7 @@ def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
     """
     mode, count = fakes[0].fake_mode, len(fakes)
     # frozen or not is the user's business here, as in PEFT
-    own = {name: fake_of(mode, tensor.detach()) for name, tensor in tensors_of(module).items()}
+    own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
 
     def forward(*values):
         twin = copy.copy(module)

@@ -1,4 +1,4 @@
-"""Misuse of PEFT's names, run on both libraries: what the tables of tests/misuses are written with, and how a row is tried.
+"""Misuse of PEFT's names, run on both libraries: what the tables in these files are written with, and how a row is tried.
 
 A row is id -> (setup(library) -> model, misuse(library, model, folder), what our text says). PEFT says which class is due:
 

@@ -1,6 +1,7 @@
 """Configs that cannot be meant, and targets that the model has not: refused as PEFT does, and the text says what to do."""
 
 import transformers
+
 from misuse import NONE, bare, config, get, of, of_parts, of_tied
 
 METHODS = [

@@ -1,6 +1,8 @@
 """Misuse of adapter files (loading, saving, hotswap, AutoPeftModel): refused as PEFT does, and nothing changes."""
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from misuse import (
     NONE,
     X,
@@ -16,7 +18,6 @@ from misuse import (
     saved,
     swap,
 )
-from safetensors.torch import load_file, save_file
 
 
 def without(folder, name):

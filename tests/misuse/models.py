@@ -1,6 +1,7 @@
 """Misuse of a model and its adapters, by name, in batches, merged, weighted, injected: refused as PEFT does, and nothing changes."""
 
 import torch
+
 from misuse import (
     NONE,
     X,
