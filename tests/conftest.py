@@ -17,7 +17,7 @@ inject.CHEAPER = 0.0
 # Files that take a minute or more. First, so that no worker begins one when the others are done.
 LONG = (
     "conformance_peft", "conformance_definition", "smollm2", "package", "stamp", "compile", "backend", "hf", "hf_seeds",
-    "moe_targets", "hf_trl", "examples", "hf_smollm2", "capture_families", "hotswap", "concurrency",
+    "moe_targets", "hf_trl", "published", "hf_smollm2", "capture_families", "hotswap", "concurrency",
 )  # fmt: skip
 
 

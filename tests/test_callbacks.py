@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from test_examples import llama
 from torch.utils.data import Dataset
+from words import llama
 
 import peft_fx
 from peft_fx.training.allocators import allocators, penalty

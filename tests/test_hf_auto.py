@@ -7,7 +7,7 @@ import torch
 import transformers
 from graphs import model_of
 from huggingface_hub.errors import EntryNotFoundError
-from test_examples import tokenizer
+from words import tokenizer
 
 import peft_fx
 from peft_fx.hf import auto

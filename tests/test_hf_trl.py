@@ -9,7 +9,7 @@ import random
 import peft
 import pytest
 import torch
-from test_examples import llama, sentences, tokenizer
+from words import llama, sentences, tokenizer
 
 import peft_fx
 
