@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -78,12 +79,28 @@ def train(model, data: torch.Tensor, steps: int, lr: float) -> list[float]:
     return losses
 
 
-def main(steps: int, folder: Path) -> None:
+@dataclass(frozen=True)
+class Length:
+    """How much the demo does: training steps, and those of the second adapter, blocks of held-out text, generated tokens,
+    swaps to and fro."""
+
+    steps: int = 30
+    second: int = 4
+    held_out: int = 24
+    tokens: int = 24
+    swaps: int = 2
+
+
+QUICK = Length(steps=4, second=1, held_out=4, tokens=6, swaps=1)
+
+
+def main(length: Length, folder: Path) -> None:
+    steps = length.steps
     torch.manual_seed(0)
     with step("load SmolLM2-135M-Instruct") as notes:
         model, tokenizer = load()
         data, held_out = blocks(tokenizer, 96, 0)
-        held_out = held_out[:24]
+        held_out = held_out[: length.held_out]
         notes.append(f"{len(data)} training blocks of 96 tokens")
     with step("capture") as notes:
         graph = peft_fx.capture(model)
@@ -102,16 +119,16 @@ def main(steps: int, folder: Path) -> None:
     with step("held-out loss after") as notes:
         after = held_out_loss(tuned, held_out)
         notes.append(f"{after:.4f}  ({after - before:+.4f})")
-    with step("generate 24 tokens with and without the adapter") as notes:
+    with step(f"generate {length.tokens} tokens with and without the adapter"):
         with peft_fx.disable_adapter(tuned):
-            console.print(f"  [dim]base:   {generate(tuned, tokenizer, prompt, 24)!r}[/]")
-        console.print(f"  [bold]tuned:  {generate(tuned, tokenizer, prompt, 24)!r}[/]")
+            console.print(f"  [dim]base:   {generate(tuned, tokenizer, prompt, length.tokens)!r}[/]")
+        console.print(f"  [bold]tuned:  {generate(tuned, tokenizer, prompt, length.tokens)!r}[/]")
     with step("save the adapter in PEFT's format") as notes:
         first = peft_fx.save_adapter(tuned, folder / "first")
         notes.append(", ".join(sorted(p.name for p in first.iterdir())))
     with step("a second adapter, r=8, a few steps") as notes:
         other = peft_fx.apply(graph, peft_fx.LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"), "second")
-        train(other, data[4 * steps :], 4, lr=1e-3)
+        train(other, data[4 * steps :], length.second, lr=1e-3)
         second = peft_fx.save_adapter(other, folder / "second")
     ids = held_out[:2]
     tuned.eval(), other.eval()
@@ -121,7 +138,7 @@ def main(steps: int, folder: Path) -> None:
         notes.append(f"greatest difference to eager {float((logits(compiled, ids) - expected).abs().max()):.1e}")
     with step("hot-swap adapters in the compiled graph") as notes, torch.no_grad():
         with torch.compiler.set_stance("fail_on_recompile"):
-            swaps = [peft_fx.hotswap(compiled, path) for path in (second, first, second, first)]
+            swaps = [peft_fx.hotswap(compiled, path) for path in (second, first) * length.swaps]
             peft_fx.hotswap(compiled, second)
             swapped = logits(compiled, ids)
             peft_fx.hotswap(compiled, first)
@@ -155,15 +172,23 @@ def main(steps: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=30, help="training steps (default: 30)")
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps (default: {Length.steps}; with --quick {QUICK.steps})"
+    )
+    parser.add_argument("--quick", action="store_true", help="the same steps in short: under two minutes")
     parser.add_argument("--out", type=Path, help="folder for adapters and the .pt2 (default: a temporary one)")
     arguments = parser.parse_args()
+    length = QUICK if arguments.quick else Length()
+    if arguments.steps is not None:
+        if arguments.steps < 1:
+            parser.error(f"--steps {arguments.steps}: expected 1 or more")
+        length = replace(length, steps=arguments.steps)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with tempfile.TemporaryDirectory() as temporary:
             out = arguments.out or Path(temporary)
             out.mkdir(parents=True, exist_ok=True)
-            main(arguments.steps, out)
+            main(length, out)
     except (Unavailable, peft_fx.PeftFxError) as error:
         print(f"demo: {error}", file=sys.stderr)
         raise SystemExit(2) from None
