@@ -42,7 +42,9 @@ def main(model: str, folders: list[str], prompt: str = "The for statement") -> d
     together = mixed(**call, adapter_ids=torch.tensor([*range(len(names)), -1])).logits
     for row, name in enumerate([*names, "base"]):
         difference = float((together[row] - alone[name][row]).abs().max())
-        print(f"{name}: next token {tokenizer.decode(together[row, -1].argmax())!r}; alone or in the batch {difference:.0e}")
+        print(
+            f"{name}: next token {tokenizer.decode(together[row, -1].argmax())!r}; alone or in the batch {difference:.0e}"
+        )
     return {"alone": alone, "together": together}
 
 

@@ -1,6 +1,8 @@
 """Fold an adapter into the weights, take it out again bit for bit, and export a file that runs without the model's code.
 
     python examples/merge_and_export.py --model HuggingFaceTB/SmolLM2-135M-Instruct adapters/loops --out loops
+
+Writes loops.pt2, and the folder loops with the merged model.
 """
 
 import argparse

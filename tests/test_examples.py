@@ -72,7 +72,9 @@ def test_classifying_sentences(folder, tmp_path):
         writer = csv.DictWriter(file, ["sentence", "label"])
         writer.writeheader()
         writer.writerows(rows)
-    found = example("classify")(str(folder / "roberta"), str(tmp_path / "sentences.csv"), str(tmp_path / "out"), 8, 2e-2)
+    found = example("classify")(
+        str(folder / "roberta"), str(tmp_path / "sentences.csv"), str(tmp_path / "out"), 8, 2e-2
+    )
     assert found["losses"][-1] < found["losses"][0]
     assert found["right"] > 0.9
 
