@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import os
 
 # Read when huggingface_hub is imported; a try without a network takes 20 s.
@@ -23,6 +24,12 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
+def pytest_sessionfinish():
+    """pytest sweeps the garbage several times at its end. Over all graphs that tests made this outlasts what xdist waits for a
+    worker, which it then interrupts, with a traceback."""
+    gc.freeze()
 
 
 @pytest.fixture
