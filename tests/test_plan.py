@@ -16,7 +16,7 @@ from peft_fx.methods.lora import LoraConfig
 from peft_fx.planning.kinds import stored_shape
 from peft_fx.planning.modules import module_table
 from peft_fx.planning.plan import Shared, make_plan
-from peft_fx.planning.selection import Unmatched
+from peft_fx.planning.matching import Unmatched
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import fx
 from ..errors import PeftFxError
 from ..passes.inject import tag_of
 from ..passes.match import parameter_nodes, sites
-from ..planning.selection import matcher, nearest
+from ..planning.matching import matcher, nearest
 from ..store import ADAPTERS
 from ..target import ModuleTable
 

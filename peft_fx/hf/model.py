@@ -20,8 +20,8 @@ from ..errors import NotAFolderError, RecipeError
 from ..files.read import located, read_adapter
 from ..files.write import plain, write_adapter
 from ..notices import warn
-from ..planning.defaults import TASK_HEADS
 from ..planning.modules import module_table
+from ..planning.saved import names_to_save
 from ..recipe import as_config
 from .card import write_card
 from .contents import adapter_contents
@@ -385,8 +385,6 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The config with what follows from the model and the task: the base's name, heads that are trained whole."""
-    heads = TASK_HEADS.get(config.task_type, ())
-    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    kept = list(dict.fromkeys([*(config.modules_to_save or ()), *(h for h in heads if h in found)]))
+    kept = names_to_save(config, (name for name, _ in model.named_modules()))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    return dataclasses.replace(config, modules_to_save=kept or None, base_model_name_or_path=base)
+    return dataclasses.replace(config, modules_to_save=kept, base_model_name_or_path=base)

@@ -19,7 +19,10 @@ from ..methods.base import Method, Tensor, Together
 from ..methods.stacked import on_target, restacked, unstacked
 from ..target import ModuleRecord, ModuleTable, Target
 from .kinds import Refusal, whole_parameter
-from .selection import SavedModule, Selection, TokenRows, Unmatched, completed, inside, select
+from .matching import Unmatched, inside
+from .saved import SavedModule
+from .selection import Selection, completed, select
+from .tokens import TokenRows
 from .wrappers import base_path, inside_path, wrap_counts
 
 __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
