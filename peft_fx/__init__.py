@@ -82,9 +82,19 @@ def __getattr__(name: str):
         return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     if name.endswith("Config") and name in (configs := _configs()):
         return configs[name]
-    if name.endswith("Model"):  # one for each config
+    if name.endswith("Model") and f"{name.removesuffix('Model')}Config" in _configs():
         return getattr(import_module(".hf.tuners", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(_no_attribute(name))
+
+
+def _no_attribute(name: str) -> str:
+    from .missing import NAMES, not_yet
+    from .suggestions import did_you_mean
+
+    if name in NAMES:
+        return not_yet(f"{__name__}.{name}")
+    public = [] if name.startswith("_") else [n for n in __dir__() if not n.startswith("_")]
+    return f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, public)}"
 
 
 def __dir__():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from ..errors import AdapterFileError
 from ..planning.kinds import stored_shape
 from ..planning.plan import PREFIX, ROOT_KEY, Placement, Plan
+from ..suggestions import lookalikes
 
 SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
@@ -54,7 +54,7 @@ def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
     """A line per key, the first few, with the nearest candidate."""
     lines, candidates = [], list(candidates)[:CANDIDATES]
     for key in keys[:SHOWN]:
-        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+        near = lookalikes(key, candidates, 1, 0.6)
         lines.append(f"{what}: {key}" + (f" (nearest: {near[0]})" if near else ""))
     return lines + ([f"{what}: {len(keys) - SHOWN} more keys"] if len(keys) > SHOWN else [])
 

@@ -21,6 +21,7 @@ from ..notices import warn
 from ..planning.plan import clashes
 from ..recipe import as_config
 from ..store import ADAPTERS, Resident, get_tensor, state_of
+from ..suggestions import did_you_mean
 from ..target import Target
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
@@ -265,7 +266,7 @@ class Tuner(nn.Module):
                 raise WrongTypeError(f"adapter names are strings, got {name!r}")
             if name not in self.peft_config:
                 there = ", ".join(self.peft_config) or "none"
-                raise AdapterNameError(f"Adapter {name} not found; there are: {there}")
+                raise AdapterNameError(f"Adapter {name} not found; there are: {there}{did_you_mean(name, self.peft_config)}")
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raises TargetError, a ValueError, for adapters that each bring their own numbers for one weight."""

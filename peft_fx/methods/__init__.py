@@ -10,6 +10,9 @@ from importlib import import_module
 
 from ..config import AdapterConfig
 from ..errors import UnknownMethodError
+from ..missing import METHODS as MISSING
+from ..missing import not_yet
+from ..suggestions import did_you_mean
 from .base import Method
 
 METHODS = {
@@ -84,8 +87,11 @@ def get_config(peft_type: str) -> type[AdapterConfig]:
 
 
 def unknown(peft_type) -> UnknownMethodError:
-    public = ", ".join(sorted(METHODS.keys() - INTERNAL))
+    names = METHODS.keys() - INTERNAL
+    key, public = str(getattr(peft_type, "value", peft_type)), ", ".join(sorted(names))
+    if key.upper() in MISSING:
+        return UnknownMethodError(f"peft_type {not_yet(repr(key))}; it has: {public}")
     return UnknownMethodError(
-        f"peft_type {peft_type!r} is unknown; if it is a method of your own, import the module that registers it with "
-        f"@peft_fx.method first; this version has: {public}"
+        f"peft_type {key!r} is unknown; if it is a method of your own, import the module that registers it with "
+        f"@peft_fx.method first; this version has: {public}{did_you_mean(key, names)}"
     )

@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, probability, rank
 from .base import Branch, Tensor
 from .inits import constant, scaled_normal
 from .matrices import row_size

@@ -15,7 +15,9 @@ from functools import partial
 
 from torch.linalg import vector_norm
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, pattern_field, probability, rank
+from ..checks import check_rank
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import pattern_field, probability, rank
 from .base import Tensor
 from .inits import constant, kaiming, zeros
 from .matrices import Matrices

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, one_of, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import one_of, rank
 from .base import Rewrite, Tensor
 from .inits import kaiming, scaled_normal, zeros
 from .matrices import row_size

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, checked, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, rank
 from .base import Branch, Tensor, Together
 from .inits import constant, drawn_after, kaiming, zeros
 

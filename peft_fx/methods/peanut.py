@@ -16,7 +16,8 @@ from functools import partial
 import torch
 from transformers.activations import ACT2FN
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, rank
 from .base import Tensor
 from .inits import constant, drawn_after, kaiming, zeros
 from .matrices import Matrices

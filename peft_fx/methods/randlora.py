@@ -18,7 +18,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from .base import Tensor
 from .draws import dense_bases, largest, projections, sparse_bases
 from .inits import constant, drawn_over, normal, zeros

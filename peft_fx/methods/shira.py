@@ -16,8 +16,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, rank
+from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
+from ..fields import rank
 from .base import Tensor
 from .draws import permuted
 from .entries import Entries

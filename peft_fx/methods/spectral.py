@@ -15,7 +15,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_count, count, pattern_field
+from ..checks import check_count
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import count, pattern_field
 from ..target import Target
 from .base import Branch, Tensor
 from .draws import permuted

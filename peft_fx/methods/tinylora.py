@@ -17,7 +17,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, probability, rank
 from .base import Tensor, Together
 from .decompositions import left_singular, right_singular
 from .draws import seeded_normal

@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, positive, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import positive, probability, rank
 from .base import Tensor, Together
 from .draws import dealt_positions, dealt_scales
 from .inits import drawn_over, integers, normal, uniform

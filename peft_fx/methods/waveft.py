@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import count, one_of
 from ..errors import RecipeError
+from ..fields import count, one_of
 from .base import Tensor, Together
 from .matrices import row_size
 from .spectral import Spectral, SpectralConfig, too_many

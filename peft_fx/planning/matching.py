@@ -64,7 +64,7 @@ def nearest(entry: str, names: Iterable[str]) -> tuple[str, ...]:
     """Up to three names, whole or last components, that look like `entry`."""
     names = [n for n in names if n]
     known = dict.fromkeys([*(n.rpartition(".")[2] for n in names), *names])
-    return lookalikes(entry, known, 3)
+    return lookalikes(entry, known, 3, 0.5)
 
 
 def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str]) -> list[Unmatched]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, refuse_to_begin
 from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
 from ..files.read import read_adapter
@@ -90,6 +90,8 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     if resident.lowering not in LOWERINGS:
         raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
     refuse_merged(state, "adding an adapter")
+    if source is None:
+        refuse_to_begin(config)
     if name in state.recipe:
         raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
     only_one_with_biases(state, name, config)

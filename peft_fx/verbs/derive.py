@@ -18,6 +18,7 @@ from ..passes.mixed import MixedBatch
 from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
 from ..planning.plan import Placement, Plan, make_plan
 from ..store import ADAPTERS, GATES, Acted, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
+from ..suggestions import did_you_mean
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -105,7 +106,8 @@ def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[st
     resident = given or dict.fromkeys(state.recipe)
     for name in chosen:
         if name not in resident:
-            raise GraphError(f"there is no adapter {name!r}; resident: {', '.join(resident) or 'none'}")
+            there = ", ".join(resident) or "none"
+            raise GraphError(f"there is no adapter {name!r}; resident: {there}{did_you_mean(name, resident)}")
     chosen = tuple(given.get(name, name) for name in chosen)
     if len(set(chosen)) != len(chosen):
         raise GraphError(f"adapter names are repeated: {list(chosen)}")

@@ -60,7 +60,7 @@ REFUSED = {
     "lora_dropout=1.5": (NONE, get(lora_dropout=1.5), "lora_dropout: expected 0 <= p < 1, got 1.5"),
     "rank_pattern": (NONE, get(rank_pattern={"q": 0}), "rank_pattern['q']: expected an integer from 1"),
     "bias": (NONE, get(bias="nope"), "bias='nope': expected 'none', 'all'"),
-    "init_lora_weights": (NONE, get(init_lora_weights="nope"), "expected one of (True, False, 'gaussian')"),
+    "init_lora_weights": (NONE, get(init_lora_weights="nope"), "expected one of (True, False, 'gaussian', 'orthogonal')"),
     "DoRA with lora_bias": (NONE, get(use_dora=True, lora_bias=True), "set one of lora_bias and use_dora to False"),
     "regex and layers": (NONE, get(target_modules=".*q", layers_to_transform=[0]), "put the layer numbers into the regex"),
     "regex and list of layers": (NONE, get(target_modules=".*q", layers_pattern="layers"), "put the layer numbers into"),
