@@ -22,6 +22,7 @@ from torch import fx, nn
 from .config import AdapterConfig
 from .errors import GraphError
 from .lazy import copy_graph
+from .resident import Adapters
 from .sharing import Shared, Sharing
 from .target import ModuleTable
 
@@ -95,14 +96,6 @@ class FixedInputs(nn.Module):
                 raise GraphError(
                     f"captured with {name} = {wanted}, called with {given}: capture the model with this input"
                 )
-
-
-class Adapters(nn.Module):
-    """One child per adapter: its tensors, by target."""
-
-    def __repr__(self) -> str:
-        # a module for each part of each tensor's name is nothing to read
-        return f"Adapters({', '.join(self._modules)})"
 
 
 class Store(nn.Module):

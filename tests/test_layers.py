@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"errors", "notices", "suggestions", "missing", "checks", "fields", "config", "target", "kernels", "lazy", "sharing"},
     {"methods", "recipe"},
-    {"planning", "store"},
+    {"planning", "resident", "store"},
     {"files"},
     {"passes"},
     {"verbs"},

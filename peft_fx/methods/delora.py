@@ -21,6 +21,7 @@ from ..fields import pattern_field, probability, rank
 from .base import Tensor
 from .inits import constant, kaiming, zeros
 from .matrices import Matrices
+from .scales import fixed
 
 SMALLEST = 1e-4
 
@@ -56,7 +57,7 @@ class DeLoRA(Matrices):
             "delora_B": Tensor((m, r), B, "delora_B", pad=((1, 1),)),
             "delora_lambda": Tensor((1,), partial(constant, float(strength)), "delora_lambda"),
             "delora_w_norm": Tensor(tuple(row), column_norms, "delora_w_norm", trainable=False),
-            "scaling": Tensor((), partial(constant, 1 / r), trainable=False),
+            "scaling": fixed(1 / r),
         }
 
     def matrices(self, theta, target, config):

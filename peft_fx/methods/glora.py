@@ -61,7 +61,7 @@ def parts(form: str, shape: tuple[int, ...], config) -> dict[str, Tensor]:
     """The tensors of a term of this form and shape."""
     start = zeros if config.init_weights else partial(scaled_normal, 0.02) if form == "constant" else kaiming
     if form == "none":
-        return {"zeros": Tensor(shape, zeros, trainable=False)}
+        return {"zeros": Tensor(shape, zeros, trainable=False, derived=True)}
     if form == "lora":
         Xu = Tensor((config.r, *shape[1:]), kaiming, pad=((0, 1),))
         return {"Xu": Xu, "Xd": Tensor((shape[0], config.r), start, pad=((1, 1),))}

@@ -24,6 +24,7 @@ from .base import Tensor
 from .draws import dense_bases, largest, projections, sparse_bases
 from .inits import constant, drawn_over, normal, zeros
 from .matrices import Matrices, row_size
+from .scales import fixed
 
 
 @dataclass
@@ -56,7 +57,7 @@ class RandLora(Matrices):
         return {
             "randlora_lambda": Tensor((config.r, bases), start, "randlora_lambda"),
             "randlora_gamma": Tensor((bases, low), partial(constant, value), "randlora_gamma"),
-            "scaling": Tensor((), partial(constant, config.randlora_alpha / config.r), trainable=False),
+            "scaling": fixed(config.randlora_alpha / config.r),
         }
 
     def together(self, targets, config):

@@ -64,7 +64,7 @@ class SHiRA(Entries):
         start, name = zeros if config.init_weights else normal, "shira_indices"
         return {
             "shira_weight": Tensor((k,), start, "shira_weight", pad=((0, 1),)),
-            "given": Tensor((k,), ones, trainable=False, pad=((0, 1),)),  # what is padded does not learn
+            "given": Tensor((k,), ones, trainable=False, pad=((0, 1),), derived=True),  # what is padded does not learn
             name: Tensor((2, k), drawn, name, False, torch.int32, pad=((1, 1),), below=((m,), (n,))),
         }
 

@@ -74,7 +74,9 @@ class Spectral(Branch):
         start = self.zero if config.init_weights else partial(scaled_normal, self.std)
         return {
             self.spectrum: Tensor((number,), start, self.spectrum),
-            "positions": Tensor((2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64),
+            "positions": Tensor(
+                (2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64, derived=True
+            ),
             "scaling": fixed(config.scaling),
         }
 

@@ -49,7 +49,7 @@ class WaveFT(Spectral):
 
     def spectra(self, target, config, number):
         shape, start = (2, 1, len(FILTERS[config.wavelet_family])), partial(low_and_high, config.wavelet_family)
-        filters = {"filters": Tensor(shape, start, trainable=False)} if config.use_idwt else {}
+        filters = {"filters": Tensor(shape, start, trainable=False, derived=True)} if config.use_idwt else {}
         return super().spectra(target, config, number) | filters
 
     def together(self, targets, config):

@@ -16,15 +16,17 @@ from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
-from ..methods.base import HALF, Tensor, crop_to
+from ..methods.base import HALF, Tensor
+from ..methods.padding import crop_to
 from ..notices import warn
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
 from ..planning.selection import completed, resolved_target_modules
 from ..recipe import as_recipe
-from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
+from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, state_of
 from ..target import ModuleTable, Target
 from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
+from .placed import describe, put
 
 LOWERINGS = ("auto", "activation", "weight")
 
@@ -148,9 +150,9 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
         if drawn and value is not None and base.device.type != "meta":
             fill(tensor, gm, placement, name, None, {})
         fill(tensor, gm, placement, name, value, {})
-        full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
-        set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+        put(gm, placement, name, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+    describe(gm, [placement])
 
 
 @torch.no_grad()

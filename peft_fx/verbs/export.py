@@ -30,7 +30,8 @@ from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, stat
 from ..target import ModuleTable
 from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
-from .derive import names_of
+from .derive import names_of, placements
+from .placed import adopt
 from .registrations import register_for
 
 EXTRA = "peft_fx.json"
@@ -151,7 +152,7 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
     forms = data.get("lowering", {})
-    recipe = {name: Resident(config_from_dict(c), forms.get(name, "auto")) for name, c in data["recipe"].items()}
+    recipe = {name: Resident(config_from_dict(c, where), forms.get(name, "auto")) for name, c in data["recipe"].items()}
     names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
@@ -180,6 +181,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         mixed=data.get("mixed", False),
     )
     gm.meta["peft_fx"] = state
+    for name in recipe:
+        adopt(gm, placements(state, name))
     gm.graph = adapted
     if recipe:
         freeze_base(gm)

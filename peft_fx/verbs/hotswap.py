@@ -19,13 +19,15 @@ from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..methods import get_method
-from ..methods.base import crop_to, pad_to
 from ..methods.inits import number_of
+from ..methods.padding import crop_to, pad_to
 from ..planning.plan import Placement, Plan
-from ..store import ADAPTERS, Resident, State, derive, set_tensor, state_of
+from ..resident import adapter_of
+from ..store import Resident, State, derive, state_of
 from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
+from .placed import describe, put
 from .refold import refold
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
@@ -165,6 +167,7 @@ def write(gm, state: State, slots: dict, swap: Swap) -> list[torch.Tensor]:
     with gm.peft_fx.sharing.writing(written), torch.no_grad():
         torch._foreach_copy_(written, list(swap.values))
         state.recipe[swap.slot].config = swap.config
+        describe(gm, planned(state, swap.slot, swap.config).placements)
     return written
 
 
@@ -327,6 +330,8 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
     state = state.update(recipe={name: dataclasses.replace(r) for name, r in state.recipe.items()})
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
+        tree = adapter_of(new.peft_fx.adapters, adapter)
+        tree.derived = dict(tree.derived)
         slots = slots_of(tuned, adapter)
         wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)
         for place, p in by_place(placements(state, adapter)).items():
@@ -343,5 +348,5 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
                 own = padded.clone()
                 if isinstance(tensor, nn.Parameter):
                     own = nn.Parameter(own, requires_grad=tensor.requires_grad)
-                set_tensor(new, f"{ADAPTERS}.{p.state_name(name)}", own)
+                put(new, p, name, own)
     return derived(new, state)

@@ -24,6 +24,7 @@ from ..planning.plan import Placement, clashes
 from ..store import ADAPTERS, REPLACED, State, derive, get_tensor, owner_of, set_tensor, state_of
 from .derive import acted, acting, acting_again, injection, names_of, placements
 from .memory import Memory
+from .placed import put
 
 KEEP = ("device", "cpu", None)
 
@@ -248,13 +249,12 @@ def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
         for name, spec in p.tensors.items():
             if name in p.shared:
                 continue
-            full = f"{ADAPTERS}.{p.state_name(name)}"
-            tensor = get_tensor(gm, full)
+            tensor = get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}")
             if spec.trainable and not isinstance(
                 tensor, nn.Parameter
             ):  # .to() on a merged graph made a plain tensor of it
                 tensor = nn.Parameter(tensor, requires_grad=tensor.requires_grad)
-            set_tensor(gm, full, tensor)
+            put(gm, p, name, tensor)
 
 
 def unmerge(merged: fx.GraphModule) -> fx.GraphModule:

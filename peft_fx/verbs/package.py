@@ -44,6 +44,7 @@ from ..target import ModuleTable
 from .adapters import base_weight, values_of
 from .derive import placements
 from .export import EXTRA, FORMAT, export, opened, replacing, to_json
+from .placed import adopt
 from .registrations import register_named
 
 STATE, TENSORS = f"extra/{EXTRA}", f"data/{ROOT}/adapters.safetensors"
@@ -356,7 +357,7 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     state = State(
         ModuleTable.from_json(data["table"]),
         BaseGraph(fx.Graph()),
-        recipe={n: Resident(config_from_dict(c), data["lowering"][n]) for n, c in data["recipe"].items()},
+        recipe={n: Resident(config_from_dict(c, str(path)), data["lowering"][n]) for n, c in data["recipe"].items()},
         active=tuple(data["active"]),
         merged=tuple(data["merged"]),
         merge_report=tuple(data["merge_report"]),
@@ -377,6 +378,8 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
         if form(tensors[name]) != expected:
             raise AdapterFileError(f"{path}: {name} is {form(tensors[name])}, expected {expected}")
         set_tensor(held, name, tensors[name].to(device))
+    for name in state.recipe:
+        adopt(held, placements(state, name))
     swapped = [name for name in runner.get_constant_fqns() if name in tensors and name.startswith(f"{ROOT}.")]
     read = {name: get_tensor(held, name) for name in swapped}
     runner.load_constants(read, check_full_update=False, user_managed=True)
