@@ -281,13 +281,14 @@ class Tuner(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model inside the block, merged weights taken out too."""
-        merged = self.merged_adapters
+        """The base model inside the block, merged weights taken out too; afterwards what was before, in nested blocks too."""
+        merged, enabled = self.merged_adapters, self.enabled
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self.enable_adapter_layers()
+            if enabled:
+                self.enable_adapter_layers()
             if merged:
                 self.merge_adapter(list(merged))
 
@@ -297,7 +298,7 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled():
+        with self.disabled(), self.hosts.away():
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)
