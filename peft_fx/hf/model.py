@@ -26,7 +26,7 @@ from ..recipe import as_config
 from .card import write_card
 from .contents import adapter_contents
 from .embeddings import load_embeddings
-from .guise import derived_from, seen, signed, unmade
+from .guise import adopted, derived_from, seen, signed, unmade
 from .hub import push_to_hub
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
@@ -82,6 +82,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __class__(self, new: type) -> None:
         """What torch's `fully_shard` puts together of a class of its own and the one that it sees."""
         object.__dict__["__class__"].__set__(self, derived_from(type(self), new, self.__class__))
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, adopted(self, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
         return type(self).__name__

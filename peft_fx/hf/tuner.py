@@ -26,7 +26,7 @@ from ..target import Target
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
-from ..verbs.combine import Combination, combined, combined_scales
+from ..verbs.combine import combined_as_asked
 from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
@@ -98,12 +98,15 @@ class Tuner(nn.Module):
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
-            outputs = self.model(*args, **kwargs)
-            if self.penalised and getattr(outputs, "loss", None) is not None:
-                outputs.loss = outputs.loss + penalty(self.backend.adapters)
-            return outputs
+            return self.with_penalty(self.model(*args, **kwargs))
         with self.by_rows(adapter_names, (args, kwargs)):
             return self.model(*args, **kwargs)
+
+    def with_penalty(self, outputs):
+        """The model's outputs, their loss with what the methods of the active adapters add to it."""
+        if self.penalised and getattr(outputs, "loss", None) is not None:
+            outputs.loss = outputs.loss + penalty(self.backend.adapters)
+        return outputs
 
     def generate(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
@@ -219,12 +222,7 @@ class Tuner(nn.Module):
         self.known(adapters)
         if adapter_name in self.peft_config:
             return
-        chosen = combination_type or options or named
-        if not chosen and all(self.peft_config[n].peft_type == "IA3" for n in adapters):
-            config, tensors = combined_scales(self.backend.adapters, adapters, weights)
-        else:
-            how = Combination(combination_type or "svd", *options, **named)
-            config, tensors = combined(self.backend.adapters, adapters, weights, how)
+        config, tensors = combined_as_asked(self.backend.adapters, adapters, weights, combination_type, *options, **named)
         self.add(adapter_name, config, (tensors, "the combination", True), trainable=False)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
