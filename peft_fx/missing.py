@@ -41,18 +41,21 @@ STARTS = {
 
 @dataclass(frozen=True)
 class Init:
-    """A value of init_lora_weights. moves_base: it takes the start's update out of the base weights."""
+    """A value of init_lora_weights.
+
+    moves_base: the start's update is taken out of the base weights, by what a file does not say.
+    """
 
     name: str
-    moves_base: bool = True
+    moves_base: bool = False
 
 
 INITS = {
-    "corda": Init("CorDA"),
-    "eva": Init("EVA", moves_base=False),
-    "loftq": Init("LoftQ"),
-    "lora_ga": Init("LoRA-GA"),
-    "mica": Init("MiCA", moves_base=False),
+    "corda": Init("CorDA", moves_base=True),
+    "eva": Init("EVA"),
+    "loftq": Init("LoftQ", moves_base=True),
+    "lora_ga": Init("LoRA-GA", moves_base=True),
+    "mica": Init("MiCA"),
     "olora": Init("OLoRA"),
     "pissa": Init("PiSSA"),
 }

@@ -10,19 +10,20 @@ from graphs import captured, inputs, model_of, output
 from safetensors.torch import load_file
 
 import peft_fx
-from peft_fx import PeftFxError
+from peft_fx import AdapterFileError, PeftFxError
 
 NAME = "biased_llama"
 LORA = dict(r=4, target_modules=["q_proj", "down_proj"])
-MOVE = ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"]  # these take the start out of the base
+MOVE = ["corda", "loftq", "lora_ga"]  # these take a start out of the base that no file gives
+GIVEN_AGAIN = ["pissa", "olora", "OLoRA"]  # and these one that the base weight gives
 STAY = ["orthogonal", "gaussian", "Gaussian", "eva", "mica", "from_the_future"]
 DETAILS = {"eva": {"eva_config": {"rho": 2.0}}, "loftq": {"loftq_config": {"loftq_bits": 4}}, "corda": {"corda_config": {"a": 1}}}
 
 
-def folder_that_began(folder, init):
+def folder_that_began(folder, init, name=NAME, **options):
     """PEFT's files of an adapter with random numbers, which say that it began like this."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(model_of(NAME), peft.LoraConfig(**LORA, init_lora_weights=False))
+    model = peft.get_peft_model(model_of(name), peft.LoraConfig(**{**LORA, **options}, init_lora_weights=False))
     model.save_pretrained(folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init} | DETAILS.get(init, {})))
@@ -55,12 +56,40 @@ def test_a_new_adapter_cannot_begin_as_a_file_says(init, tmp_path):
             begin(model_of(NAME), config)
 
 
-@pytest.mark.filterwarnings("ignore:.*was trained beside base weights")
-def test_a_file_that_began_otherwise_is_swapped_in(tmp_path):
-    reference = folder_that_began(tmp_path, "pissa")
-    graph = peft_fx.apply(captured(NAME), {"peft_type": "LORA", **LORA})
-    peft_fx.hotswap(graph, tmp_path)
-    torch.testing.assert_close(output(graph, NAME), reference(**inputs(NAME)).logits)
+MORE = [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}]
+
+
+@pytest.mark.parametrize("options", MORE, ids=str)
+@pytest.mark.parametrize("init", GIVEN_AGAIN)
+def test_a_start_that_the_base_weight_gives_again_is_taken_out_as_in_peft(init, options, tmp_path):
+    folder_that_began(tmp_path / "a", init, **options)
+    reference = peft.PeftModel.from_pretrained(model_of(NAME), tmp_path / "a").eval()(**inputs(NAME)).logits
+    model = peft_fx.PeftModel.from_pretrained(model_of(NAME), tmp_path / "a").eval()
+    torch.testing.assert_close(model(**inputs(NAME)).logits, reference)
+    bare = model_of(NAME)
+    assert all(torch.equal(p, q) for p, q in zip(model.get_base_model().parameters(), bare.parameters(), strict=True))
+
+    model.save_pretrained(tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(model_of(NAME), tmp_path / "b").eval()
+    torch.testing.assert_close(again(**inputs(NAME)).logits, reference)
+    graph = peft_fx.prepare_hotswap(peft_fx.apply(captured(NAME), {"peft_type": "LORA", **LORA, **options}), max_rank=8)
+    peft_fx.hotswap(graph, tmp_path / "a")
+    torch.testing.assert_close(output(graph, NAME), reference)
+
+
+def test_training_goes_on_with_such_a_start_and_says_so(tmp_path):
+    folder_that_began(tmp_path, "pissa")
+    with pytest.warns(UserWarning, match="what it began with is trained too"):
+        peft_fx.PeftModel.from_pretrained(model_of(NAME), tmp_path, is_trainable=True)
+
+
+@pytest.mark.parametrize("setting, says", [("meta", "weights on meta"), ("conv", "there is none for kind conv1d")])
+def test_a_start_that_the_base_weight_cannot_give_is_an_error(setting, says, tmp_path):
+    name, targets = (NAME, LORA["target_modules"]) if setting == "meta" else ("mixed", ["conv"])
+    folder_that_began(tmp_path, "pissa", name, target_modules=targets)
+    base = model_of(name).to("meta") if setting == "meta" else model_of(name)
+    with pytest.raises(AdapterFileError, match=says):
+        peft_fx.PeftModel.from_pretrained(base, tmp_path)
 
 
 @pytest.mark.parametrize(

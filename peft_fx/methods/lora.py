@@ -47,8 +47,8 @@ class LoraConfig(LoraFields):
             return ""
         return (
             f"init_lora_weights={str(self.init_lora_weights)!r}: the adapter was trained beside base weights from which {init.name} had "
-            "taken its start, which PEFT does again at each load and this version does not: load it onto these weights, or have "
-            "PEFT convert it once: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+            "taken its start, and no file says what that was: load it onto these weights, or have PEFT convert it where it was "
+            "trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
 
 

@@ -27,6 +27,7 @@ from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, s
 from ..target import ModuleTable, Target
 from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
 from .placed import describe, put
+from .residual import on_whole_base
 
 LOWERINGS = ("auto", "activation", "weight")
 
@@ -101,6 +102,15 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     if config.layer_replication and not deeper:
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
+    source = source and Source(*source)
+    if source is not None:
+        config, tensors = on_whole_base(gm, name, resident.config, source.tensors, source.where)
+        if trainable and config is not resident.config:
+            warn(
+                f"adapter {name!r} began with a part of the base weight, and is LoRA of twice the rank here: what it began with is "
+                "trained too, which PEFT keeps"
+            )
+        resident, source = dataclasses.replace(resident, config=config), source._replace(tensors=tensors)
     plan = planned(state, name, config)
     for entry in plan.unmatched:
         warn(f"adapter {name!r}: {entry}", UnmatchedWarning)
@@ -110,7 +120,6 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     recipe = {**state.recipe, name: resident}
     if not config.ensure_weight_tying and not any(r.config.layer_replication for r in recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
-    source = source and Source(*source)
     values = source and match_tensors(plan, source.tensors, where=source.where)
     for placement in plan.placements:
         allocate(gm, placement, values, trainable, source is not None and source.drawn)

@@ -29,6 +29,7 @@ from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
 from .placed import describe, put
 from .refold import refold
+from .residual import on_whole_base
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
 
@@ -98,7 +99,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         else:
             slot = slot_for(state, adapter_name)
         if slot in state.merged:
-            written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(state, slot, path))
+            written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(gm, state, slot, path))
         else:
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
@@ -127,12 +128,13 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
     return dataclasses.replace(swap, values=values)
 
 
-def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
+def read(gm: fx.GraphModule, state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
     """An adapter's config, what it puts where, and its numbers by state name."""
     if isinstance(path, tuple):
         (config, tensors), where = path, "what was given"
     else:
         (config, tensors), where = read_adapter(path, state.table), str(path)
+    config, tensors = on_whole_base(gm, slot, config, tensors, where)
     plan = planned(state, slot, config)
     return config, plan, match_tensors(plan, tensors, where=where)
 
@@ -142,7 +144,7 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
 
     slots: the slot's tensors by state name.
     """
-    config, plan, values = read(state, slot, path)
+    config, plan, values = read(gm, state, slot, path)
     old, new = by_place(planned(state, slot, state.recipe[slot].config).placements), by_place(plan.placements)
     faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
