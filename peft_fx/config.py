@@ -207,8 +207,9 @@ class AdapterConfig:
                     "without; if they change what the adapter computes, outputs are others"
                 )
         elif unknown:
-            hint = did_you_mean(unknown[0], known) or f"; known: {sorted(known)}"
-            raise UnknownFieldError(f"{cls.peft_type}: unknown config field {unknown[0]!r} = {data[unknown[0]]!r}{hint}")
+            name, value = unknown[0], data[unknown[0]]
+            hint = did_you_mean(name, known) or f"; known: {sorted(known)}"
+            raise UnknownFieldError(f"{cls.peft_type}: unknown config field {name!r} = {value!r}{hint}")
         return cls(**values)
 
 

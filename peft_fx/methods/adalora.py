@@ -28,7 +28,8 @@ from .scales import fixed
 
 def start_of_lora(value) -> Init | None:
     """Ways to begin that PEFT's AdaLoRA takes for True."""
-    return Init(f"AdaLoRA that begins with {value!r}") if init_of(value) or value in ("gaussian", "orthogonal") else None
+    known = init_of(value) or value in ("gaussian", "orthogonal")
+    return Init(f"AdaLoRA that begins with {value!r}") if known else None
 
 
 @dataclass

@@ -46,9 +46,9 @@ class LoraConfig(LoraFields):
         if init is None or not init.moves_base:
             return ""
         return (
-            f"init_lora_weights={str(self.init_lora_weights)!r}: the adapter was trained beside base weights from which {init.name} had "
-            "taken its start, and no file says what that was: load it onto these weights, or have PEFT convert it where it was "
-            "trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+            f"init_lora_weights={str(self.init_lora_weights)!r}: the adapter was trained beside base weights from which "
+            f"{init.name} had taken its start, and no file says what that was: load it onto these weights, or have PEFT convert it "
+            "where it was trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
 
 
@@ -89,7 +89,8 @@ class LoRA(Ranked, Additive):
         name_A, name_B, suffix = self.names(target)
         A, B = (E * r, target.in_features, *target.kernel), (m, E * r // target.groups, *(1,) * len(target.kernel))
         made = normal if target.reads_ids else kaiming  # how PEFT's layers are before it initialises them
-        starts = {True: (kaiming, zeros), "gaussian": (partial(scaled_normal, 1 / r), zeros), "orthogonal": orthogonal(r)}
+        gaussian = partial(scaled_normal, 1 / r)
+        starts = {True: (kaiming, zeros), "gaussian": (gaussian, zeros), "orthogonal": orthogonal(r)}
         # of an adapter that began otherwise the numbers are in its file
         init_A, init_B = starts.get(config.init_lora_weights, (made, made))
         init_bias = partial(uniform, 1 / math.sqrt(B[1]))

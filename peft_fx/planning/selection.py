@@ -1,7 +1,7 @@
 """Which modules and parameters a config chooses, with PEFT's matching rules, from the module table alone.
 
-Deviations from PEFT, on purpose: a shared module is matched under any of its paths; ties are read from the tensors, not from module names; `layers_to_transform`
-also filters "all-linear"; entries that match nothing are reported with the nearest names.
+Deviations from PEFT, on purpose: a shared module is matched under any of its paths; ties are read from the tensors, not from
+module names; `layers_to_transform` also filters "all-linear"; entries that match nothing are reported with the nearest names.
 """
 
 from __future__ import annotations

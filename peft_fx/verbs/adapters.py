@@ -107,8 +107,8 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
         config, tensors = on_whole_base(gm, name, resident.config, source.tensors, source.where)
         if trainable and config is not resident.config:
             warn(
-                f"adapter {name!r} began with a part of the base weight, and is LoRA of twice the rank here: what it began with is "
-                "trained too, which PEFT keeps"
+                f"adapter {name!r} began with a part of the base weight, and is LoRA of twice the rank here: what it began with "
+                "is trained too, which PEFT keeps"
             )
         resident, source = dataclasses.replace(resident, config=config), source._replace(tensors=tensors)
     plan = planned(state, name, config)

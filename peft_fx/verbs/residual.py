@@ -1,4 +1,4 @@
-"""Files of adapters that began with a part of the base weight: PiSSA and OLoRA take their start out of W and train beside the rest.
+"""Files of adapters that began with a part of the base weight: PiSSA and OLoRA take it out of W, and train beside the rest.
 
     y = (W - s B0 A0) x + s B A x = W x + s [B, -B0] [A; A0] x        A0, B0: the start, which W gives again
 
@@ -41,7 +41,10 @@ STARTS = {"PiSSA": pissa, "OLoRA": olora}
 
 
 def on_whole_base(gm: fx.GraphModule, adapter: str, config: AdapterConfig, tensors: dict, where: str) -> tuple:
-    """(config, file key -> tensor) of a file, for the base weights as they are. Raises AdapterFileError where there is no start."""
+    """(config, file key -> tensor) of a file, for the base weights as they are; any other file's as they came.
+
+    Raises AdapterFileError for a weight that gives no start.
+    """
     init = init_of(getattr(config, "init_lora_weights", None))
     if init is None or init.name not in STARTS or config.peft_type != "LORA":
         return config, tensors
@@ -49,7 +52,8 @@ def on_whole_base(gm: fx.GraphModule, adapter: str, config: AdapterConfig, tenso
     for p in planned(state, adapter, config).placements:
         for name, added in start(gm, p, STARTS[init.name], where).items():
             if (key := p.file_key(name)) in tensors:
-                new[key] = torch.cat([tensors[key].float(), added.to(tensors[key].device)], dim=-2 if "_A" in name else -1)
+                axis = p.tensors[name].pad[0][0]  # the rank's
+                new[key] = torch.cat([tensors[key].float(), added.to(tensors[key].device)], dim=axis)
     more = math.sqrt(2) if config.use_rslora else 2
     doubled = replace(
         config,
@@ -65,16 +69,17 @@ def on_whole_base(gm: fx.GraphModule, adapter: str, config: AdapterConfig, tenso
 @torch.no_grad()
 def start(gm: fx.GraphModule, p: Placement, of_weight, where: str) -> dict[str, torch.Tensor]:
     """What is appended to a placement's factors. Tables of embeddings begin as plain LoRA's, without a part of the weight."""
-    A, B, _ = LoRA().names(p.target)
+    method = LoRA()
+    A, B, _ = method.names(p.target)
     if A not in p.tensors or A in p.shared:
         return {}
     if p.target.reads_ids:
         return {name: torch.zeros(p.tensors[name].shape) for name in (A, B)}
     W = get_tensor(gm, p.target.tensor_name)
     if p.target.kind != "linear" or W.is_meta:
+        init = str(p.config.init_lora_weights)
         reason = "weights on meta have no numbers" if W.is_meta else f"there is none for kind {p.target.kind}"
-        raise AdapterFileError(f"{where}: {p.target.name}: init_lora_weights={str(p.config.init_lora_weights)!r} takes its start "
-                               f"from the weight: {reason}")  # fmt: skip
-    method = LoRA()
-    A0, B0 = of_weight(to_canonical(W, p.target).float(), method.rank(p.target, p.config), method.scaling(p.target, p.config))
+        raise AdapterFileError(f"{where}: {p.target.name}: {init!r} takes its start from the weight: {reason}")
+    r, scaling = method.rank(p.target, p.config), method.scaling(p.target, p.config)
+    A0, B0 = of_weight(to_canonical(W, p.target).float(), r, scaling)
     return {A: A0, B: -B0}
