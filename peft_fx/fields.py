@@ -41,7 +41,6 @@ def nonnegative(default: float | None):
 
 def one_of(*choices):
     """A field with one of these values; the first is the default."""
-
     return field(default=choices[0], metadata={"check": check_choice(choices)})
 
 

@@ -7,10 +7,12 @@ import typing
 
 import peft
 import pytest
+from graphs import captured, model_of
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_CONFIGS
 
 import peft_fx
 from peft_fx import PeftFxError
+from peft_fx.cli.facts import recipe_of
 from peft_fx.methods import INTERNAL, METHODS, get_config
 from peft_fx.missing import NAMES
 from peft_fx.recipe import as_config
@@ -126,3 +128,15 @@ def test_a_mistyped_name_is_told_what_was_meant(ask, meant):
 def test_a_task_that_is_no_name_of_one_is_refused(value):
     with pytest.raises(PeftFxError, match="task_type=.*: expected one of SEQ_CLS"):
         peft_fx.LoraConfig(task_type=value)
+
+
+def test_a_mistyped_adapter_or_recipe_is_told_what_was_meant():
+    model = peft_fx.get_peft_model(model_of("biased_llama"), peft_fx.LoraConfig(target_modules=["q_proj"]))
+    graph = peft_fx.apply(captured("biased_llama"), {"peft_type": "LORA", "target_modules": ["q_proj"]})
+    for ask in (lambda: model.set_adapter("defualt"), lambda: peft_fx.set_adapter(graph, "defualt")):
+        with pytest.raises(PeftFxError, match="; did you mean 'default'\\?$"):
+            ask()
+    with pytest.raises(PeftFxError, match="; did you mean 'lora'\\?$"):
+        recipe_of("lroa", None)
+    with pytest.raises(PeftFxError, match="'q_porj' matches nothing; nearest: q_proj"):
+        peft_fx.apply(captured("biased_llama"), {"peft_type": "LORA", "target_modules": ["q_porj"]})
