@@ -203,8 +203,8 @@ class AdapterConfig:
             values = {key: begun(known[key], value) for key, value in values.items()}
             if unknown:
                 warn(
-                    f"{where}: this version does not know {', '.join(unknown)}, which another program or a newer PEFT wrote: read "
-                    "without; if they change what the adapter computes, outputs are others"
+                    f"{where}: this version does not know {', '.join(unknown)}, which another program or a newer PEFT wrote: "
+                    "read without; if they change what the adapter computes, outputs are others"
                 )
         elif unknown:
             name, value = unknown[0], data[unknown[0]]

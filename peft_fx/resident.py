@@ -55,7 +55,9 @@ class Adapter(nn.Module):
                 if tensor is None or tensor.is_meta or not (lost or tensor.is_floating_point()):
                     continue
                 made = torch.empty(spec.shape, dtype=tensor.dtype, device=tensor.device)
-                spec.init(made, made.new_empty((*spec.shape[: spec.stacked], 0), dtype=base))  # no weight, but its dtype
+                spec.init(
+                    made, made.new_empty((*spec.shape[: spec.stacked], 0), dtype=base)
+                )  # no weight, but its dtype
                 tensor.copy_(pad_to(made, tuple(tensor.shape), spec.pad))
 
 

@@ -110,7 +110,9 @@ def test_a_cast_after_a_swap_gives_what_was_swapped_in(tmp_path):
     assert all(t == 20 for t in derived(model.half().float()).values())
 
     graph = tuned(captured("biased_llama"), {"r": 4, "lora_alpha": 3, "target_modules": ["q_proj"]})
-    peft_fx.save_adapter(tuned(captured("biased_llama"), {"r": 2, "lora_alpha": 9, "target_modules": ["q_proj"]}), tmp_path / "b")
+    peft_fx.save_adapter(
+        tuned(captured("biased_llama"), {"r": 2, "lora_alpha": 9, "target_modules": ["q_proj"]}), tmp_path / "b"
+    )
     wide = peft_fx.prepare_hotswap(graph, max_rank=8)
     peft_fx.hotswap(wide, tmp_path / "b")
     for made, scale in ((graph, 0.75), (wide, 4.5), (peft_fx.set_adapter(wide, "default"), 4.5)):
@@ -158,7 +160,9 @@ def test_a_graph_keeps_it_wherever_it_goes(options, journey, tmp_path):
     graph = tuned(captured("biased_llama"), config)
     expected, before = output(graph, "biased_llama"), derived(graph)
     there = journey(graph, tmp_path)
-    assert not [key for key in there.state_dict() if key.startswith("peft_fx.adapters.") and key.endswith(tuple(before))]
+    assert not [
+        key for key in there.state_dict() if key.startswith("peft_fx.adapters.") and key.endswith(tuple(before))
+    ]
     torch.testing.assert_close(output(moved(there), "biased_llama"), expected)
     assert same(derived(there), before)
 

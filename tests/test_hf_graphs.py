@@ -3,9 +3,9 @@
 import pytest
 import torch
 from graphs import captured, inputs, model_of
+from peft_fx.passes.base import op_counts
 
 import peft_fx
-from peft_fx.passes.base import op_counts
 
 NAME = "biased_llama"
 LORA = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -14,10 +14,16 @@ CASES = {
     "dropout": (NAME, LORA | {"lora_dropout": 0.3}),
     "embedding and head": (NAME, LORA | {"target_modules": ["embed_tokens", "lm_head"], "bias": "all"}),
     "DoRA": (NAME, LORA | {"use_dora": True}),
-    "IA3": (NAME, {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "IA3": (
+        NAME,
+        {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
     "weight form": (NAME, {"peft_type": "LOKR", "r": 2, "target_modules": "all-linear", "init_weights": False}),
     "experts": ("mixtral", LORA | {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}),
-    "many kinds": ("mixed", LORA | {"target_modules": ["embed", "conv", "turned", "plain"], "modules_to_save": ["norm"]}),
+    "many kinds": (
+        "mixed",
+        LORA | {"target_modules": ["embed", "conv", "turned", "plain"], "modules_to_save": ["norm"]},
+    ),
 }
 
 

@@ -87,7 +87,9 @@ def fine_tuned(trl, base, answers):
 
     def run(model, folder, resume=None, **options):
         arguments = trl.SFTConfig(
-            str(folder), **{"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": False, **options}, **RUN
+            str(folder),
+            **{"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": False, **options},
+            **RUN,
         )
         trainer = trl.SFTTrainer(
             model, arguments, train_dataset=answers, eval_dataset=answers, processing_class=base[1]

@@ -34,7 +34,10 @@ SOMETHING = {
     "qalora_group_size": None,  # only read beside use_qalora
     "runtime_config": {"ephemeral_gpu_offload": True},
     "use_bdlora": {"nblocks": 2},
-} | {f"{name}_config": {"a": 1} for name in ("loftq", "eva", "corda", "lora_ga", "velora", "monteclora", "arrow", "kasa", "megatron")}
+} | {
+    f"{name}_config": {"a": 1}
+    for name in ("loftq", "eva", "corda", "lora_ga", "velora", "monteclora", "arrow", "kasa", "megatron")
+}
 
 
 def choices(annotation):
@@ -62,7 +65,9 @@ def test_a_choice_of_pefts_is_supported_or_said_to_be_missing(peft_type, field, 
     try:
         made = config(**NEEDS.get(peft_type, {}), **{field: value})
     except PeftFxError as error:
-        assert NOT_YET in str(error) or "makes no use of it" in str(error) or "stay where the graph has them" in str(error)
+        assert (
+            NOT_YET in str(error) or "makes no use of it" in str(error) or "stay where the graph has them" in str(error)
+        )
     else:
         assert getattr(made, field) == value
 

@@ -17,7 +17,11 @@ LORA = dict(r=4, target_modules=["q_proj", "down_proj"])
 MOVE = ["corda", "loftq", "lora_ga"]  # these take a start out of the base that no file gives
 GIVEN_AGAIN = ["pissa", "olora", "OLoRA"]  # and these one that the base weight gives
 STAY = ["orthogonal", "gaussian", "Gaussian", "eva", "mica", "from_the_future"]
-DETAILS = {"eva": {"eva_config": {"rho": 2.0}}, "loftq": {"loftq_config": {"loftq_bits": 4}}, "corda": {"corda_config": {"a": 1}}}
+DETAILS = {
+    "eva": {"eva_config": {"rho": 2.0}},
+    "loftq": {"loftq_config": {"loftq_bits": 4}},
+    "corda": {"corda_config": {"a": 1}},
+}
 
 
 def folder_that_began(folder, init, name=NAME, **options):
@@ -56,7 +60,12 @@ def test_a_new_adapter_cannot_begin_as_a_file_says(init, tmp_path):
             begin(model_of(NAME), config)
 
 
-MORE = [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}]
+MORE = [
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+]
 
 
 @pytest.mark.parametrize("options", MORE, ids=str)
@@ -101,4 +110,6 @@ def test_a_start_that_the_base_weight_cannot_give_is_an_error(setting, says, tmp
 )
 def test_an_orthogonal_start_is_refused_where_there_is_none(model, options, says):
     with pytest.raises(PeftFxError, match=says):
-        peft_fx.get_peft_model(model_of(model), peft_fx.LoraConfig(**{**LORA, **options}, init_lora_weights="orthogonal"))
+        peft_fx.get_peft_model(
+            model_of(model), peft_fx.LoraConfig(**{**LORA, **options}, init_lora_weights="orthogonal")
+        )

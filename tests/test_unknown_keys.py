@@ -67,7 +67,9 @@ def test_an_adapter_with_keys_that_nobody_knows_is_read_without(writer, reader, 
     torch.testing.assert_close(logits, reference(**inputs(NAME)).logits)
 
 
-@pytest.mark.parametrize("read", [peft_fx.PeftConfig.from_pretrained, check_if_peft_model, as_recipe], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "read", [peft_fx.PeftConfig.from_pretrained, check_if_peft_model, as_recipe], ids=lambda f: f.__name__
+)
 def test_a_config_with_such_keys_is_read(read, tmp_path):
     written(tmp_path, {"from_the_future": 3})
     with pytest.warns(UserWarning, match="does not know from_the_future"):

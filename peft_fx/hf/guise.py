@@ -37,7 +37,9 @@ def adopted(model: nn.Module, new):
     if function is not None:
         return new
     tuner, inner = model.base_model, MethodType(new.__func__, model.base_model.model)
-    return MethodType(signed(tuner.model, lambda self, *args, **kwargs: tuner.with_penalty(inner(*args, **kwargs))), model)
+    return MethodType(
+        signed(tuner.model, lambda self, *args, **kwargs: tuner.with_penalty(inner(*args, **kwargs))), model
+    )
 
 
 def unmade(kind: type):

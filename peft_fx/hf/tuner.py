@@ -26,7 +26,7 @@ from ..target import Target
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
-from ..verbs.combine import combined_as_asked
+from ..verbs.combine import weighted
 from ..verbs.derive import derived, frozen, placements
 from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
@@ -222,7 +222,7 @@ class Tuner(nn.Module):
         self.known(adapters)
         if adapter_name in self.peft_config:
             return
-        config, tensors = combined_as_asked(self.backend.adapters, adapters, weights, combination_type, *options, **named)
+        config, tensors = weighted(self.backend.adapters, adapters, weights, combination_type, *options, **named)
         self.add(adapter_name, config, (tensors, "the combination", True), trainable=False)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -259,12 +259,13 @@ class Tuner(nn.Module):
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
+        there = self.peft_config
         for name in names:
             if not isinstance(name, str):
                 raise WrongTypeError(f"adapter names are strings, got {name!r}")
-            if name not in self.peft_config:
-                there = ", ".join(self.peft_config) or "none"
-                raise AdapterNameError(f"Adapter {name} not found; there are: {there}{did_you_mean(name, self.peft_config)}")
+            if name not in there:
+                hint = did_you_mean(name, there)
+                raise AdapterNameError(f"Adapter {name} not found; there are: {', '.join(there) or 'none'}{hint}")
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raises TargetError, a ValueError, for adapters that each bring their own numbers for one weight."""

@@ -47,8 +47,8 @@ class LoraConfig(LoraFields):
             return ""
         return (
             f"init_lora_weights={str(self.init_lora_weights)!r}: the adapter was trained beside base weights from which "
-            f"{init.name} had taken its start, and no file says what that was: load it onto these weights, or have PEFT convert it "
-            "where it was trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+            f"{init.name} had taken its start, and no file says what that was: load it onto these weights, or have PEFT "
+            "convert it where it was trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
 
 

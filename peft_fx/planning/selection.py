@@ -7,7 +7,6 @@ module names; `layers_to_transform` also filters "all-linear"; entries that matc
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 

@@ -123,7 +123,7 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
 
 
 @torch.no_grad()
-def combined_as_asked(gm, names, weights, type: str | None = None, *options, **named) -> tuple[AdapterConfig, dict]:
+def weighted(gm, names, weights, type: str | None = None, *options, **named) -> tuple[AdapterConfig, dict]:
     """`combined` with these fields of `Combination`; `combined_scales` where none are given and all adapters are IA3's."""
     plain = type is None and not options and not named
     if plain and all(state_of(gm).recipe[n].config.peft_type == "IA3" for n in names):
