@@ -79,7 +79,7 @@ def test_a_config_with_such_keys_is_read(read, tmp_path):
 def test_the_metadata_of_a_file_of_diffusers_may_have_such_keys(tmp_path):
     query = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     factors = {f"{query}.lora_A.weight": (2, 16), f"{query}.lora_B.weight": (16, 2)}
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.from_the_future": 3})}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.from_the_future": 3})}
     save_file({key: torch.ones(shape) for key, shape in factors.items()}, tmp_path / "a.safetensors", metadata)
     with pytest.warns(UserWarning, match="does not know from_the_future"):
         config, _ = read_adapter(tmp_path / "a.safetensors", table_of("unet"))
