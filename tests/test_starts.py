@@ -86,6 +86,22 @@ def test_a_start_that_the_base_weight_gives_again_is_taken_out_as_in_peft(init, 
     torch.testing.assert_close(output(graph, NAME), reference)
 
 
+def test_such_a_file_is_swapped_into_a_merged_graph(tmp_path):
+    folder_that_began(tmp_path, "pissa")
+    merged = peft_fx.merge(peft_fx.apply(captured(NAME), {"peft_type": "LORA", **LORA, "init_lora_weights": False}))
+    expected = output(peft_fx.load_adapter(captured(NAME), tmp_path), NAME)
+    peft_fx.hotswap(merged, tmp_path)
+    torch.testing.assert_close(output(merged, NAME), expected)
+
+
+def test_such_a_file_of_other_shapes_is_refused(tmp_path):
+    folder_that_began(tmp_path, "pissa", r=2)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4}))
+    with pytest.raises(AdapterFileError, match="expected shape"):
+        peft_fx.PeftModel.from_pretrained(model_of(NAME), tmp_path)
+
+
 def test_training_goes_on_with_such_a_start_and_says_so(tmp_path):
     folder_that_began(tmp_path, "pissa")
     with pytest.warns(UserWarning, match="what it began with is trained too"):

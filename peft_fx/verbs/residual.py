@@ -20,7 +20,7 @@ from ..methods.lora import LoRA
 from ..missing import init_of
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
-from ..store import get_tensor, state_of
+from ..store import REPLACED, get_tensor, state_of
 from .derive import planned
 
 
@@ -51,8 +51,9 @@ def on_whole_base(gm: fx.GraphModule, adapter: str, config: AdapterConfig, tenso
     new, state = dict(tensors), state_of(gm)
     for p in planned(state, adapter, config).placements:
         for name, added in start(gm, p, STARTS[init.name], where).items():
-            if (key := p.file_key(name)) in tensors:
-                axis = p.tensors[name].pad[0][0]  # the rank's
+            key, spec = p.file_key(name), p.tensors[name]
+            if key in tensors and tensors[key].shape == spec.shape:  # whoever matches the file refuses any other
+                axis = spec.pad[0][0]  # the rank's
                 new[key] = torch.cat([tensors[key].float(), added.to(tensors[key].device)], dim=axis)
     more = math.sqrt(2) if config.use_rslora else 2
     doubled = replace(
@@ -75,7 +76,9 @@ def start(gm: fx.GraphModule, p: Placement, of_weight, where: str) -> dict[str, 
         return {}
     if p.target.reads_ids:
         return {name: torch.zeros(p.tensors[name].shape) for name in (A, B)}
-    W = get_tensor(gm, p.target.tensor_name)
+    name = p.target.tensor_name
+    merged = get_tensor(gm, f"{REPLACED}.{name}")
+    W = get_tensor(gm, name) if merged is None else merged
     if p.target.kind != "linear" or W.is_meta:
         init = str(p.config.init_lora_weights)
         reason = "weights on meta have no numbers" if W.is_meta else f"there is none for kind {p.target.kind}"
