@@ -40,24 +40,24 @@ class Adapter(nn.Module):
         self.derived: dict[str, Derived] = {}
 
     def _apply(self, fn, recurse=True):
+        before = {name: tensor.dtype for name, tensor in self.named_buffers(remove_duplicate=False)}
         super()._apply(fn, recurse)
         if self.derived:
-            self.renew(lost=not torch.equal(known(fn(PROBE)), PROBE))
+            self.renew({} if not torch.equal(known(fn(PROBE)), PROBE) else before)
         return self
 
     @torch.no_grad()
-    def renew(self, lost: bool) -> None:
-        """Makes derived tensors anew: all that are lost, else those that a cast can have rounded."""
+    def renew(self, kept: dict[str, torch.dtype]) -> None:
+        """Makes derived tensors anew, but for those that still have this dtype, whose numbers are their own."""
         found = dict(self.named_buffers(remove_duplicate=False))
         with torch.random.fork_rng(devices=()):
             for name, (spec, base) in self.derived.items():
                 tensor = found.get(name)
-                if tensor is None or tensor.is_meta or not (lost or tensor.is_floating_point()):
+                if tensor is None or tensor.is_meta or tensor.dtype == kept.get(name):
                     continue
                 made = torch.empty(spec.shape, dtype=tensor.dtype, device=tensor.device)
-                spec.init(
-                    made, made.new_empty((*spec.shape[: spec.stacked], 0), dtype=base)
-                )  # no weight, but its dtype
+                no_weight = made.new_empty((*spec.shape[: spec.stacked], 0), dtype=base)
+                spec.init(made, no_weight)
                 tensor.copy_(pad_to(made, tuple(tensor.shape), spec.pad))
 
 
