@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
 
 from ..config import AdapterConfig
-from ..errors import NotAFolderError, RecipeError
+from ..errors import NotAFolderError
 from ..files.read import located, read_adapter
 from ..files.write import plain, write_adapter
 from ..notices import warn
@@ -352,14 +352,8 @@ class PeftMixedModel(PeftModel):
 
 
 def class_of(config: AdapterConfig) -> type[PeftModel]:
-    """The class for a config's task_type. Raises RecipeError for a task that there is none of."""
-    if config.task_type is None:
-        return PeftModel
-    if config.task_type not in CLASSES:
-        raise RecipeError(
-            f"task_type={config.task_type!r}: expected one of {', '.join(t.value for t in TaskType)}, or None"
-        )
-    return CLASSES[TaskType(config.task_type)]
+    """The class for a config's task_type."""
+    return PeftModel if config.task_type is None else CLASSES[TaskType(config.task_type)]
 
 
 def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, mixed: bool = False,
