@@ -39,7 +39,7 @@ def result(graph, name):
     return out if torch.is_tensor(out) else out.logits
 
 
-LONG = {"experts", "weight form"}
+LONG = {"DoRA", "IA3", "embedding and head", "experts", "weight form"}
 ROWS = [pytest.param(*case, id=key, marks=[pytest.mark.slow] * (key in LONG)) for key, case in CASES.items()]
 
 

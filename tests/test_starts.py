@@ -15,7 +15,6 @@ from peft_fx import AdapterFileError, PeftFxError
 NAME = "biased_llama"
 LORA = dict(r=4, target_modules=["q_proj", "down_proj"])
 MOVE = ["corda", "loftq", "lora_ga"]  # these take a start out of the base that no file gives
-GIVEN_AGAIN = ["pissa", "olora", "OLoRA"]  # and these one that the base weight gives
 STAY = ["orthogonal", "gaussian", "Gaussian", "eva", "mica", "from_the_future"]
 DETAILS = {
     "eva": {"eva_config": {"rho": 2.0}},
@@ -60,16 +59,16 @@ def test_a_new_adapter_cannot_begin_as_a_file_says(init, tmp_path):
             begin(model_of(NAME), config)
 
 
-MORE = [
-    {},
-    {"use_rslora": True},
-    {"use_dora": True},
-    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
-]
+AGAIN = [
+    ("pissa", {}), ("olora", {}),
+    *(pytest.param(init, options, marks=pytest.mark.slow) for init, options in [
+        ("pissa", {"use_dora": True}), ("pissa", {"use_rslora": True}), ("olora", {"use_rslora": True}),
+        ("OLoRA", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}}),
+    ]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", MORE, ids=str)
-@pytest.mark.parametrize("init", GIVEN_AGAIN)
+@pytest.mark.parametrize("init, options", AGAIN, ids=str)
 def test_a_start_that_the_base_weight_gives_again_is_taken_out_as_in_peft(init, options, tmp_path):
     folder_that_began(tmp_path / "a", init, **options)
     reference = peft.PeftModel.from_pretrained(model_of(NAME), tmp_path / "a").eval()(**inputs(NAME)).logits
