@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 import peft_fx
 from peft_fx.cli import app
-from peft_fx.cli.fold import folded, unfolded
 from peft_fx.cli.model import build, config_of
-from peft_fx.verbs.explain import Row
+from peft_fx.verbs.rows import Row, folded, unfolded
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 TARGET = "model.layers.0.self_attn.q_proj.weight"

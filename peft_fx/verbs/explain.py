@@ -1,13 +1,10 @@
-"""What a graph will do and has done to its targets, as data and as a table."""
+"""What a graph will do and has done to its targets, as data; `explanation` prints it."""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
 from torch import fx
 
 from ..passes.inject import lower
@@ -16,8 +13,11 @@ from ..planning.kinds import Refusal, module_targets, parameter_target
 from ..planning.plan import Plan, make_plan
 from ..recipe import as_recipe
 from ..store import Resident, State, state_of
+from ..tables import Table, as_html
 from ..target import ModuleRecord, Target
 from .derive import acting, planned
+from .explanation import Explanation
+from .rows import Row
 
 
 class ParameterCount(NamedTuple):
@@ -26,78 +26,24 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
+    @property
+    def share(self) -> float:
+        """Of those that are trained, in percent."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
     def __str__(self):
-        share = 100 * self.trainable / self.total if self.total else 0.0
-        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.share:.4f}"
+
+    def _repr_html_(self):
+        cells = [f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.4f}"]
+        heads = ("trainable params", "all params", "trainable%")
+        return as_html([Table(heads, [cells], frozenset(heads))])
 
 
 def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
     """Counts elements of parameters, tied ones once: those that require grad, and all."""
     parameters = list(graph.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One target of one adapter. status: planned, active, resident, merged, refused, unmatched; possible: no adapter yet.
-
-    reason: which operators read the target, why it got its lowering, or why it was refused. rounding_error: of a merge.
-    """
-
-    adapter: str
-    target: str
-    kind: str
-    shape: tuple[int, ...]
-    storage: str
-    method: str
-    lowering: str
-    parameters: int
-    status: str
-    reason: str
-    rounding_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Every target with its decision; printing it draws the table."""
-
-    rows: tuple[Row, ...]
-
-    def table(self) -> Table:
-        table = Table(title=f"{len(self.rows)} targets")
-        for column in (
-            "adapter",
-            "target",
-            "kind",
-            "shape",
-            "storage",
-            "method",
-            "lowering",
-            "parameters",
-            "status",
-            "reason",
-        ):
-            table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
-        for r in self.rows:
-            shape = "x".join(map(str, r.shape))
-            table.add_row(
-                r.adapter,
-                r.target,
-                r.kind,
-                shape,
-                r.storage,
-                r.method,
-                r.lowering,
-                f"{r.parameters:,}",
-                r.status,
-                r.reason,
-            )
-        return table
-
-    def __str__(self):
-        console = Console(width=160, file=io.StringIO())
-        console.print(self.table())
-        return console.file.getvalue()
 
 
 def explain(graph: fx.GraphModule, recipe=None) -> Explanation:

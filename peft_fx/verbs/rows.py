@@ -1,13 +1,31 @@
-"""Rows of repeated layers as one: `model.layers.{0..29}.self_attn.q_proj`."""
+"""What `explain` and `inspect` say of a target, and rows of repeated layers as one: `model.layers.{0..29}.self_attn.q_proj`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..verbs.explain import Row
-
 Path = tuple[str | tuple[int, ...], ...]  # components; a number, or the numbers that were folded, as a tuple
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target of one adapter. status: planned, active, resident, merged, refused, unmatched; possible: no adapter yet.
+
+    reason: which operators read the target, why it got its lowering, or why it was refused. rounding_error: of a merge.
+    """
+
+    adapter: str
+    target: str
+    kind: str
+    shape: tuple[int, ...]
+    storage: str
+    method: str
+    lowering: str
+    parameters: int
+    status: str
+    reason: str
+    rounding_error: float | None = None
 
 
 @dataclass(frozen=True)
