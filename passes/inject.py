@@ -228,7 +228,7 @@ class Insert:
             site = replace(site, parameter=self.heads.get(site.parameter, site.parameter))
             function = form.build(site, p.rule, p.target, p.config, names)
             static = (form.build, type(get_method(p.method)), self.key(p), bare(p), activation_signature(site))
-            label = tag(p, next(self.splices))
+            label = tag(p, x.form, next(self.splices))
             original = self.inputs.setdefault(site.node, site.x)
             if form.place == "input":
                 (mapped,) = self.traced(p, function, static, [original, *theta], site.node, label, after=False)
@@ -250,7 +250,7 @@ class Insert:
         function = weight_function(method, p.target, p.config, names)
         static = ("weight", type(get_method(p.method)), self.key(p), bare(p))
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
-        label = tag(p, next(self.splices))
+        label = tag(p, x.form, next(self.splices))
         new_W, new_b = self.traced(p, function, static, [old_W, old_b, *theta], first, label, after=False)
         if new_W is not old_W:  # a method may change the bias alone
             self.replace(old_W, new_W, label)
@@ -319,9 +319,9 @@ class ConfigKeys:
         return self.texts[id(p.config)]
 
 
-def tag(p: Placement, splice: int) -> dict:
-    """What every inserted node says of itself: which splice it belongs to, and for whom."""
-    return {"splice": splice, "adapter": p.adapter, "target": p.target.name, "method": p.method}
+def tag(p: Placement, form: str, splice: int) -> dict:
+    """What every inserted node says of itself: which splice it belongs to, for whom, and in which form."""
+    return {"splice": splice, "adapter": p.adapter, "target": p.target.name, "method": p.method, "form": form}
 
 
 def tag_of(node: fx.Node) -> dict:

@@ -315,7 +315,7 @@ class InsertMixed(Insert):
         adapters, methods = (
             ", ".join(dict.fromkeys(getattr(x.placement, n) for x in parts)) for n in ("adapter", "method")
         )
-        return {**tag(parts[0].placement, next(self.splices)), "adapter": adapters, "method": methods}
+        return {**tag(parts[0].placement, "activation", next(self.splices)), "adapter": adapters, "method": methods}
 
     def static(self, site: Site, parts: Sequence[Part], rows: Rows, how: tuple) -> tuple:
         found = [(type(get_method(x.placement.method)), self.key(x.placement), bare(x.placement)) for x in parts]

@@ -70,9 +70,19 @@ def sizes(shape: Sequence) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 target`, `1,000 targets`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def terminal_width() -> int:
+    """Of the terminal, or of what COLUMNS says; 80 where there is none, as in files and notebooks."""
+    return shutil.get_terminal_size().columns
+
+
 def text(parts: Sequence[str | Table], width: int | None = None) -> str:
-    """Paragraphs and tables below one another. width: that of the terminal, 80 where there is none."""
-    width = width or shutil.get_terminal_size().columns
+    """Paragraphs and tables below one another. width: the terminal's unless given."""
+    width = width or terminal_width()
     blocks = []
     for part in parts:
         if isinstance(part, Table):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..methods import get_method
 from ..passes.lowering import forms_of
-from ..tables import Cell, Shown, Table, sizes
+from ..tables import Cell, Shown, Table, counted, sizes
 from .rows import Group, Row, folded
 
 STYLES = {"planned": "green", "active": "green", "merged": "cyan", "resident": "dim", "possible": "dim",
@@ -91,12 +91,12 @@ def one_line(reason: str) -> str:
 def totals(rows: Sequence[Row], base: int = 0) -> list[Cell]:
     """Numbers of targets by what became of them, and of parameters. base: of the model, to give the share of those added."""
     if any(r.status == "possible" for r in rows):
-        return [Cell(f"{len(rows):,} possible targets", "bold")]
+        return [Cell(counted(len(rows), "possible target"), "bold")]
     count = {status: sum(r.status == status for r in rows) for status in STYLES}
     added = sum(r.parameters for r in rows if r.status != "merged")
-    facts = [Cell(f"{len(rows) - sum(count[s] for s in LEFT_OUT):,} targets", "bold")]
+    facts = [Cell(counted(len(rows) - sum(count[s] for s in LEFT_OUT), "target"), "bold")]
     facts += [Cell(f"{count[s]:,} {s}", STYLES[s]) for s in LEFT_OUT if count[s]]
     if added or not count["merged"]:
         share = f", {100 * added / (base + added):.2f} % of all" if base else ""
-        facts.append(Cell(f"+{added:,} parameters{share}"))
+        facts.append(Cell(f"+{counted(added, 'parameter')}{share}"))
     return facts + [Cell(f"{count['merged']:,} merged", STYLES["merged"])] * bool(count["merged"])
