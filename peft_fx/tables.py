@@ -21,8 +21,11 @@ SHORT = 16  # columns of text that are no wider stay as they are
 LONG = 24  # and the narrowest that wider ones become, unless their parts are shorter
 BREAK = re.compile(r"(?<=\s)(?=\S)|(?<=[.,/=:;)\]}-])(?=[^\W\d_]|[{\[(<%])")
 NUMBER = re.compile(r"\d[\d.,]*")
-CSS = {"green": "color:#2e9e4f", "red": "color:#d64545", "yellow": "color:#a67c00", "cyan": "color:#1c93a8",
-       "dim": "opacity:.65", "bold": "font-weight:bold"}  # fmt: skip  legible on white and on black
+# legible on white and on black
+CSS = {
+    "green": "color:#2e9e4f", "red": "color:#d64545", "yellow": "color:#a67c00", "cyan": "color:#1c93a8",
+    "dim": "opacity:.65", "bold": "font-weight:bold",
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -63,11 +66,6 @@ class Shown:
 
     def _repr_html_(self) -> str:
         return as_html(self.parts())
-
-
-def sizes(shape: Sequence) -> str:
-    """A shape as torch prints it: `[64, 32]`."""
-    return f"[{', '.join(map(str, shape))}]"
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import fx
 
-from ..passes.inject import lower
+from ..config import AdapterConfig
+from ..passes.inject import Lowering, lower
 from ..passes.match import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import Placement, Plan, make_plan
 from ..recipe import as_recipe
-from ..store import Resident, State, state_of
+from ..store import State, state_of
 from ..tables import Table, as_html
 from ..target import ModuleRecord, Target
-from .derive import acting, planned
+from .derive import acting, placements, planned
 from .explanation import Explanation
 from .rows import Row
 
@@ -47,19 +48,38 @@ def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
 
 
 def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
-    """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why."""
-    state = state_of(graph, "explain")
-    rows = []
+    """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why.
+
+    Printed, targets of equal layers are one line; `.rows` has each.
+    """
+    state, rows = state_of(graph, "explain"), []
     if recipe is not None:
-        for name, config in as_recipe(recipe, "default").items():
-            plan = make_plan(state.table, name, config, strict=False)
-            rows += rows_of(graph, state, plan, Resident(config), name, "planned")
+        new = as_recipe(recipe, "default")
+        plans = {name: make_plan(state.table, name, config, strict=False) for name, config in new.items()}
+        active = [p for name in state.active for p in placements(state, name)]
+        decided = decisions(state, [p for plan in plans.values() for p in plan.placements], active)
+        for name, plan in plans.items():
+            rows += rows_of(state, plan, decided.get(name, ()), new[name], name, "planned")
         return Explanation(tuple(rows))
+    on = acting(graph, state) if state.slots else state.active
+    together = [] if state.mixed else [state.active, state.merged]
+    together += [(name,) for name in state.recipe if not any(name in names for names in together)]
+    decided = {}
+    for names in together:
+        decided |= decisions(state, [p for name in names for p in placements(state, name)])
     for name, resident in state.recipe.items():
-        on = acting(graph, state) if state.slots else state.active
         status = "merged" if name in state.merged else "active" if name in on else "resident"
-        rows += rows_of(graph, state, planned(state, name, resident.config), resident, name, status)
+        plan = planned(state, name, resident.config)
+        rows += rows_of(state, plan, decided.get(name, ()), resident.config, name, status)
     return Explanation(tuple(rows))
+
+
+def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placement] = ()) -> dict[str, list[Lowering]]:
+    """Adapter -> the lowerings of its placements, of adapters that act together, after those that are `present`."""
+    decided: dict[str, list[Lowering]] = {}
+    for x in lower(state.base.graph, [*present, *asked], state.base.traces)[len(present) :]:
+        decided.setdefault(x.placement.adapter, []).append(x)
+    return decided
 
 
 def possible_targets(graph: fx.GraphModule) -> Explanation:
@@ -85,31 +105,23 @@ def readable(record: ModuleRecord) -> list[Target]:
 
 
 def rows_of(
-    graph: fx.GraphModule, state: State, plan: Plan, resident: Resident, adapter: str, status: str
+    state: State, plan: Plan, decided: Iterable[Lowering], config: AdapterConfig, adapter: str, status: str
 ) -> list[Row]:
-    config = resident.config
-    asked = [replace(p, lowering=resident.lowering) for p in plan.placements]
-    base = state.base.graph
-    nodes = parameter_nodes(base)
+    """Rows of what was decided for an adapter, of its refused targets and of entries that match nothing."""
     errors = {r["target"]: r["rounding_error"] for r in state.merge_report}
     rows = []
-    for x in lower(base, asked, state.base.traces):
+    for x in decided:
         p = x.placement
-        read = describe(*sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
-        note = x.reason or read
+        note = x.reason or describe(x.sites, "")
         error = errors.get(p.target.name) if status == "merged" else None
         if error is not None:
             note = f"rounding error {error:.1e}"
         added = sum(numel(t.shape) for n, t in p.tensors.items() if t.trainable and n not in p.shared)
         rows.append(Row(adapter, p.target.name, p.target.kind, p.target.shape, "dense", p.method, x.form, added,
                         "refused" if x.form == "refused" else status, note, error))  # fmt: skip
-    rows += [
-        Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals
-    ]
-    rows += [
-        Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched
-    ]
-    return rows
+    left_out = [(r.target_name, "refused", r.reason) for r in plan.refusals]
+    left_out += [(str(u.entry), "unmatched", str(u)) for u in plan.unmatched]
+    return rows + [Row(adapter, name, "", (), "", config.peft_type, "", 0, *what) for name, *what in left_out]
 
 
 def numel(shape: tuple[int, ...]) -> int:

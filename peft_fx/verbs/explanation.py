@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..methods import get_method
 from ..passes.lowering import forms_of
-from ..tables import Cell, Shown, Table, counted, sizes
+from ..tables import Cell, Shown, Table, counted
+from ..target import sizes
 from .rows import Group, Row, folded
 
 STYLES = {"planned": "green", "active": "green", "merged": "cyan", "resident": "dim", "possible": "dim",
