@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .errors import NotAFolderError, RecipeError, UnsupportedError, WrongTypeError
+from .tables import Cell, Table, as_html
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 65536  # an adapter file that asks for more is damaged or hostile
@@ -136,6 +137,17 @@ class AdapterConfig:
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.as_parts())
+
+    def as_parts(self) -> list[str | Table]:
+        """For a notebook: the fields, those that differ from their defaults first."""
+        rows = [(f.name, repr(getattr(self, f.name)), default_of(f)) for f in dataclasses.fields(self)]
+        rows = [(name, value, "required" if d is dataclasses.MISSING else repr(d)) for name, value, d in rows]
+        changed = [[Cell(text, "bold") for text in row] for row in rows if row[1] != row[2]]
+        others = [[Cell(text, "dim") for text in row] for row in rows if row[1] == row[2]]
+        return [f"{type(self).__name__}, {self.peft_type}", Table(("field", "value", "default"), changed + others)]
 
     def save_pretrained(self, save_directory) -> None:
         """Writes `adapter_config.json`, whole or not at all."""

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from .config import CONFIG_FILE, AdapterConfig
 from .errors import RecipeError, UnknownMethodError, WrongTypeError
 from .methods import get_config
+from .tables import as_html
 
 RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
 
@@ -44,6 +45,9 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def _repr_html_(self) -> str:
+        return as_html([part for name, c in self.items() for part in (f"adapter {name}", *c.as_parts())])
 
     @classmethod
     def from_dict(cls, data: dict, adapter_name: str = "default") -> Recipe:

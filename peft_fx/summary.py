@@ -1,4 +1,4 @@
-"""What a captured graph says of itself when it is printed: a few lines, from what it carries; nothing is computed or generated."""
+"""What a captured graph says of itself when it is printed: a few lines, from what it carries; nothing is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from .lazy import graph_to_read
-from .tables import Table, as_html, counted, sizes, terminal_width, text
+from .tables import Table, as_html, counted, terminal_width, text
+from .target import sizes
 
 OURS = "peft_fx"  # the submodule, and the key of what is known of a graph and of a node
 INDENT = "  "
@@ -27,7 +28,7 @@ def summary_html(graph: fx.GraphModule) -> str:
 
 
 def title(graph: fx.GraphModule) -> str:
-    return f"GraphModule: {graph.meta[OURS].table.model_class or 'a model'}, captured"
+    return f"GraphModule of {graph.meta[OURS].table.model_class or 'a model'}"
 
 
 def facts(graph: fx.GraphModule) -> Table:

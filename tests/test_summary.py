@@ -26,7 +26,7 @@ def words(graph) -> str:
 
 
 GRAPHS = {
-    "captured": (lambda: captured("mixed"), "captured", ()),
+    "captured": (lambda: captured("mixed"), "mode eval", ("adapter",)),
     "adapted": (lora, "adapter default LORA r=4, 3 targets, activation form, active", ()),
     "inactive": (lambda: peft_fx.set_adapter(two(), "default"), "adapter second SHIRA r=2, 1 target, not active", ()),
     "merged": (lambda: peft_fx.merge(lora()), "LORA r=4, 3 targets, merged into the weights", ("active", "form")),
@@ -43,7 +43,7 @@ def test_a_graph_says_what_it_is(name):
     shown = words(graph)
     count = peft_fx.trainable_parameters(graph)
     assert says in shown and not [w for w in says_not if w in shown]
-    assert shown.startswith(f"GraphModule: {type(model_of('mixed')).__name__}, captured")
+    assert shown.startswith(f"GraphModule of {type(model_of('mixed')).__name__} ")
     assert f"{count.total:,}, of which {count.trainable:,} are trained" in shown
     assert "float32 on cpu" in shown and "peft_fx.explain(graph)" in shown and "graph.code" in shown
     assert repr(graph) == str(graph)
@@ -86,7 +86,7 @@ def test_a_graph_with_one_mode_says_why():
 
 def test_a_parent_prints_its_graph_as_one_of_its_parts():
     lines = str(nn.ModuleDict({"first": nn.Linear(2, 2), "graph": lora()})).splitlines()
-    at = next(i for i, line in enumerate(lines) if line.startswith("  (graph): GraphModule: "))
+    at = next(i for i, line in enumerate(lines) if line.startswith("  (graph): GraphModule of "))
     assert lines[at - 1].startswith("  (first): Linear(") and lines[-1] == ")"
     assert all(line.startswith("    ") for line in lines[at + 1 : -1])
 

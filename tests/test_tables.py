@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import peft_fx
 from peft_fx.cli import app, as_json, as_table, facts
 from peft_fx.cli.model import Opened
-from peft_fx.tables import Cell, Table, as_html, sizes, text, wrapped
+from peft_fx.tables import Cell, Table, as_html, text, wrapped
+from peft_fx.target import sizes
 
 WIDTHS = (40, 60, 79, 80, 100, 200)
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -60,7 +61,8 @@ def test_wrapped_text_loses_nothing_but_spaces(words, width):
 def test_columns_that_do_not_fit_come_below_with_the_first_column_again():
     table = Table(("name", *(f"number{i}" for i in range(6))), [("first", *["123,456,789"] * 6)])
     heads = [line.split() for line in text([table], 40).splitlines() if line.startswith("name")]
-    assert [h[0] for h in heads] == ["name"] * len(heads) and sum(heads, []).count("number5") == 1
+    assert [h[0] for h in heads] == ["name"] * len(heads)
+    assert sum("number5" in h for h in heads) == 1
     assert len(text([table], 200).splitlines()) == 3
 
 

@@ -10,7 +10,8 @@ from rich.markup import escape
 
 from ..methods import unknown
 from ..planning.plan import ROOT_KEY
-from ..tables import Table, sizes, wrapped
+from ..tables import Table, wrapped
+from ..target import sizes
 from .as_table import draw
 from .method_facts import SIZE, Facts, facts, names
 from .terminal import stdout

@@ -78,6 +78,10 @@ class Backend:
         self.changes = 0  # adapters deleted, whose names may come again with other tensors, or configured anew
         self.complete = False
 
+    def __repr__(self):
+        adapters = ", ".join(f"{n}: {c.peft_type if c else 'as its file says'}" for n, c, _ in self.wanted)
+        return f"Backend(adapters=[{adapters}], model={None if self.model is None else type(self.model).__name__})"
+
     def attach(self, model: nn.Module, frames: bool = True, deeper: bool = False) -> Backend:
         """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does.
 
