@@ -12,6 +12,7 @@ from ..errors import RecipeError
 from ..files.read import local_folder, read_config
 from ..methods import INTERNAL, METHODS
 from ..passes.base import Report, op_counts, settings
+from ..planning.selection import nearest
 from ..recipe import READERS, Recipe, as_recipe
 from ..store import ROOT, state_of
 from ..verbs.explain import Row, explain, possible_targets
@@ -107,8 +108,10 @@ def recipe_of(recipe: str | None, adapter: str | None) -> Recipe | None:
     if recipe.upper() in public and not path.exists():
         return as_recipe({"peft_type": recipe.upper()})
     if not path.exists() and path.suffix not in READERS:
+        near = nearest(recipe.lower(), map(str.lower, public))
+        hint = f"; nearest: {', '.join(near)}" if near else ""
         raise RecipeError(
-            f"--recipe {recipe}: neither a file, nor JSON, nor a method ({', '.join(sorted(public)).lower()})"
+            f"--recipe {recipe}: neither a file, nor JSON, nor a method, which peft-fx methods lists{hint}"
         )
     return as_recipe(path)
 

@@ -89,6 +89,8 @@ class Backend:
         of the configs' layer_replication already.
         """
         model = getattr(model, "_orig_mod", model)
+        if ROOT in model._modules:
+            raise GraphError("this is a captured graph: peft_fx.apply(graph, recipe) puts adapters in")
         if self.model is not None and self.model is not model:
             raise GraphError(
                 f"this backend holds the adapters of another {type(self.model).__name__}: make one for each model"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from ..config import AdapterConfig
+from ..errors import GraphError
 from ..passes.inject import Lowering, lower
 from ..passes.match import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
@@ -42,7 +43,9 @@ class ParameterCount(NamedTuple):
 
 
 def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
-    """Counts elements of parameters, tied ones once: those that require grad, and all."""
+    """Counts elements of parameters, tied ones once: those that require grad, and all. graph: any module, in fact."""
+    if not isinstance(graph, nn.Module):
+        raise GraphError(f"trainable_parameters counts those of a graph or a model, got {type(graph).__name__}")
     parameters = list(graph.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
