@@ -115,7 +115,8 @@ def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
     file = path / CONFIG_FILE if path.is_dir() else path
     if file.suffix not in READERS:
         raise RecipeError(
-            f"{path}: expected one of {', '.join(READERS)}, a folder with {CONFIG_FILE}, or a config, e.g. {{'peft_type': 'LORA'}}"
+            f"{path}: expected one of {', '.join(READERS)}, a folder with {CONFIG_FILE}, or a config, e.g. "
+            "{'peft_type': 'LORA'}"
         )
     try:
         data = READERS[file.suffix](file.read_text(encoding="utf-8"))

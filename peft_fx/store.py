@@ -15,7 +15,6 @@ A GraphModule subclass would be lost by the next pass; a submodule and `meta` ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from os import PathLike
 
 import torch
 from torch import fx, nn
@@ -24,6 +23,7 @@ from .config import AdapterConfig
 from .errors import GraphError
 from .lazy import copy_graph
 from .sharing import Shared, Sharing
+from .summary import told
 from .target import ModuleTable
 
 ROOT = "peft_fx"
@@ -203,22 +203,6 @@ def state_of(gm: nn.Module, verb: str = "this") -> State:
     if state is None:
         raise GraphError(f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {told(gm)}")
     return state
-
-
-def told(given) -> str:
-    """What was given in place of a captured graph, and how one is made of it."""
-    name = type(given).__name__
-    if isinstance(given, type):
-        return f"the class {given.__name__}: make an instance, and capture it"
-    if isinstance(given, fx.GraphModule):
-        return f"{name}; a pass that rebuilt it dropped gm.meta: copy the meta over"
-    if hasattr(given, "_orig_mod"):
-        return f"{name}: give the graph that was compiled, ._orig_mod"
-    if hasattr(given, "to_graph"):
-        return f"a PeftModel around {name}: its to_graph() makes one"
-    if isinstance(given, nn.Module):
-        return f"{name}: peft_fx.capture(model) makes one"
-    return f"{name}: peft_fx.load(path) reads one from a .pt2" if isinstance(given, (str, PathLike)) else name
 
 
 def set_graph(gm: fx.GraphModule, graph: fx.Graph) -> None:

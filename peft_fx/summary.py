@@ -1,9 +1,11 @@
-"""What a captured graph says of itself when it is printed: a few lines, from what it carries; nothing is computed."""
+"""What a captured graph says of itself when it is printed: a few lines, from what it carries; nothing is computed. And what
+is said of that which was given in place of one."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from os import PathLike
 
 import torch
 from torch import fx, nn
@@ -115,3 +117,18 @@ def bounds(ranges: Iterable[tuple]) -> Iterator[str]:
     for name, found in ranges:
         least, most = (int(b) if b.is_Integer else None for b in (found.lower, found.upper))
         yield f"{name} {'any' if least is None else f'from {least}'}" + ("" if most is None else f" to {most:,}")
+
+
+def told(given) -> str:
+    """What was given in place of a captured graph, and how one is made of it."""
+    name = type(given).__name__
+    if isinstance(given, type):
+        return f"the class {given.__name__}: make an instance, and capture it"
+    if isinstance(given, (str, PathLike)):
+        return f"{name}: peft_fx.load(path) reads one from a .pt2"
+    if isinstance(given, fx.GraphModule):
+        return f"{name}; a pass that rebuilt it dropped gm.meta: copy the meta over"
+    if not isinstance(given, nn.Module):
+        return name
+    ways = {"_orig_mod": "give the graph that was compiled, ._orig_mod", "to_graph": "its to_graph() makes one"}
+    return f"{name}: {next((ways[a] for a in ways if hasattr(given, a)), 'peft_fx.capture(model) makes one')}"

@@ -31,8 +31,9 @@ from ..store import ROOT, BaseGraph, ByDevice, ByMode, Resident, State, Store, b
 from .adapters import save_adapter, with_adapter, without
 from .capture.model import skeleton
 from .derive import names_of, placements
-from .hotswap import SwapReport, hotswap
+from .hotswap import hotswap
 from .python_parts import as_written, compiled_module, give_frames, of_torch, used_by
+from .swaps import SwapReport
 
 RECIPE_FILES = (".json", ".yaml", ".yml")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -18,68 +17,18 @@ from ..config import AdapterConfig
 from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import read_adapter
-from ..folding import folded_names
 from ..methods import get_method
 from ..methods.base import crop_to, pad_to
 from ..methods.inits import number_of
 from ..planning.plan import Placement, Plan
-from ..store import ADAPTERS, Resident, State, derive, set_tensor, state_of
-from ..tables import Shown, Table, counted
+from ..store import ADAPTERS, State, derive, set_tensor, state_of
 from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
 from .refold import refold
+from .swaps import Swap, SwapReport
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
-
-
-@dataclass(frozen=True, repr=False)
-class SwapReport(Shown):
-    """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out.
-
-    Of a merged adapter `tensors` counts folded weights and biases, and `zeroed` have their base weight again.
-    """
-
-    adapter: str
-    source: str
-    tensors: int
-    elements: int
-    padded: int
-    zeroed: tuple[str, ...]
-    seconds: float
-
-    def parts(self) -> list[str | Table]:
-        what = f"{counted(self.tensors, 'tensor')}, {counted(self.elements, 'number')}, in {1000 * self.seconds:.1f} ms"
-        return [f"adapter {self.adapter!r} from {self.source}: {what}{fitting(self.padded, self.zeroed)}"]
-
-
-@dataclass(frozen=True, repr=False)
-class Swap(Shown):
-    """An adapter in memory, checked and padded for the slots of one graph, from `prepare_swap`.
-
-    names: the state names of the tensors to write. resident: what it was made for.
-    """
-
-    adapter: str
-    slot: str
-    source: str
-    config: AdapterConfig
-    names: tuple[str, ...]
-    values: tuple[torch.Tensor, ...]
-    padded: int
-    zeroed: tuple[str, ...]
-    resident: Resident
-
-    def parts(self) -> list[str | Table]:
-        what = f"{counted(len(self.values), 'tensor')} for {self.slot!r}{fitting(self.padded, self.zeroed)}"
-        return [f"adapter {self.adapter!r} from {self.source}, ready to be swapped in by hotswap(graph, swap): {what}"]
-
-
-def fitting(padded: int, zeroed: tuple[str, ...]) -> str:
-    """What was done so that an adapter fits its slot."""
-    facts = [f"{counted(padded, 'tensor')} padded"] if padded else []
-    facts += [f"{counted(len(zeroed), 'target')} left out: {', '.join(folded_names(zeroed))}"] if zeroed else []
-    return "".join(f"; {fact}" for fact in facts)
 
 
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
