@@ -32,8 +32,8 @@ class Explanation(Shown):
 
 def tables(groups: Sequence[Group]) -> list[Table]:
     """The table of targets, and the notes; what would be empty is left out."""
-    listed = [g for g in groups if g.row.status not in LEFT_OUT]
-    noted = [g for g in groups if g not in listed] + [g for g in listed if noteworthy(g.row)]
+    listed, left_out = ([g for g in groups if (g.row.status in LEFT_OUT) is out] for out in (False, True))
+    noted = left_out + [g for g in listed if noteworthy(g.row)]
     return [make(part) for make, part in ((targets, listed), (notes, noted)) if part]
 
 
