@@ -58,8 +58,8 @@ def adapters(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
         held = getattr(graph.peft_fx.adapters, slot, nn.Module())
         targets = {n.rpartition(".")[0] for kind in (held.named_parameters(), held.named_buffers()) for n, _ in kind}
         rank = f" {config.ranked}={getattr(config, config.ranked)}" if config.ranked else ""
-        facts = [config.peft_type + rank, counted(len(targets), "target"), *forms.get(slot, ()), status(graph, slot)]
-        yield f"adapter {name}", ", ".join(facts)
+        words = [config.peft_type + rank, counted(len(targets), "target"), *forms.get(slot, ()), status(graph, slot)]
+        yield f"adapter {name}", ", ".join(words)
     if state.mixed:
         yield "rows", "each has an adapter of its own, by adapter_ids"
     if free:
