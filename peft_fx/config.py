@@ -24,6 +24,7 @@ from .fields import Begun, begun
 from .missing import VARIANTS, not_yet
 from .notices import warn
 from .suggestions import did_you_mean
+from .tables import Cell, Table, as_html
 
 CONFIG_FILE = "adapter_config.json"
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -156,6 +157,17 @@ class AdapterConfig:
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.as_parts())
+
+    def as_parts(self) -> list[str | Table]:
+        """For a notebook: the fields, those that differ from their defaults first."""
+        rows = [(f.name, repr(getattr(self, f.name)), default_of(f)) for f in dataclasses.fields(self)]
+        rows = [(name, value, "required" if d is dataclasses.MISSING else repr(d)) for name, value, d in rows]
+        changed = [[Cell(text, "bold") for text in row] for row in rows if row[1] != row[2]]
+        others = [[Cell(text, "dim") for text in row] for row in rows if row[1] == row[2]]
+        return [f"{type(self).__name__}, {self.peft_type}", Table(("field", "value", "default"), changed + others)]
 
     def save_pretrained(self, save_directory) -> None:
         """Writes `adapter_config.json`, whole or not at all."""

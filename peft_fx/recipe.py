@@ -14,6 +14,7 @@ from types import MappingProxyType
 from .config import CONFIG_FILE, AdapterConfig, default_of
 from .errors import RecipeError, UnknownMethodError, WrongTypeError
 from .methods import get_config
+from .tables import as_html
 
 RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
 
@@ -44,6 +45,9 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def _repr_html_(self) -> str:
+        return as_html([part for name, c in self.items() for part in (f"adapter {name}", *c.as_parts())])
 
     @classmethod
     def from_dict(cls, data: dict, adapter_name: str = "default") -> Recipe:
@@ -80,6 +84,8 @@ def as_config(obj) -> AdapterConfig:
         return dataclasses.replace(copy.deepcopy(obj))  # it may have been changed, and may be again
     if isinstance(obj, dict):
         return config_from_dict(obj)
+    if isinstance(obj, type):
+        raise WrongTypeError(f"expected a config, got the class {obj.__name__}: call it, e.g. {obj.__name__}(...)")
     if hasattr(obj, "to_dict") and getattr(obj, "peft_type", None) is not None:
         return config_from_dict({**set_in(obj), "peft_type": obj.peft_type})
     raise WrongTypeError(f"expected a config, a recipe, a dict or a path, got {type(obj).__name__}")
@@ -116,7 +122,10 @@ def plain_value(value):
 def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
     file = path / CONFIG_FILE if path.is_dir() else path
     if file.suffix not in READERS:
-        raise RecipeError(f"{path}: expected one of {', '.join(READERS)}, or a folder with {CONFIG_FILE}")
+        raise RecipeError(
+            f"{path}: expected one of {', '.join(READERS)}, a folder with {CONFIG_FILE}, or a config, e.g. "
+            "{'peft_type': 'LORA'}"
+        )
     try:
         data = READERS[file.suffix](file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,6 +24,7 @@ from .errors import GraphError
 from .lazy import copy_graph
 from .resident import Adapters
 from .sharing import Shared, Sharing
+from .summary import told
 from .target import ModuleTable
 
 ROOT = "peft_fx"
@@ -193,10 +194,7 @@ def state_of(gm: nn.Module, verb: str = "this") -> State:
     """The state of a captured graph. Raises GraphError for anything that `capture` did not make."""
     state = getattr(gm, "meta", {}).get(ROOT) if isinstance(gm, fx.GraphModule) else None
     if state is None:
-        raise GraphError(
-            f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {type(gm).__name__}"
-            + ("; a pass that rebuilt it dropped gm.meta: copy the meta over" if isinstance(gm, fx.GraphModule) else "")
-        )
+        raise GraphError(f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {told(gm)}")
     return state
 
 

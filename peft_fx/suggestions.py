@@ -17,9 +17,8 @@ def lookalikes(name: str, known: Iterable[str], number: int, cutoff: float) -> t
     by_text: dict[str, str] = {}
     for k in known:
         by_text.setdefault(k.lower(), k)
-    swapped = [
-        t for t in by_text if sorted(t) == sorted(name.lower())
-    ]  # to difflib "lroa" is nearer to "road" than to "lora"
+    # to difflib "lroa" is nearer to "road" than to "lora"
+    swapped = [t for t in by_text if sorted(t) == sorted(name.lower())]
     found = dict.fromkeys([*swapped, *difflib.get_close_matches(name.lower(), by_text, number, cutoff)])
     return tuple(by_text[t] for t in found)[:number]
 

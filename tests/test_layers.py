@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
     {"errors", "notices", "suggestions", "missing"},
-    {"checks", "fields", "config", "target", "kernels", "lazy", "sharing"},
+    {"checks", "fields", "config", "folding", "target", "kernels", "lazy", "sharing", "summary", "tables"},
     {"methods", "recipe"},
     {"planning", "resident", "store"},
     {"files"},

@@ -108,9 +108,9 @@ def recipe_of(recipe: str | None, adapter: str | None) -> Recipe | None:
     if recipe.upper() in public and not path.exists():
         return as_recipe({"peft_type": recipe.upper()})
     if not path.exists() and path.suffix not in READERS:
-        names = [name.lower() for name in sorted(public)]
+        hint = did_you_mean(recipe, [name.lower() for name in sorted(public)])
         raise RecipeError(
-            f"--recipe {recipe}: neither a file, nor JSON, nor a method ({', '.join(names)}){did_you_mean(recipe, names)}"
+            f"--recipe {recipe}: neither a file, nor JSON, nor a method, which peft-fx methods lists{hint}"
         )
     return as_recipe(path)
 

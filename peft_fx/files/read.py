@@ -22,6 +22,7 @@ from ..recipe import config_from_dict
 from ..target import ModuleTable
 from .experts import stacked
 from .foreign import from_foreign
+from .paths import as_path
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -54,7 +55,7 @@ def read_adapter(
 
 def foreign_file(source) -> Path | None:
     """The one safetensors file that `source` is or has, unless it is an adapter folder."""
-    path = Path(source)
+    path = as_path(source, "an adapter folder, a .safetensors file or a hub id")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise AdapterFileError(f"{source}: expected an adapter folder or a .safetensors file; pickles are not opened: "
@@ -193,7 +194,7 @@ def located(source, subfolder: str | None = None, **hub) -> Path:
 
     Raises AdapterFileError.
     """
-    path = Path(source)
+    path = as_path(source, "a folder or a hub id")
     if path.exists():
         return path / subfolder if subfolder else path
     if not HUB_ID.fullmatch(str(source)):

@@ -28,8 +28,8 @@ from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
 from ..verbs.combine import weighted
 from ..verbs.derive import derived, frozen, placements
-from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
+from ..verbs.swaps import SwapReport
 from .dropout import dropouts
 from .hosts import BASE, Hosts, hosts_in, take_over
 from .replaced import Replaced

@@ -14,6 +14,7 @@ from torch import fx, nn
 from ..config import AdapterConfig, refuse_to_begin
 from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
+from ..files.paths import as_path
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
 from ..methods.base import HALF, Tensor
@@ -251,7 +252,7 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
 
     adapter_name may be left out when there is one adapter, or one active.
     """
-    return write_adapter(Path(path), *adapter_files(tuned, adapter_name))
+    return write_adapter(as_path(path, "a folder to write the adapter to"), *adapter_files(tuned, adapter_name))
 
 
 def adapter_files(

@@ -161,7 +161,7 @@ def union(field: str, entries: list[list[str] | str | None]) -> list[str] | str:
 
 def refuse_lengths(names: Sequence[str], weights: Sequence[float]) -> None:
     if len(names) != len(weights) or not names:
-        raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+        raise RecipeError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
 
 
 def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]:

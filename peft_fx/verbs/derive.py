@@ -5,6 +5,7 @@ Every verb that changes which adapters act goes through `derived`; none edits it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx, nn
@@ -101,6 +102,10 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Adapter names as a tuple, slots by the names they were given. Raises GraphError for one that is not resident."""
+    if not isinstance(names, Iterable):
+        raise GraphError(
+            f"expected an adapter's name or a list of names, got {names!r}; resident: {', '.join(state.recipe)}"
+        )
     chosen = (names,) if isinstance(names, str) else tuple(names)
     given = {name: slot for slot, name in state.slots.items() if name is not None}
     resident = given or dict.fromkeys(state.recipe)

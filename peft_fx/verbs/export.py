@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..errors import AdapterFileError, GraphError
+from ..files.paths import as_path
 from ..passes.base import run
 from ..passes.inline import InlineGradRegions
 from ..passes.lift import lift
@@ -53,7 +54,7 @@ def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
     if traced_device(program) not in (None, device):
         program = torch.export.passes.move_to_device_pass(program, device)
     if path is not None:
-        save(program, Path(path), state, graph.training)
+        save(program, as_path(path, "a .pt2 file to write"), state, graph.training)
     return program
 
 
@@ -106,7 +107,7 @@ def load(path) -> fx.GraphModule:
     Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises
     AdapterFileError for files that are no program. A program is code: load files of people you trust only.
     """
-    path = Path(path)
+    path = as_path(path, "a .pt2 file")
     program, extra = read_program(path)
     if not extra:
         from .capture.model import capture

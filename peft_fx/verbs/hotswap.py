@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -23,49 +22,16 @@ from ..methods.inits import number_of
 from ..methods.padding import crop_to, pad_to
 from ..planning.plan import Placement, Plan
 from ..resident import adapter_of
-from ..store import Resident, State, derive, state_of
+from ..store import State, derive, state_of
 from .adapters import fill
 from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
 from .placed import describe, put
 from .refold import refold
 from .residual import on_whole_base
+from .swaps import Swap, SwapReport
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out.
-
-    Of a merged adapter `tensors` counts folded weights and biases, and `zeroed` have their base weight again.
-    """
-
-    adapter: str
-    source: str
-    tensors: int
-    elements: int
-    padded: int
-    zeroed: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Swap:
-    """An adapter in memory, checked and padded for the slots of one graph, from `prepare_swap`.
-
-    names: the state names of the tensors to write. resident: what it was made for.
-    """
-
-    adapter: str
-    slot: str
-    source: str
-    config: AdapterConfig
-    names: tuple[str, ...]
-    values: tuple[torch.Tensor, ...]
-    padded: int
-    zeroed: tuple[str, ...]
-    resident: Resident
 
 
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:

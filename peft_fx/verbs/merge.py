@@ -20,6 +20,7 @@ from ..methods.base import Additive, Method
 from ..passes.base import run
 from ..passes.fold import PointAtFolded
 from ..passes.lowering import apply_weight, to_canonical
+from ..planning.kinds import one_line_each
 from ..planning.plan import Placement, clashes
 from ..store import ADAPTERS, REPLACED, State, derive, get_tensor, owner_of, set_tensor, state_of
 from .derive import acted, acting, acting_again, injection, names_of, placements
@@ -59,7 +60,7 @@ def merge(
     chosen = [p for name in names for p in placements(state, name)]
     refuse_no_weight(chosen)
     if refused := clashes(chosen):
-        raise MergeError("\n".join(map(str, refused)))
+        raise MergeError("\n".join(one_line_each(refused)))
     before = acted(tuned, state) if keep_base else None
     new = derive(tuned, fx.Graph(), state)
     new._keep(state.base.graph)

@@ -21,6 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ..errors import AdapterFileError, GraphError, HotswapError
+from ..files.paths import as_path
 from ..planning.plan import Placement
 from ..recipe import Recipe, config_from_dict
 from ..store import (
@@ -69,7 +70,7 @@ def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
 
     Raises GraphError for a graph in train mode, or one whose inputs or outputs compiled code cannot have.
     """
-    path, state = Path(path), state_of(tuned, "package")
+    path, state = as_path(path, "a .pt2 file to write"), state_of(tuned, "package")
     if tuned.training:
         raise GraphError("a package runs inference: call eval() on the graph first")
     if path.suffix != ".pt2":
@@ -329,7 +330,7 @@ def load_package(path) -> Package:
 
     Raises AdapterFileError for files of another origin. A package is native code: load files of people you trust only.
     """
-    path = Path(path)
+    path = as_path(path, "a .pt2 file")
     with opened(path) as archive:
         entries = {name.partition("/")[2]: name for name in archive.namelist()}
         if not any(name.startswith("data/aotinductor/") for name in entries):

@@ -28,7 +28,7 @@ REFUSED = {
     "no such list of layers": (NONE, get(layers_to_transform=[0], layers_pattern="nope"), "layers_pattern=nope"),
     "activation": (NONE, get(target_modules=["act"]), "act: Tanh is no class whose weights are known. supported: Conv1D, Linear"),
     "own class": (NONE, get(target_modules=["odd"]), "any parameter by target_parameters"),
-    "norm": (NONE, get(target_modules=["norm"]), "layers.0.norm.weight: LoRA has no form on a 1-d weight; name it in modules_to_save"),
+    "norm": (NONE, get(target_modules=["norm"]), "layers.{0..1}.norm.weight: LoRA has no form on a 1-d weight; name it in modules_to_save"),
     "list of modules": (NONE, get(target_modules=["layers"]), "layers: ModuleList is no class"),
     "saved list of modules": (NONE, get(target_modules=["head"], modules_to_save=["layers"]), "ModuleList has no forward"),
     "no such parameter": (NONE, get(target_modules=None, target_parameters=["nope"]), "'nope' matches nothing"),

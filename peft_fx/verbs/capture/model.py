@@ -37,7 +37,7 @@ from ...store import (
     set_tensor,
 )
 from ...target import ModuleRecord, ModuleTable
-from .examples import example_inputs, is_hugging_face
+from .examples import example_inputs, is_hugging_face, refuse_no_call
 from .program import program_table, retie
 from .stamp import equal_lists, refuse_difference, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
@@ -76,10 +76,12 @@ def capture(
             "this model's modules run with adapters: the PeftModel's to_graph(args, kwargs) captures it with them, and "
             "unload() takes them away"
         )
-    if not args and not kwargs:
-        if not is_hugging_face(model):
-            raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
+    if not isinstance(args, (tuple, list)) or args or kwargs:
+        refuse_no_call(model, args, kwargs)
+    elif is_hugging_face(model):
         kwargs = example_inputs(model)
+    else:
+        raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
 
