@@ -15,12 +15,13 @@ from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..errors import HotswapError, MergeError, RecipeError
+from ..files.keys import of_model
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..methods import get_method
 from ..methods.inits import number_of
 from ..methods.padding import crop_to, pad_to
-from ..planning.plan import Placement, Plan
+from ..planning.plan import Placement, Plan, check_adapter_name
 from ..resident import adapter_of
 from ..store import State, derive, state_of
 from .adapters import fill
@@ -98,6 +99,7 @@ def read(gm: fx.GraphModule, state: State, slot: str, path) -> tuple[AdapterConf
     """An adapter's config, what it puts where, and its numbers by state name."""
     if isinstance(path, tuple):
         (config, tensors), where = path, "what was given"
+        tensors = of_model(tensors, state.table)
     else:
         (config, tensors), where = read_adapter(path, state.table), str(path)
     config, tensors = on_whole_base(gm, slot, config, tensors, where)
@@ -151,6 +153,7 @@ def slot_for(state: State, name: str) -> str:
     """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
     if not state.slots or name in state.slots.values():
         return names_of(state, name)[0]
+    check_adapter_name(name)
     free = next((slot for slot, taken in state.slots.items() if taken is None), None)
     if free is None:
         raise HotswapError(f"no slot is free for adapter {name!r}; taken: {', '.join(state.slots.values())}")
