@@ -47,7 +47,7 @@ def stacked(config: AdapterConfig, tensors: Tensors, table: ModuleTable, where: 
     names = FILE_NAMES.get(table.model_type)
     if config.peft_type != "LORA" or not names:
         return config, tensors
-    tensors = {key.replace(FORMERLY, TODAY): tensor for key, tensor in tensors.items()}
+    tensors = dict(tensors)
     paths = {m["path"] for m in filter(None, map(MODULE.fullmatch, tensors))}
     matches = filter(None, map(EXPERT.fullmatch, paths))
     found = {f"{m['stack']}.{names[m['old']]}" for m in matches if m["old"] in names}.intersection(stacks(table))
