@@ -50,7 +50,8 @@ def write_files(folder, writers: Writers) -> Path:
         raise
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte, or one that cannot be encoded
         reason = getattr(error, "strerror", None) or error
-        raise AdapterFileError(f"{str(folder)!r}: cannot be written, nothing has changed: {reason}") from error
+        names = ", ".join(writers)
+        raise AdapterFileError(f"{str(folder)!r}: {names} cannot be written, nothing has changed: {reason}") from error
     return Path(folder)
 
 
@@ -102,7 +103,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
     descriptor, got = None, False
     if fcntl is not None:
         with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             got = True
     try:
