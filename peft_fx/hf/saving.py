@@ -54,8 +54,10 @@ def save_pretrained(model, save_directory, safe_serialization: bool = True, sele
 
 
 def create_or_update_model_card(model, output_dir) -> None:
-    """README.md, which `save_pretrained` writes too. Raises AdapterFileError."""
+    """README.md, which `save_pretrained` writes too. Raises AdapterFileError, and NotAFolderError for a file."""
     folder = Path(output_dir)
+    if os.path.isfile(folder):
+        raise NotAFolderError(f"File exists: {folder}, expected a folder to write {CARD} into")
     write_files(folder, {CARD: card_writer(folder, list(model.peft_config.values()), model.get_base_model())})
 
 
