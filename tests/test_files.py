@@ -312,7 +312,9 @@ def test_numbers_may_start_at_any_byte_of_a_safetensors_file(tmp_path, spaces):
     assert read_tensors(folder_with(tmp_path, config_text(), data))["a"].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("new", [{"b": torch.zeros(2), "c": torch.ones(1)}, {"a": torch.ones(3)}], ids=["other", "shorter"])
+@pytest.mark.parametrize(
+    "new", [{"b": torch.zeros(2), "c": torch.ones(1)}, {"a": torch.ones(3)}], ids=["other", "shorter"]
+)
 def test_a_file_that_is_replaced_while_it_is_read_is_read_as_a_whole(tmp_path, monkeypatch, new):
     path = tmp_path / "adapter_model.safetensors"
     save_file({"a": torch.ones(300)}, path)

@@ -67,7 +67,7 @@ def a_tensor_by_its_size(path):
 def a_storage_that_is_not_there(path):
     size = (32 * MEGABYTE).to_bytes(4, "little")
     written(path, {"a": torch.zeros(77_777)}, _use_new_zipfile_serialization=False)
-    data = path.read_bytes()[:-4 * 77_777]
+    data = path.read_bytes()[: -4 * 77_777]
     path.write_bytes(data.replace(b"J" + (77_777).to_bytes(4, "little"), b"J" + size))
 
 

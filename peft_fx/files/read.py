@@ -76,7 +76,9 @@ def of_one_save(folder: Path, read):
                 continue
             if same_files(before, adapter_paths(folder)):
                 return found
-    raise AdapterFileError(f"{folder}: somebody writes it all the time, {TRIES} readings were each of two different saves")
+    raise AdapterFileError(
+        f"{folder}: somebody writes it all the time, {TRIES} readings were each of two different saves"
+    )
 
 
 def adapter_paths(folder: Path) -> list[Path | None]:

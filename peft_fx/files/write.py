@@ -78,4 +78,3 @@ def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result[key] = tensor if whole and storage not in seen else tensor.clone()
         seen.add(storage)
     return result
-

@@ -28,7 +28,7 @@ VERSIONS = "### Framework versions"  # where Trainer and PEFT list theirs
 
 
 def card_of(folder: Path, configs: list[AdapterConfig], model: nn.Module) -> str:
-    """README.md: what a folder's says already stays; its header names library, base model, methods and task, its end the versions.
+    """README.md: what a folder's says stays; its header names library, base model, methods and task, its end the versions.
 
     Raises AdapterFileError for one that is there and is no card, or is a link out of the folder.
     """

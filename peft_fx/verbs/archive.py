@@ -28,15 +28,16 @@ DATA_ONLY = (
 )
 # what symbolic sizes are made of, besides torch's functions: sympy's classes, and the functions that its printer writes
 CALLED = {
-    *functions.__all__, "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs", "Equality",
-    "Unequality", "GreaterThan", "StrictGreaterThan", "LessThan", "StrictLessThan", "Eq", "Ne", "Ge", "Gt", "Le", "Lt", "And", "Or",
-    "Not", "Piecewise", "ExprCondPair", "ceiling", "floor", "sqrt", "log", "exp",
+    *functions.__all__, "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs",
+    "Equality", "Unequality", "GreaterThan", "StrictGreaterThan", "LessThan", "StrictLessThan", "Eq", "Ne", "Ge", "Gt", "Le",
+    "Lt", "And", "Or", "Not", "Piecewise", "ExprCondPair", "ceiling", "floor", "sqrt", "log", "exp",
 }  # fmt: skip
 TERMS = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Call, ast.keyword, ast.Name, ast.Constant, ast.Tuple,
     ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
 TEXT = re.compile(r"[\w.+-]*")  # names of symbols, and numbers
+OBJECTS = (names.CUSTOM_OBJ_FILENAME_PREFIX, names.OPAQUE_OBJ_FILENAME_PREFIX)
 ENUMS = ("torch", "transformers")  # packages whose enums a program may name
 
 
@@ -116,7 +117,7 @@ def code_in(name: str, reader) -> str | None:
         if name.endswith(".json"):
             entries = json.loads(reader.get_record(name))["config"].values()
             return "pickled tensors" if any(entry.get("use_pickle") for entry in entries) else None
-        if name.endswith(".pt") or stem.startswith((names.CUSTOM_OBJ_FILENAME_PREFIX, names.OPAQUE_OBJ_FILENAME_PREFIX)):
+        if name.endswith(".pt") or stem.startswith(OBJECTS):
             return "pickled objects"
     return None
 
