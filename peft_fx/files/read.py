@@ -138,15 +138,14 @@ def config_data(folder: Path) -> dict | None:
     if path is None:
         return None
     try:
-        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-            raise AdapterFileError(f"{path}: {size} bytes are no config")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        data = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
         raise AdapterFileError(f"{path}: not valid JSON: {error}") from error
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"{path}: {size} bytes are no config")
     if not isinstance(data, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
@@ -164,7 +163,10 @@ def read_tensors(folder) -> dict[str, torch.Tensor]:
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     for name, read in ((TENSORS, read_safetensors), (PICKLE, read_pickle)):
         if (path := file_in(folder, name)) is not None:
-            return of_method(read(path), str((config_data(folder) or {}).get("peft_type")))
+            tensors = read(path)
+            if any(key.endswith(old) for key in tensors for _, old, _ in RENAMED.values()):
+                tensors = of_method(tensors, str((config_data(folder) or {}).get("peft_type")))
+            return tensors
     raise AdapterFileError(f"{folder}: has neither {TENSORS} nor {PICKLE}")
 
 

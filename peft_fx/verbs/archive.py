@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch.export.pt2_archive import constants as names
-from torch.utils._sympy import functions
 
 from ..atomic import write_files
 from ..errors import AdapterFileError
@@ -28,7 +27,7 @@ DATA_ONLY = (
 )
 # what symbolic sizes are made of, besides torch's functions: sympy's classes, and the functions that its printer writes
 CALLED = {
-    *functions.__all__, "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs",
+    "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs",
     "Equality", "Unequality", "GreaterThan", "StrictGreaterThan", "LessThan", "StrictLessThan", "Eq", "Ne", "Ge", "Gt", "Le",
     "Lt", "And", "Or", "Not", "Piecewise", "ExprCondPair", "ceiling", "floor", "sqrt", "log", "exp",
 }  # fmt: skip
@@ -158,13 +157,15 @@ def entries(data: object) -> Iterator[dict]:
 
 def is_arithmetic(text: object) -> bool:
     """Whether a symbolic size calls nothing but functions of numbers; sympy evaluates it as Python."""
+    from torch.utils._sympy.functions import __all__ as own  # imports sympy
+
     try:
         nodes = list(ast.walk(ast.parse(str(text).strip(), mode="eval")))
     except (SyntaxError, ValueError):
         return False
     return all(
         isinstance(node, TERMS)
-        and not (isinstance(node, ast.Call) and getattr(node.func, "id", None) not in CALLED)
+        and not (isinstance(node, ast.Call) and getattr(node.func, "id", None) not in {*CALLED, *own})
         and not (isinstance(node, ast.Constant) and not TEXT.fullmatch(str(node.value)))
         for node in nodes
     )
