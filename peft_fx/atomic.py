@@ -147,6 +147,8 @@ def place(stage: Path, folder: Path, names: tuple[str, ...]) -> None:
 def settle(folder: Path) -> None:
     """Moves what was saved to its place, but for files that somebody has written there since."""
     saved = folder / SAVED
+    if saved.is_symlink():  # of somebody who wants other files moved
+        saved.unlink()
     for path in sorted(saved.iterdir()) if saved.is_dir() else ():
         if path.name != FORMER and current(folder, path.name) == path:
             os.replace(path, folder / path.name)

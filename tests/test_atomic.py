@@ -84,6 +84,17 @@ def test_links_in_a_folder_are_replaced_and_a_linked_folder_is_written_to(tmp_pa
     assert saved(real) == 2 and outside.read_text() == "mine" and not (real / "adapter_config.json").is_symlink()
 
 
+def test_a_link_in_the_place_of_a_killed_save_moves_nothing(tmp_path):
+    folder, outside = tmp_path / "adapter", tmp_path / "outside"
+    save(folder, 1)
+    save(outside, 9)
+    (folder / SAVED).symlink_to(outside)
+    with pytest.raises(AdapterFileError, match="outside its folder"):
+        read_config(folder)
+    save(folder, 2)
+    assert saved(folder) == 2 and saved(outside) == 9 and {p.name for p in folder.iterdir()} == FILES
+
+
 PATHS = {"null byte": "a\0b", "surrogate": "a\ud800", "long": "a" * 300, "below a file": "file/adapter"}
 
 
