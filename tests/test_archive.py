@@ -70,6 +70,15 @@ def opaque_constant(records, path):
     records["data/constants/opaque_obj_0"] = pickle.dumps(Code(path))
 
 
+def opaque_constant_that_is_called_a_tensor(records, path):
+    """torch goes by the beginning of its name alone."""
+    weights = json.loads(records["data/weights/model_weights_config.json"])["config"]
+    name, data = "opaque_obj_0/../tensor_0", pickle.dumps(Code(path))
+    entry = {**next(iter(weights.values())), "path_name": name, "is_param": False}
+    records["data/constants/model_constants_config.json"] = json.dumps({"config": {"x": entry}}).encode()
+    records[f"data/constants/{name}"] = data + bytes(-len(data) % 4)
+
+
 def pickled_constant(records, path):
     with_constant(records, "tensor_0", None)
     records["data/constants/tensor_0"] = torch_pickle(path)
@@ -102,14 +111,24 @@ def size_that_is_code(records, path):
     records["models/model.json"] = (text[:first] + code + text[text.index('"', first) :]).encode()
 
 
-def enum_in_the_arguments(records, path):
-    """Importing antigravity's like would be enough; here the module is one that the test puts on the path."""
-    (path.parent / "peft_fx_evil.py").write_text(f"import os\nos.mkdir({str(path)!r})\n")
+def with_arguments(records, path, kind, context):
+    """Their structure names a module, which is imported: here one that lies on Python's path."""
+    module = f"evil_{kind.replace('.', '_')}"
+    (path.parent / f"{module}.py").write_text(f"import os\nos.mkdir({str(path)!r})\n")
+    spec = [1, {"type": kind, "context": context(module), "children_spec": []}]
     program = json.loads(records["models/model.json"])
-    enum = json.dumps([{"__enum__": True, "fqn": "peft_fx_evil:X", "name": "x"}])
-    spec = [1, {"type": "builtins.dict", "context": enum, "children_spec": []}]
     program["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = json.dumps(spec)
     records["models/model.json"] = json.dumps(program).encode()
+
+
+def enum_in_the_arguments(records, path):
+    enum = {"__enum__": True, "name": "x"}
+    with_arguments(records, path, "builtins.dict", lambda name: json.dumps([enum | {"fqn": f"{name}:X"}]))
+
+
+def factory_in_the_arguments(records, path):
+    factory = {"default_factory_name": "x", "dict_context": []}
+    with_arguments(records, path, "collections.defaultdict", lambda name: factory | {"default_factory_module": name})
 
 
 def program_of_an_older_version_beside(records, path):
@@ -121,7 +140,7 @@ def program_of_an_older_version_beside(records, path):
 
 ATTACKS = [
     opaque_constant, pickled_constant, pickled_weight, weights_of_an_older_version, constants_of_an_older_version,
-    example_inputs, size_that_is_code, enum_in_the_arguments,
+    example_inputs, size_that_is_code, enum_in_the_arguments, factory_in_the_arguments, opaque_constant_that_is_called_a_tensor,
 ]  # fmt: skip
 
 

@@ -12,18 +12,18 @@ from torch import nn
 
 from ..target import Renaming
 
+PLAIN = ("WeightRenaming", "PrefixChange")  # classes of rules; those derived from them keep a state, or count
+
 
 def renamings(model: nn.Module) -> tuple[Renaming, ...]:
     """() for models that are not transformers'."""
     if not any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__):
         return ()
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}  # of a model whose code is not transformers'
     rules = get_model_conversion_mapping(model, add_legacy=False)
-    # classes derived from these keep a state, or count
-    plain = (from_rule(rule) for rule in rules if type(rule) in (WeightRenaming, PrefixChange))
+    plain = (from_rule(rule) for rule in rules if type(rule).__name__ in PLAIN)
     return (*(Renaming(old, new) for old, new in own.items()), *plain)
 
 

@@ -37,7 +37,7 @@ TERMS = (
 )  # fmt: skip
 TEXT = re.compile(r"[\w.+-]*")  # names of symbols, and numbers
 OBJECTS = (names.CUSTOM_OBJ_FILENAME_PREFIX, names.OPAQUE_OBJ_FILENAME_PREFIX)
-ENUMS = ("torch", "transformers")  # packages whose enums a program may name
+PACKAGES = ("torch", "transformers", "builtins", "collections")  # that the structure of arguments may name
 
 
 class Unfailing(io.BufferedWriter):
@@ -96,7 +96,10 @@ def refuse_code(path: Path) -> None:
     """Raises AdapterFileError, naming the record, if torch.export.load would run what an archive names."""
     try:
         reader = torch._C.PyTorchFileReader(str(path))
-        for name in reader.get_all_records():
+        records = reader.get_all_records()
+        if len({name.lower() for name in records}) < len(records):  # it finds names in either case
+            raise AdapterFileError(f"{path}: is damaged: has two records of one name")
+        for name in records:
             if found := code_in(name, reader):
                 raise AdapterFileError(f"{path}: {name} holds {found}: {DATA_ONLY}")
     except (RuntimeError, ValueError, RecursionError, KeyError, TypeError) as error:
@@ -105,19 +108,20 @@ def refuse_code(path: Path) -> None:
         raise AdapterFileError(f"{path}: is damaged: {str(error).strip().partition(chr(10))[0]}") from error
 
 
-def code_in(name: str, reader) -> str | None:
-    """What of a record would be run, or None. Names are compared as torch's reader does, which finds them in either case."""
-    name, stem = name.lower(), name.lower().rpartition("/")[2]
+def code_in(record: str, reader) -> str | None:
+    """What of a record would be run, or None."""
+    name = record.lower()
     if name.startswith(names.MODELS_DIR):
-        return code_in_program(json.loads(reader.get_record(name)))
+        return code_in_program(json.loads(reader.get_record(record)))
     if name.startswith(names.SAMPLE_INPUTS_DIR):
-        return None if is_plain(reader.get_record(name)) else "pickled objects"
+        return None if is_plain(reader.get_record(record)) else "pickled objects"
     if name.startswith((names.WEIGHTS_DIR, names.CONSTANTS_DIR)):
-        if name.endswith(".json"):
-            entries = json.loads(reader.get_record(name))["config"].values()
-            return "pickled tensors" if any(entry.get("use_pickle") for entry in entries) else None
-        if name.endswith(".pt") or stem.startswith(OBJECTS):
+        if name.endswith(".pt"):
             return "pickled objects"
+        if name.endswith(".json"):
+            entries = json.loads(reader.get_record(record))["config"].values()
+            if any(entry.get("use_pickle") or entry["path_name"].startswith(OBJECTS) for entry in entries):
+                return "pickled objects"
     return None
 
 
@@ -135,8 +139,9 @@ def code_in_program(data: object) -> str | None:
     for value in entries(data):
         if not is_arithmetic(value.get("expr_str", "0")):
             return f"{str(value['expr_str'])[:80]!r} as a size"
-        if "__enum__" in value and str(value.get("fqn")).partition(":")[0].partition(".")[0] not in ENUMS:
-            return f"the name {str(value.get('fqn'))[:80]!r}, which would be imported,"
+        for name in (value.get("fqn") if "__enum__" in value else None, value.get("default_factory_module")):
+            if name is not None and re.split("[.:]", str(name))[0] not in PACKAGES:
+                return f"the name {str(name)[:80]!r}, which would be imported,"
     return None
 
 
