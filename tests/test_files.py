@@ -170,7 +170,7 @@ MISFITS = [
     ({B: None}, "missing: base_model.model.lin.lora_B.weight"),
     ({B: None, "base_model.model.lin.lora_BB.weight": (3, 2)}, "nearest: base_model.model.lin.lora_BB.weight"),
     ({"base_model.model.other.lora_A.weight": (2, 4)}, "not expected: base_model.model.other.lora_A.weight"),
-    ({A: (4, 2)}, "expected shape (2, 4), got (4, 2)"),
+    ({A: (4, 2)}, "expected shape [2, 4], got [4, 2]"),
     ({"base_model.model.lin.base_layer.weight": (9, 9)}, "not expected: base_model.model.lin.base_layer.weight"),
     ({f"base_model.model.l{i}.lora_A.weight": (2, 4) for i in range(9)}, "4 more keys"),
 ]

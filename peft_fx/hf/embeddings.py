@@ -21,7 +21,7 @@ from ..planning.modules import module_table
 from ..planning.plan import PREFIX
 from ..planning.selection import choose_saved
 from ..store import get_tensor
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 from ..verbs.derive import placements
 from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .tuner import Tuner
@@ -138,7 +138,7 @@ def base_tensors(model: nn.Module, config: AdapterConfig, tensors: dict, where: 
                 tensor = rest.pop(key)
                 if tensor.shape != parameter.shape:
                     raise AdapterFileError(
-                        f"{where}: {key}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}: "
+                        f"{where}: {key}: expected shape {sizes(parameter.shape)}, got {sizes(tensor.shape)}: "
                         f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
                     )
                 new.append((parameter, tensor))

@@ -42,7 +42,7 @@ from ..store import (
     set_tensor,
     state_of,
 )
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 from .adapters import base_weight, values_of
 from .archive import archive_to, opened, replace_archive
 from .derive import placements
@@ -280,7 +280,7 @@ def told(expected: dict) -> str:
 
 def seen(value) -> str:
     return (
-        f"{dtype_name(value)} {tuple(value.shape)} on {value.device}"
+        f"{dtype_name(value)} {sizes(value.shape)} on {value.device}"
         if isinstance(value, torch.Tensor)
         else repr(value)
     )
