@@ -39,7 +39,8 @@ from ...store import (
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .program import program_table, retie
-from .stamp import equal_lists, refuse_difference, shortened, stamp_layers
+from .proof import refuse_difference
+from .stamp import equal_lists, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
 
 LOGGER = logging.getLogger("peft_fx")

@@ -1,0 +1,104 @@
+"""The proof that a stamped graph is the model's, which is by structure: it notices what is wrong without any numbers."""
+
+import operator
+
+import pytest
+import torch
+from torch import nn
+
+import peft_fx as fx
+from peft_fx.store import copy_graph, derive, state_of
+from peft_fx.verbs.capture.proof import refuse_difference
+
+aten = torch.ops.aten
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.tanh(self.linear(x)) * 2.0 - x[:, [1, 0, 3, 2]]
+        y[:, :1].add_(1.0)  # seen through y, though written through a view
+        return y + torch.zeros_like(x[:, 2:]).sum() + torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device)
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return {"last": x, "first": x[0]}
+
+
+def last(graph, target, op="call_function"):
+    return [n for n in graph.nodes if n.op == op and n.target == target][-1]
+
+
+def change(node, **what):
+    for name, value in what.items():
+        setattr(node, name, value)
+
+
+def around(node, target, *args):
+    with node.graph.inserting_after(node):
+        new = node.graph.call_function(target, (node, *args))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+WRONG = {
+    "the weight of another layer": lambda g: change(
+        last(g, "layers.2.linear.weight", "get_attr"), target="layers.1.linear.weight"
+    ),
+    "another operator": lambda g: change(last(g, aten.tanh.default), target=aten.sigmoid.default),
+    "another number": lambda g: change(n := last(g, aten.mul.Tensor), args=(n.args[0], 2.5)),
+    "operands the other way round": lambda g: change(n := last(g, aten.sub.Tensor), args=n.args[::-1]),
+    "another place written to": lambda g: change(
+        n := next(iter(last(g, aten.add_.Tensor).all_input_nodes)), args=(*n.args[:2], 1, 2)
+    ),
+    "a write that is left out": lambda g: g.erase_node(last(g, aten.add_.Tensor)),
+    "part of a value": lambda g: around(last(g, aten.tanh.default), aten.slice.Tensor, 0, 0, 1),
+    "an operator more": lambda g: around(last(g, aten.tanh.default), aten.neg.default),
+}
+RIGHT = {
+    "nothing changed": lambda g: None,
+    "a slice that takes all": lambda g: around(last(g, aten.tanh.default), aten.slice.Tensor, 0, 0, 2**63 - 1),
+    "a view of the same shape": lambda g: around(last(g, aten.tanh.default), aten.view.default, [2, 4]),
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", "meta"])
+def captured(request):
+    with torch.device(request.param):
+        model, x = Stack().eval(), torch.zeros(2, 4)
+    return model, fx.capture(model, (x,), dynamic_shapes=None), (x,)
+
+
+def altered(graph, change):
+    new = derive(graph, copy_graph(graph.graph), state_of(graph))
+    change(new.graph)
+    new.recompile()
+    return new
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_graph_that_is_wrong_in_one_place_is_noticed(change, captured):
+    model, graph, args = captured
+    with pytest.raises(fx.GraphError, match="does not give the model's outputs"):
+        refuse_difference(model, altered(graph, change), args, {})
+
+
+@pytest.mark.parametrize("change", RIGHT.values(), ids=RIGHT)
+def test_what_computes_the_same_is_the_same(change, captured):
+    model, graph, args = captured
+    refuse_difference(model, altered(graph, change), args, {})
+
+
+def test_what_has_no_fake_is_no_proof(captured):
+    model, graph, args = captured
+    with pytest.raises(fx.GraphError, match="cannot be compared"):
+        refuse_difference(model, altered(graph, lambda g: around(last(g, aten.tanh.default), operator.add, "x")), args, {})
