@@ -299,3 +299,6 @@ def pattern_field(check: Callable[[str, Any], None] | None = None, **default):
             check(f"{what}[{key!r}]", value)
 
     return field(**(default or {"default_factory": dict}), metadata={"check": check_values} if check else {})
+
+
+PeftConfig = AdapterConfig  # PEFT's name

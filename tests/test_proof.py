@@ -101,4 +101,6 @@ def test_what_computes_the_same_is_the_same(change, captured):
 def test_what_has_no_fake_is_no_proof(captured):
     model, graph, args = captured
     with pytest.raises(fx.GraphError, match="cannot be compared"):
-        refuse_difference(model, altered(graph, lambda g: around(last(g, aten.tanh.default), operator.add, "x")), args, {})
+        refuse_difference(
+            model, altered(graph, lambda g: around(last(g, aten.tanh.default), operator.add, "x")), args, {}
+        )

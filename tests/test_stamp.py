@@ -134,7 +134,7 @@ def test_layers_that_are_not_provably_equal_are_all_traced_and_the_reason_is_log
 @pytest.mark.parametrize("name", [*STAMPED, *WHOLE])
 def test_a_model_without_weights_is_captured_as_one_with_them(name, caplog):
     """As `peft-fx inspect` does: on the meta device there are no numbers to compare."""
-    build, inputs, expected = {**STAMPED, **WHOLE}[name]
+    build, inputs, _ = {**STAMPED, **WHOLE}[name]
     _, graph, said = capture(build, inputs, caplog)
     with torch.device("meta"):
         _, empty, same = capture(build, {k: v.to("meta") for k, v in inputs.items()}, caplog)

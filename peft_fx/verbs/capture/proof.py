@@ -50,7 +50,10 @@ def numbered(module: nn.Module, made: dict, args: tuple, kwargs: dict, known: Nu
 
 
 def held(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def tensors(values) -> list[torch.Tensor]:
