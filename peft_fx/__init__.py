@@ -26,7 +26,7 @@ _NAMES = {
     "methods.lora": ("LoraConfig",),
     "methods.own": ("method",),
     "recipe": ("Recipe",),
-    "verbs.adapters": ("apply", "delete_adapter", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
+    "verbs.adapters": ("apply", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
     "verbs.backend": ("backend",),
     "verbs.capture.model": ("capture",),
     "verbs.combine": ("combine",),
@@ -37,6 +37,7 @@ _NAMES = {
     "verbs.merge": ("merge", "unmerge"),
     "verbs.mixed": ("mixed_batch",),
     "verbs.package": ("load_package", "package"),
+    "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
     "verbs.switch": ("reserve", "switch"),
 }  # fmt: skip
 
@@ -152,7 +153,7 @@ if TYPE_CHECKING:
     from .methods.vera import VeraConfig
     from .methods.waveft import WaveFTConfig
     from .recipe import Recipe
-    from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
+    from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
     from .verbs.backend import backend
     from .verbs.capture.model import capture
     from .verbs.combine import combine
@@ -163,6 +164,7 @@ if TYPE_CHECKING:
     from .verbs.merge import merge, unmerge
     from .verbs.mixed import mixed_batch
     from .verbs.package import load_package, package
+    from .verbs.slots import delete_adapter, release, rename, slots
     from .verbs.switch import reserve, switch
 
 __all__ = sorted(name for names in _NAMES.values() for name in names)

@@ -143,6 +143,15 @@ def test_gates_and_free_slots_work_in_a_package(tmp_path):
     for names, weights in ((None, None), ("new", None), (["new", "default"], [0.5, -2.0]), ("default", None)):
         assert peft_fx.switch(package, names, weights) == peft_fx.switch(graph, names, weights)
         close(output(package, "mixed"), output(graph, "mixed"))
+    for each in (graph, package):
+        peft_fx.rename(each, "default", "first")
+        peft_fx.release(each, "first")
+    assert peft_fx.slots(package) == peft_fx.slots(graph) and list(package.recipe) == ["new"] == [*package.active]
+    close(output(package, "mixed"), output(captured("mixed"), "mixed"))
+    for each in (graph, package):
+        peft_fx.hotswap(each, folder, "again")
+        peft_fx.switch(each, "again")
+    close(output(package, "mixed"), output(graph, "mixed"))
 
 
 @pytest.mark.slow

@@ -109,10 +109,11 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
             plan = make_plan(state.table, name, config, strict=False)
             rows += rows_of(graph, state, plan, Resident(config), name, "planned")
         return Explanation(tuple(rows))
-    for name, resident in state.recipe.items():
-        on = acting(graph, state) if state.slots else state.active
-        status = "merged" if name in state.merged else "active" if name in on else "resident"
-        rows += rows_of(graph, state, planned(state, name, resident.config), resident, name, status)
+    on = acting(graph, state) if state.gated else state.active
+    for name, place in state.residents.items():
+        status = "merged" if place in state.merged else "active" if place in on else "resident"
+        resident = state.recipe[place]
+        rows += rows_of(graph, state, planned(state, place, resident.config), resident, name, status)
     return Explanation(tuple(rows))
 
 

@@ -24,9 +24,10 @@ from ..methods.inits import number_of
 from ..planning.plan import Placement, Plan
 from ..store import ADAPTERS, Resident, State, derive, set_tensor, state_of
 from .adapters import fill
-from .derive import derived, names_of, placements, refuse_merged
+from .derive import derived, placements, refuse_merged
 from .derive import planned as plan_of
 from .refold import refold
+from .slots import refuse_taken, slot_for
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
 
@@ -93,6 +94,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
                 raise HotswapError(
                     f"adapter {adapter_name!r}: this swap was prepared for another graph, or before a merge"
                 )
+            refuse_taken(state, slot, adapter_name)
         else:
             slot = slot_for(state, adapter_name)
         if slot in state.merged:
@@ -101,8 +103,8 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
             written, padded, zeroed, path = write(gm, state, slots, swap), swap.padded, swap.zeroed, swap.source
-        if state.slots:
-            state.slots[slot] = adapter_name
+        if state.gated:
+            state_of(gm).recipe[slot].name = adapter_name
     elements = sum(t.numel() for t in written)
     source = "memory" if isinstance(path, tuple) else str(path)
     return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)
@@ -174,16 +176,6 @@ def refolded(gm, state: State, slot: str, name: str, config, plan: Plan, values:
         return refold(gm, state, slot, config, values)
     except (MergeError, RecipeError) as error:
         raise HotswapError(f"adapter {name!r} cannot be swapped in place, nothing was changed: {error}") from error
-
-
-def slot_for(state: State, name: str) -> str:
-    """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
-    if not state.slots or name in state.slots.values():
-        return names_of(state, name)[0]
-    free = next((slot for slot, taken in state.slots.items() if taken is None), None)
-    if free is None:
-        raise HotswapError(f"no slot is free for adapter {name!r}; taken: {', '.join(state.slots.values())}")
-    return free
 
 
 def refuse_freezing() -> None:
@@ -324,17 +316,24 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
     """
     state = state_of(tuned, "prepare_hotswap")
     refuse_merged(state, "prepare_hotswap")
-    state = state.update(recipe={name: dataclasses.replace(r) for name, r in state.recipe.items()})
+    new = widened(tuned, state, max_rank)
+    return derived(new, state_of(new))
+
+
+def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.GraphModule:
+    """The module, not yet its graph, with adapter tensors and residents of its own; None: with the ranks that they have."""
+    recipe = {name: dataclasses.replace(r, room=r.room and wide(r.room, max_rank)) for name, r in state.recipe.items()}
+    state = state.update(recipe=recipe)
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
         slots = slots_of(tuned, adapter)
-        wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)
+        larger = by_place(planned(state, adapter, wide(resident.config, max_rank)).placements)
         for place, p in by_place(placements(state, adapter)).items():
             for name, spec in p.tensors.items():
                 if name in p.shared:
                     continue
                 tensor = slots[p.state_name(name)]
-                shape = wide[place].tensors[name].shape if spec.pad else tuple(tensor.shape)
+                shape = larger[place].tensors[name].shape if spec.pad and max_rank else tuple(tensor.shape)
                 padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
                 if padded is None:
                     raise HotswapError(
@@ -344,4 +343,8 @@ def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
                 if isinstance(tensor, nn.Parameter):
                     own = nn.Parameter(own, requires_grad=tensor.requires_grad)
                 set_tensor(new, f"{ADAPTERS}.{p.state_name(name)}", own)
-    return derived(new, state)
+    return new
+
+
+def wide(config: AdapterConfig, max_rank: int | None) -> AdapterConfig:
+    return config if max_rank is None else config.with_rank(max_rank)

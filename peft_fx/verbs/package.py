@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import AdapterFileError, GraphError, HotswapError
 from ..planning.plan import Placement
-from ..recipe import Recipe, config_from_dict
+from ..recipe import Recipe
 from ..store import (
     ADAPTERS,
     GATES,
@@ -30,7 +30,6 @@ from ..store import (
     BaseGraph,
     ByDevice,
     ByMode,
-    Resident,
     State,
     Store,
     build,
@@ -43,7 +42,7 @@ from ..store import (
 from ..target import ModuleTable
 from .adapters import base_weight, values_of
 from .derive import placements
-from .export import EXTRA, FORMAT, export, opened, replacing, to_json
+from .export import EXTRA, FORMAT, export, opened, replacing, residents, to_json
 from .registrations import register_named
 
 STATE, TENSORS = f"extra/{EXTRA}", f"data/{ROOT}/adapters.safetensors"
@@ -296,15 +295,18 @@ class Package:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe({name: resident.config for name, resident in state_of(self.held).recipe.items()})
+        state = state_of(self.held)
+        return Recipe({name: state.recipe[place].config for name, place in state.residents.items()})
 
     @property
     def active(self) -> tuple[str, ...]:
-        return state_of(self.held).active
+        state = state_of(self.held)
+        return state.called(state.active)
 
     @property
     def merged(self) -> tuple[str, ...]:
-        return state_of(self.held).merged
+        state = state_of(self.held)
+        return state.called(state.merged)
 
     @property
     def _orig_mod(self) -> fx.GraphModule:
@@ -356,11 +358,11 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     state = State(
         ModuleTable.from_json(data["table"]),
         BaseGraph(fx.Graph()),
-        recipe={n: Resident(config_from_dict(c), data["lowering"][n]) for n, c in data["recipe"].items()},
+        recipe=residents(data),
         active=tuple(data["active"]),
         merged=tuple(data["merged"]),
         merge_report=tuple(data["merge_report"]),
-        slots=data["slots"],
+        gated=bool(data["slots"]),
     )
     info = _PyTreeInfo(
         data["arguments"], pytree.treespec_loads(data["in_spec"]), pytree.treespec_loads(data["out_spec"])
