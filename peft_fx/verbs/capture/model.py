@@ -38,6 +38,7 @@ from ...store import (
 )
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
+from .ones import wider
 from .program import program_table, retie
 from .proof import refuse_difference
 from .stamp import equal_lists, shortened, stamp_layers
@@ -58,7 +59,8 @@ def capture(
 
     model: an nn.Module (a Hugging Face model needs no example inputs: they are built from its config), a GraphModule from
         `fx.symbolic_trace`, or an ExportedProgram.
-    args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols.
+    args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols. A size of 1 does
+        too where the model allows: the example is repeated along that axis, and the graph proved to be right for both sizes.
     dynamic_shapes: "auto" (every axis that the model allows), None (all fixed), or torch.export's own specification.
     stamp: trace three of a list of equal layers and stamp out the others, where that provably gives the same graph; what
         was done, or why all layers were traced, is logged by the logger "peft_fx".
@@ -77,13 +79,25 @@ def capture(
             "this model's modules run with adapters: the PeftModel's to_graph(args, kwargs) captures it with them, and "
             "unload() takes them away"
         )
-    if not args and not kwargs:
+    given = bool(args or kwargs)
+    if not given:
         if not is_hugging_face(model):
             raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
         kwargs = example_inputs(model)
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
-    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
+        try:
+            gm = stamped(model, *larger, dynamic_shapes, stamp)
+            refuse_difference(model, gm, args, kwargs)
+            return gm
+        except (CaptureError, GraphError) as reason:
+            LOGGER.info("size 1 on axes %s of the example is kept: %s", axes, reason)
+    return stamped(model, args, kwargs, dynamic_shapes, stamp)
 
+
+def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: bool) -> fx.GraphModule:
+    """The base graph; lists of equal layers are traced in part if `stamp` and that can be proved right."""
+    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     if lists := equal_lists(model) if stamp else {}:
         try:
             return traced(model, args, kwargs, shapes, lists)

@@ -38,7 +38,7 @@ def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs:
         except (RuntimeError, TypeError) as error:  # operators and tensors that have no fake, or no rule for modes
             raise GraphError(f"model and graph cannot be compared: {type(error).__name__}: {error}") from error
     if expected != found:
-        raise GraphError("the stamped graph does not give the model's outputs on the example")
+        raise GraphError("the graph does not give the model's outputs on the example")
 
 
 def numbered(module: nn.Module, made: dict, args: tuple, kwargs: dict, known: Numbers) -> list[int]:
