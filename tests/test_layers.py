@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "inputs", "notices", "config", "target", "kernels", "lazy", "operators", "sharing"},
+    {"errors", "inputs", "notices", "progress", "config", "target", "kernels", "lazy", "operators", "sharing"},
     {"methods", "recipe"},
     {"planning", "store"},
     {"files"},

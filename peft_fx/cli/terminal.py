@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import progress
 from ..errors import PeftFxError
 
 UsageError = typer.BadParameter.__base__  # typer keeps it in different places, depending on its version
@@ -63,7 +64,7 @@ def working(what: str) -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), Console(stderr=True).status(f"[dim]{what}[/]", spinner="dots"):
+        with warnings.catch_warnings(), progress.working(what, after=0):
             warnings.simplefilter("ignore")
             yield
     finally:

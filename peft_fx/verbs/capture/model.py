@@ -23,6 +23,7 @@ from ...passes.literals import MarkDevice, MarkModes, lock
 from ...passes.match import observed_kinds
 from ...passes.names import NameParameters
 from ...planning.modules import module_table
+from ...progress import step, working
 from ...store import (
     ROOT,
     BaseGraph,
@@ -41,7 +42,7 @@ from .examples import example_inputs, is_hugging_face
 from .ones import wider
 from .program import program_table, retie
 from .proof import refuse_difference
-from .stamp import equal_lists, shortened, stamp_layers
+from .stamp import TRACED, equal_lists, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
 
 LOGGER = logging.getLogger("peft_fx")
@@ -85,14 +86,15 @@ def capture(
             raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
         kwargs = example_inputs(model)
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
-    for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
-        try:
-            gm = stamped(model, *larger, dynamic_shapes, stamp)
-            refuse_difference(model, gm, args, kwargs)
-            return gm
-        except (CaptureError, GraphError) as reason:
-            LOGGER.info("size 1 on axes %s of the example is kept: %s", axes, reason)
-    return stamped(model, args, kwargs, dynamic_shapes, stamp)
+    with working(f"capturing {type(model).__name__}"):
+        for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
+            try:
+                gm = stamped(model, *larger, dynamic_shapes, stamp)
+                refuse_difference(model, gm, args, kwargs)
+                return gm
+            except (CaptureError, GraphError) as reason:
+                LOGGER.info("size 1 on axes %s of the example is kept: %s", axes, reason)
+        return stamped(model, args, kwargs, dynamic_shapes, stamp)
 
 
 def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: bool) -> fx.GraphModule:
@@ -109,15 +111,18 @@ def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: 
 def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
     """The base graph of `model`; of `lists` only the first layers are traced, the others are stamped out."""
     table = module_table(model)
-    mode = ByMode(model.training)
+    mode, what = ByMode(model.training), described(model, lists)
     with shortened(model, lists):
+        step(f"capturing {what} in eval mode")
         eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
+        step(f"capturing {what} in train mode")
         try:
             program = export_in_mode(model, args, kwargs, shapes, training=True)
         except CaptureError as error:
             if model.training:
                 raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
             program, mode.locked = eval_program, str(error)
+    step(f"putting {what} together")
     gm = module_of(program, skeleton(model), mode, table)
     clean = [InlineGradRegions()]
     if not mode.locked:
@@ -128,9 +133,16 @@ def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str,
         run(clean, gm)
     gm = finish(gm, table, next(model.parameters(), torch.empty(0)).device, lists)
     if lists:
+        step(f"proving that {what} is right")
         refuse_difference(model, gm, args, kwargs)
         LOGGER.info("stamped out: %s", ", ".join(f"{path} ({len(layers)} layers)" for path, layers in lists.items()))
     return gm
+
+
+def described(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
+    """The model, and how many layers are traced of how many, for who waits."""
+    layers = sum(map(len, lists.values()))
+    return type(model).__name__ + (f", {TRACED * len(lists)} of {layers} layers traced" if layers else "")
 
 
 def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:
