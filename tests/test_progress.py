@@ -34,7 +34,7 @@ def screen(monkeypatch):
 
 
 def capture():
-    return fx.capture(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),))
+    return fx.capture(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), (torch.randn(2, 4),))
 
 
 def test_capture_says_what_it_does(screen, monkeypatch):

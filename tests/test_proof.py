@@ -8,7 +8,7 @@ from torch import nn
 
 import peft_fx as fx
 from peft_fx.store import copy_graph, derive, state_of
-from peft_fx.verbs.capture.proof import refuse_difference
+from peft_fx.verbs.capture.proof import modes_agree, refuse_difference
 
 aten = torch.ops.aten
 
@@ -104,3 +104,49 @@ def test_what_has_no_fake_is_no_proof(captured):
         refuse_difference(
             model, altered(graph, lambda g: around(last(g, aten.tanh.default), operator.add, "x")), args, {}
         )
+
+
+class Counts(nn.Module):
+    """Writes in training alone, and returns the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return x * 2
+
+
+class Refuses(nn.Module):
+    def forward(self, x):
+        if self.training:
+            raise KeyError("training")
+        return x
+
+
+MODES = {  # module -> whether it is the same in both modes
+    "linear": (nn.Linear(4, 4), True),
+    "dropout of nothing": (nn.Dropout(0.0), True),
+    "dropout": (nn.Dropout(0.1), False),
+    "statistics": (nn.BatchNorm1d(4), False),
+    "a counter": (Counts(), False),
+    "no training": (Refuses(), False),
+}
+
+
+@pytest.mark.parametrize("module, same", MODES.values(), ids=MODES)
+def test_a_module_is_exported_once_if_it_is_the_same_in_both_modes(module, same, monkeypatch):
+    module, exported = nn.Sequential(module).eval(), []
+    assert modes_agree(module, (torch.ones(2, 4),), {}) is same
+    export = torch.export.export
+    monkeypatch.setattr(
+        "torch.export.export", lambda model, *a, **k: exported.append(model.training) or export(model, *a, **k)
+    )
+    graph = fx.capture(module, (torch.ones(2, 4),))
+    assert exported == [False] if same else exported == [False, True]
+    assert torch.equal(graph(torch.ones(3, 4)), module(torch.ones(3, 4))) and not module.training
+    if same:
+        graph.train(), module.train()
+        assert torch.equal(graph(torch.ones(3, 4)), module(torch.ones(3, 4)))

@@ -1,8 +1,9 @@
 """`capture`: model -> base graph in the dialect that every pass expects.
 
-The model is exported twice, in train and in eval mode; the two captures are compared, and what differs in a literal only
-follows `train()` / `eval()` afterwards. The graph module owns containers named like the model's modules that hold the
-model's own Parameter objects: nothing is copied, `state_dict` has the model's names, a tie stays a tie.
+The model is exported in eval mode and, unless it provably computes the same there, in train mode; the two captures are
+compared, and what differs in a literal only follows `train()` / `eval()` afterwards. The graph module owns containers named
+like the model's modules that hold the model's own Parameter objects: nothing is copied, `state_dict` has the model's names, a
+tie stays a tie.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face
 from .ones import wider
 from .program import program_table, retie
-from .proof import refuse_difference
+from .proof import modes_agree, refuse_difference
 from .stamp import TRACED, equal_lists, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
 
@@ -115,22 +116,25 @@ def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str,
     with shortened(model, lists):
         step(f"capturing {what} in eval mode")
         eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
-        step(f"capturing {what} in train mode")
+        program = eval_program if modes_agree(model, args, kwargs) else None
         try:
-            program = export_in_mode(model, args, kwargs, shapes, training=True)
+            if program is None:
+                step(f"capturing {what} in train mode")
+                program = export_in_mode(model, args, kwargs, shapes, training=True)
         except CaptureError as error:
             if model.training:
-                raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
+                text = f"{error}. In eval mode it can be captured: call model.eval() first"
+                raise CaptureError(text) from error.__cause__
             program, mode.locked = eval_program, str(error)
     step(f"putting {what} together")
     gm = module_of(program, skeleton(model), mode, table)
     clean = [InlineGradRegions()]
-    if not mode.locked:
+    if program is eval_program:
+        run(clean, gm)
+    else:
         evaluation = module_of(eval_program, skeleton(model), ByMode(False), table)
         run(clean, evaluation)
         gm = in_current_mode(gm, evaluation, clean)
-    else:
-        run(clean, gm)
     gm = finish(gm, table, next(model.parameters(), torch.empty(0)).device, lists)
     if lists:
         step(f"proving that {what} is right")

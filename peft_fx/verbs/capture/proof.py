@@ -1,6 +1,6 @@
-"""Whether a graph computes what its model does, by structure: neither numbers nor memory are needed, so it holds on `meta` too.
+"""Whether a graph computes what its model does, or the model the same in both modes, by structure: it holds without numbers too.
 
-Model and graph run once each on fake tensors. Every tensor gets a number, as in a compiler's value numbering: of its operator,
+Both run once each on fake tensors. Every tensor gets a number, as in a compiler's value numbering: of its operator,
 its literals and the numbers of what it was made from. Parameters and inputs are the same for both, so outputs with the same
 number are the same expression of the same tensors.
 """
@@ -17,36 +17,52 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ...errors import GraphError
-from .trace import in_mode, quiet_cache
+from ...errors import CaptureError, GraphError
+from .trace import in_mode, quiet_cache, refusals
 
 
 def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs: dict) -> None:
-    """Raises GraphError unless the graph's outputs are the model's, operator by operator, in eval mode (a graph that is
-    locked to its mode: in that one)."""
+    """Raises GraphError unless the graph's outputs and writes are the model's, operator by operator, in eval mode (a graph that
+    is locked to its mode: in that one)."""
     training = bool(gm.peft_fx.mode.locked) and gm.training
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
-    known = Numbers()
-    with torch.no_grad(), quiet_cache(model), in_mode(model, training), in_mode(gm, training), fakes, exporting():
-        try:
-            real = *held(model).values(), *tensors((args, kwargs))
-            made = {tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real}
-            for index, tensor in enumerate(made.values()):
-                known.find(tensor, "given", index)
-            given = pytree.tree_map(lambda x: made[x] if isinstance(x, torch.Tensor) else x, (args, kwargs))
-            expected, found = (numbered(module, made, *given, known) for module in (model, gm))
-        except (RuntimeError, TypeError) as error:  # operators and tensors that have no fake, or no rule for modes
-            raise GraphError(f"model and graph cannot be compared: {type(error).__name__}: {error}") from error
+    try:
+        with torch.no_grad():
+            expected, found = numbers(model, ((model, training), (gm, training)), args, kwargs)
+    except (RuntimeError, TypeError) as error:  # operators and tensors that have no fake, or no rule for modes
+        raise GraphError(f"model and graph cannot be compared: {type(error).__name__}: {error}") from error
     if expected != found:
         raise GraphError("the graph does not give the model's outputs on the example")
 
 
-def numbered(module: nn.Module, made: dict, args: tuple, kwargs: dict, known: Numbers) -> list[int]:
-    """The numbers of the module's output tensors. made: tensor -> fake; constants that the graph alone holds are real."""
-    fakes = {name: made[tensor] for name, tensor in held(module).items() if tensor in made}
-    with known:
-        output = torch.func.functional_call(module, fakes, args, kwargs)
-        return list(map(known.of, tensors(dict(output) if isinstance(output, dict) else output)))
+def modes_agree(model: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether the model computes and writes the same in both modes, so that one export is that of both."""
+    try:
+        with refusals(model, training=True), torch.enable_grad():
+            evaluation, training = numbers(model, ((model, False), (model, True)), args, kwargs)
+    except CaptureError:  # the export in train mode says why, if it fails too
+        return False
+    return evaluation == training
+
+
+def numbers(model: nn.Module, runs: tuple, args: tuple, kwargs: dict) -> list[list[int]]:
+    """Per run, a module over the model's tensors and its mode: the numbers of its outputs, then of the model's tensors and the
+    inputs after it. Constants that a module alone holds stay real."""
+    known, fakes, results = Numbers(), FakeTensorMode(allow_non_fake_inputs=True), []
+    with quiet_cache(model), fakes, exporting():
+        real = *held(model).values(), *tensors((args, kwargs))
+        made = {tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real}
+        for index, tensor in enumerate(made.values()):
+            known.find(tensor, "given", index)
+        given = pytree.tree_map(lambda x: made[x] if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        start = dict(known.memory)
+        for module, training in runs:
+            own = {name: made[tensor] for name, tensor in held(module).items() if tensor in made}
+            with in_mode(module, training), known:
+                output = torch.func.functional_call(module, own, *given)
+            output = dict(output) if isinstance(output, dict) else output
+            results.append([known.of(tensor) for tensor in (*tensors(output), *made.values())])
+            known.memory = dict(start)
+    return results
 
 
 def held(module: nn.Module) -> dict[str, torch.Tensor]:

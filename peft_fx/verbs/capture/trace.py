@@ -21,9 +21,15 @@ def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, 
 
     Raises CaptureError naming the innermost module that was being traced.
     """
+    with refusals(model, training), in_mode(model, training), torch.enable_grad(), quiet_cache(model), quiet_export():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+@contextlib.contextmanager
+def refusals(model: nn.Module, training: bool) -> Iterator[None]:
+    """Whatever a model's code or torch raises while it is traced, as a CaptureError."""
     try:
-        with in_mode(model, training), torch.enable_grad(), quiet_cache(model), quiet_export():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        yield
     except Exception as error:
         raise CaptureError(explain(model, error, training)) from brief(error)
 
