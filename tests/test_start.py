@@ -44,7 +44,13 @@ def test_nothing_is_imported_that_is_not_needed(code, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports", ["import peft_fx, torch", "import torch, peft_fx", "import peft_fx.errors, torch.nn"]
+    "imports",
+    [
+        "import peft_fx, torch",
+        "import torch, peft_fx",
+        "import peft_fx.errors, torch.nn",
+        "import peft_fx.kernels.stacking, torch",
+    ],
 )
 def test_torch_reads_a_saved_graph_after_any_order_of_imports(imports, tmp_path):
     graph = peft_fx.capture(nn.Sequential(nn.Linear(4, 4)), (torch.randn(2, 4),))

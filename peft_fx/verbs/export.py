@@ -108,7 +108,7 @@ def residents(data: dict) -> dict[str, Resident]:
             config_from_dict(config),
             forms.get(place, "auto"),
             names.get(place),
-            config_from_dict(room[place]) if place in room else None,
+            config_from_dict(room.get(place, config)) if names else None,
         )
         for place, config in data["recipe"].items()
     }
