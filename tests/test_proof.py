@@ -62,6 +62,7 @@ WRONG = {
     ),
     "a write that is left out": lambda g: g.erase_node(last(g, aten.add_.Tensor)),
     "part of a value": lambda g: around(last(g, aten.tanh.default), aten.slice.Tensor, 0, 0, 1),
+    "a gradient that stops": lambda g: around(last(g, aten.tanh.default), aten.detach.default),
     "an operator more": lambda g: around(last(g, aten.tanh.default), aten.neg.default),
 }
 RIGHT = {
@@ -98,6 +99,13 @@ def test_what_computes_the_same_is_the_same(change, captured):
     refuse_difference(model, altered(graph, change), args, {})
 
 
+def test_a_module_under_two_names_has_its_own_tensors_afterwards():
+    model = nn.Sequential(linear := nn.Linear(4, 4), nn.Sequential(linear)).eval()
+    before = dict(model.named_parameters())
+    fx.capture(model, (torch.zeros(2, 4),))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
 def test_what_has_no_fake_is_no_proof(captured):
     model, graph, args = captured
     with pytest.raises(fx.GraphError, match="cannot be compared"):
@@ -119,6 +127,19 @@ class Counts(nn.Module):
         return x * 2
 
 
+class Stops(nn.Module):
+    """Gradients flow in training alone."""
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            return x * 2
+
+
+class Detaches(nn.Module):
+    def forward(self, x):
+        return (x if self.training else x.detach()) * 2
+
+
 class Refuses(nn.Module):
     def forward(self, x):
         if self.training:
@@ -132,6 +153,8 @@ MODES = {  # module -> whether it is the same in both modes
     "dropout": (nn.Dropout(0.1), False),
     "statistics": (nn.BatchNorm1d(4), False),
     "a counter": (Counts(), False),
+    "gradients that stop": (nn.Sequential(nn.Linear(4, 4), Stops()), False),
+    "a value that is detached": (nn.Sequential(nn.Linear(4, 4), Detaches()), False),
     "no training": (Refuses(), False),
 }
 

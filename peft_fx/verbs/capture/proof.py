@@ -26,7 +26,7 @@ def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs:
     is locked to its mode: in that one)."""
     training = bool(gm.peft_fx.mode.locked) and gm.training
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             expected, found = numbers(model, ((model, training), (gm, training)), args, kwargs)
     except (RuntimeError, TypeError) as error:  # operators and tensors that have no fake, or no rule for modes
         raise GraphError(f"model and graph cannot be compared: {type(error).__name__}: {error}") from error
@@ -49,27 +49,38 @@ def numbers(model: nn.Module, runs: tuple, args: tuple, kwargs: dict) -> list[li
     inputs after it. Constants that a module alone holds stay real."""
     known, fakes, results = Numbers(), FakeTensorMode(allow_non_fake_inputs=True), []
     with quiet_cache(model), fakes, exporting():
-        real = *held(model).values(), *tensors((args, kwargs))
+        real = *(holder[name] for holder, name in held(model)), *tensors((args, kwargs))
         made = {tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real}
         for index, tensor in enumerate(made.values()):
             known.find(tensor, "given", index)
         given = pytree.tree_map(lambda x: made[x] if isinstance(x, torch.Tensor) else x, (args, kwargs))
         start = dict(known.memory)
         for module, training in runs:
-            own = {name: made[tensor] for name, tensor in held(module).items() if tensor in made}
-            with in_mode(module, training), known:
-                output = torch.func.functional_call(module, own, *given)
+            with in_mode(module, training), in_place_of(made, module), known:
+                output = module(*given[0], **given[1])
             output = dict(output) if isinstance(output, dict) else output
             results.append([known.of(tensor) for tensor in (*tensors(output), *made.values())])
             known.memory = dict(start)
     return results
 
 
-def held(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+def held(module: nn.Module) -> list[tuple[dict, str]]:
+    """Where a module's parameters and buffers are, each place once."""
+    holders = (holder for m in module.modules() for holder in (m._parameters, m._buffers))
+    return [(holder, name) for holder in holders for name, tensor in holder.items() if tensor is not None]
+
+
+@contextlib.contextmanager
+def in_place_of(made: dict[torch.Tensor, torch.Tensor], module: nn.Module) -> Iterator[None]:
+    """The module with fakes in its tensors' places; `functional_call` leaves them in a module that has two names."""
+    places = [(holder, name, holder[name]) for holder, name in held(module)]
+    try:
+        for holder, name, tensor in places:
+            holder[name] = made.get(tensor, tensor)
+        yield
+    finally:
+        for holder, name, tensor in places:
+            holder[name] = tensor
 
 
 def tensors(values) -> list[torch.Tensor]:
@@ -97,7 +108,8 @@ ALIKE = {torch.ops.aten.lift_fresh_copy.default: torch.ops.aten.lift_fresh.defau
 class Numbers(TorchDispatchMode):
     """Numbers the memory of tensors by the expressions that wrote it, while entered; equal expressions have equal numbers.
 
-    A tensor is its memory's number and what it shows of it, so that views need no rule, and a write is seen through all.
+    A tensor is its memory's number, what it shows of it, and whether gradients flow back from it: views need no rule, a write is
+    seen through all of them, and a detached tensor is another.
     """
 
     def __init__(self):
@@ -124,7 +136,9 @@ class Numbers(TorchDispatchMode):
         if address(tensor) not in self.memory:
             self.write(tensor, "constant", constant(tensor))
         shown = tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.storage_offset()
-        return self.number(self.memory[address(tensor)], *shown, tensor.is_conj(), tensor.is_neg())
+        return self.number(
+            self.memory[address(tensor)], *shown, tensor.is_conj(), tensor.is_neg(), tensor.requires_grad
+        )
 
     def key(self, value):
         if isinstance(value, torch.Tensor):
