@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 import torch
@@ -42,9 +43,11 @@ def test_capture_says_what_it_does(screen, monkeypatch):
     monkeypatch.setattr("peft_fx.verbs.capture.model.step", lambda what: (said.append(what), progress.step(what)))
     with progress.working("opening the model", after=0):
         capture()
+        while "putting Sequential together" not in shown.getvalue():  # another thread writes it
+            time.sleep(0.01)
     steps = ("capturing {} in eval mode", "capturing {} in train mode", "putting {} together")
     assert said == [step.format("Sequential") for step in steps]
-    assert "capturing Sequential" in shown.getvalue() and progress.status.get() is None
+    assert progress.status.get() is None
 
 
 def test_what_is_done_soon_shows_nothing(screen, monkeypatch):
