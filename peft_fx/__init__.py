@@ -33,12 +33,13 @@ _NAMES = {
     "verbs.compile": ("compile", "inline", "outline"),
     "verbs.explain": ("explain", "trainable_parameters"),
     "verbs.export": ("export", "load"),
-    "verbs.hotswap": ("hotswap", "prepare_hotswap", "prepare_swap"),
+    "verbs.hotswap": ("hotswap", "prepare_swap"),
     "verbs.merge": ("merge", "unmerge"),
     "verbs.mixed": ("mixed_batch",),
     "verbs.package": ("load_package", "package"),
     "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
     "verbs.switch": ("reserve", "switch"),
+    "verbs.widen": ("prepare_hotswap",),
 }  # fmt: skip
 
 # module -> its names that are PEFT's
@@ -160,12 +161,13 @@ if TYPE_CHECKING:
     from .verbs.compile import compile, inline, outline
     from .verbs.explain import explain, trainable_parameters
     from .verbs.export import export, load
-    from .verbs.hotswap import hotswap, prepare_hotswap, prepare_swap
+    from .verbs.hotswap import hotswap, prepare_swap
     from .verbs.merge import merge, unmerge
     from .verbs.mixed import mixed_batch
     from .verbs.package import load_package, package
     from .verbs.slots import delete_adapter, release, rename, slots
     from .verbs.switch import reserve, switch
+    from .verbs.widen import prepare_hotswap
 
 __all__ = sorted(name for names in _NAMES.values() for name in names)
 

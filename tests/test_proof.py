@@ -99,11 +99,20 @@ def test_what_computes_the_same_is_the_same(change, captured):
     refuse_difference(model, altered(graph, change), args, {})
 
 
-def test_a_module_under_two_names_has_its_own_tensors_afterwards():
-    model = nn.Sequential(linear := nn.Linear(4, 4), nn.Sequential(linear)).eval()
-    before = dict(model.named_parameters())
-    fx.capture(model, (torch.zeros(2, 4),))
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+class Remembers(nn.Module):
+    def forward(self, x):
+        self.last = x
+        self.register_buffer("seen", x + 1)
+        return x
+
+
+def test_a_proof_leaves_the_model_as_it_was():
+    linear = nn.Linear(4, 4)
+    model = nn.Sequential(linear, nn.Sequential(linear), Remembers()).eval()  # one module has two names
+    parameters, own = dict(model.named_parameters()), list(vars(model[2]))
+    assert modes_agree(model, (torch.zeros(2, 4),), {})
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(vars(model[2])) == own and not list(model.buffers()) and not model.training
 
 
 def test_what_has_no_fake_is_no_proof(captured):

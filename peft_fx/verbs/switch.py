@@ -14,8 +14,8 @@ from torch import fx
 from ..errors import GraphError
 from ..store import GATES, get_tensor, state_of
 from .derive import acting, derived, names_of, refuse_merged, refuse_slots
-from .hotswap import wide, widened
 from .slots import allocate_slot, emptied, set_gate, with_slots
+from .widen import wide, widened
 
 
 def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -> fx.GraphModule:

@@ -72,15 +72,19 @@ def held(module: nn.Module) -> list[tuple[dict, str]]:
 
 @contextlib.contextmanager
 def in_place_of(made: dict[torch.Tensor, torch.Tensor], module: nn.Module) -> Iterator[None]:
-    """The module with fakes in its tensors' places; `functional_call` leaves them in a module that has two names."""
-    places = [(holder, name, holder[name]) for holder, name in held(module)]
+    """The module with fakes in its tensors' places. Afterwards nothing of it has changed, whatever its forward stores in it.
+
+    `functional_call` would leave fakes in a module that has two names.
+    """
+    kept = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers, vars(m))]
     try:
-        for holder, name, tensor in places:
-            holder[name] = made.get(tensor, tensor)
+        for holder, name in held(module):
+            holder[name] = made.get(holder[name], holder[name])
         yield
     finally:
-        for holder, name, tensor in places:
-            holder[name] = tensor
+        for d, before in kept:
+            d.clear()
+            d.update(before)
 
 
 def tensors(values) -> list[torch.Tensor]:
