@@ -40,7 +40,7 @@ def slots(tuned: fx.GraphModule) -> tuple[Slot, ...]:
             slot,
             resident.name,
             resident.room.peft_type,
-            getattr(resident.room, resident.room.ranked, None) if resident.room.ranked else None,
+            getattr(resident.room, resident.room.ranked, None),
             get_tensor(gm, f"{GATES}.{slot}").item(),
         )
         for slot, resident in state.recipe.items()
@@ -79,9 +79,13 @@ def fresh(gm: fx.GraphModule, state: State, slot: str) -> dict[str, torch.Tensor
     made: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=()):
         for p in placements(roomy, slot):
-            for name in p.tensors.keys() - p.shared.keys() if not get_tensor(gm, p.target.name).is_meta else ():
-                made[p.state_name(name)] = tensor = torch.empty_like(get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"))
-                fill(tensor, gm, p, name, None, made)
+            if get_tensor(gm, p.target.name).is_meta:
+                continue
+            for name in p.tensors:
+                if name not in p.shared:
+                    tensor = torch.empty_like(get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"))
+                    fill(tensor, gm, p, name, None, made)
+                    made[p.state_name(name)] = tensor
     return {f"{ADAPTERS}.{name}": tensor for name, tensor in made.items()}
 
 
