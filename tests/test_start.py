@@ -20,7 +20,7 @@ IMPORTS = {  # code -> what it must not import
     "import peft_fx.utils, peft_fx.hf; from peft_fx import errors; peft_fx.PeftFxError": HEAVY,
     "import peft_fx; peft_fx.Recipe": HEAVY,
     "import torch, peft_fx": "transformers sympy torch._dynamo",
-    "import peft_fx; peft_fx.capture, peft_fx.apply": "transformers",
+    "import peft_fx; peft_fx.capture, peft_fx.apply": "transformers torch._dynamo",
     COMMAND.format("'--version'"): HEAVY,
     COMMAND.format("'--help'"): HEAVY,
     COMMAND.format("'inspect', '--help'"): HEAVY,

@@ -76,6 +76,7 @@ def in_place_of(made: dict[torch.Tensor, torch.Tensor], module: nn.Module) -> It
 
     `functional_call` would leave fakes in a module that has two names.
     """
+    module.forward  # noqa: B018  a graph makes its code at the first look, and keeps what belongs to it
     kept = [(d, dict(d)) for m in module.modules() for d in (m._parameters, m._buffers, vars(m))]
     try:
         for holder, name in held(module):

@@ -7,8 +7,6 @@ import logging
 from collections.abc import Iterator
 from types import TracebackType
 
-from torch.export import _trace
-
 # They speak of sizes that were fixed, and of guards that failed.
 LOGGERS = ("torch.export._trace", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 
@@ -23,6 +21,8 @@ def quiet_export() -> Iterator[None]:
 
     A logger that was asked to say more, by TORCH_LOGS say, goes on.
     """
+    from torch.export import _trace  # brings Dynamo along
+
     quiet = [logger for logger in map(logging.getLogger, LOGGERS) if logger.getEffectiveLevel() >= logging.WARNING]
     for logger in quiet:
         logger.addFilter(below_critical)
