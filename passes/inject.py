@@ -18,7 +18,7 @@ from torch import fx
 from ..errors import RecipeError
 from ..methods import get_method
 from ..methods.base import HALF
-from ..planning.kinds import stored_shape
+from ..planning.kinds import one_line_each, stored_shape
 from ..planning.plan import Placement, Refusal, Shared, clashes
 from ..store import ADAPTERS, GATES, ROOT, get_tensor
 from ..target import Target
@@ -70,7 +70,8 @@ def lower(graph: fx.Graph, placements: Sequence[Placement], known: dict) -> list
         seen.add(p.target.name)
     keys = ConfigKeys()
     for i, p in enumerate(placements):
-        if p.target.name in found and not reasons[i] and together[p.target.name] == 1:
+        alone = together[p.target.name] == 1
+        if p.target.name in found and not reasons[i] and (alone or p.lowering == "weight"):
             reasons[i] = chosen_weight(p, found[p.target.name][0], known, keys)
     last_weight = {p.target.name: i for i, p in enumerate(placements) if reasons[i]}
     return [
@@ -88,12 +89,12 @@ def weight_reason(p: Placement, found: dict, first: bool) -> str:
         return reason
     for form in forms:
         if form.kinds is not None and (other := {s.operator.kind for s in at} - form.kinds):
-            return f"the method has no other form on {', '.join(sorted(other))}"
+            return f"{p.method} only has the weight form on {', '.join(sorted(other))}"
     if not first:
         if any(form.place == "input" for form in forms):
-            return "a map of the input has to come first"
+            return f"{p.method} changes the operator's input, which only the first adapter on a target can"
         if p.rule.reads:
-            return "an update that reads the weight has to come first"
+            return f"{p.method}'s update reads the weight, which only the first adapter on a target can"
     return ""
 
 
@@ -106,7 +107,7 @@ def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKey
     if p.rule.activation_only(p.target, p.config) or p.rule.input_dropout(p.target, p.config):
         return ""
     if p.rule.rounds_weight and at[0].parameter.meta["val"].dtype in HALF:
-        return "a half-precision weight rounds single entries as a merge does"
+        return "in half precision, single entries are to be rounded as a merge rounds them"
     site = at[0]
     static = ("cost", type(get_method(p.method)), keys(p), bare(p), activation_signature(site))
     shapes = tuple(t.shape for t in p.tensors.values())  # equal configs may give targets ranks of their own
@@ -114,7 +115,11 @@ def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKey
     if key not in known:
         known[key] = costs(p, site)
     activation, weight = known[key]
-    return f"counted at {weight / activation:.2f} x the activation form's cost" if weight < CHEAPER * activation else ""
+    return (
+        f"the weight form is cheaper here: {weight / activation:.2f} of the work"
+        if weight < CHEAPER * activation
+        else ""
+    )
 
 
 def costs(p: Placement, site: Site) -> tuple[float, float]:
@@ -146,14 +151,14 @@ def costs(p: Placement, site: Site) -> tuple[float, float]:
 
 
 def composed(i: int, last_weight: int) -> str:
-    return "composed with an adapter that needs the weight form" if i < last_weight else ""
+    return "a later adapter on this target needs the weight form" if i < last_weight else ""
 
 
 def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
     """The sites of a target, and "" or why the activation form cannot be used at them."""
     found, reason = sites(node)
     if not reason and any(s.stored_transposed != target.transposed for s in found):
-        reason = "the operator reads the weight in another orientation than PEFT files it"
+        reason = "the operator reads the weight transposed, against PEFT's files"
     if not reason and node.meta["val"].shape != stored_shape(target):
         reason = "a merge has changed the weight's shape"
     return found, reason
@@ -162,7 +167,7 @@ def readable(node: fx.Node, target: Target) -> tuple[list[Site], str]:
 def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str, order: str) -> Lowering:
     """reason: why the weight form is needed by itself, order: because of others; "" if it is not."""
     if found is None:
-        return Lowering(p, "none", "the graph does not read this parameter")
+        return Lowering(p, "none", "no operator of the graph reads this parameter")
     at, because = tuple(found[0]), reason or order
     if not because:
         return Lowering(p, "activation", "", at)
@@ -191,7 +196,7 @@ class Inject(Pass):
         decided = lower(gm.graph, self.placements, gm.meta[ROOT].base.traces)
         refused = [Refusal(x.placement.target.name, f"refused: {x.reason}") for x in decided if x.form == "refused"]
         if refused := [*refused, *clashes(self.placements)]:
-            raise RecipeError("\n".join(map(str, refused)))
+            raise RecipeError("\n".join(one_line_each(refused)))
         insert = Insert(gm, self.gated)
         for x in decided:
             if x.form != "none":
@@ -228,7 +233,7 @@ class Insert:
             site = replace(site, parameter=self.heads.get(site.parameter, site.parameter))
             function = form.build(site, p.rule, p.target, p.config, names)
             static = (form.build, type(get_method(p.method)), self.key(p), bare(p), activation_signature(site))
-            label = tag(p, next(self.splices))
+            label = tag(p, x.form, next(self.splices))
             original = self.inputs.setdefault(site.node, site.x)
             if form.place == "input":
                 (mapped,) = self.traced(p, function, static, [original, *theta], site.node, label, after=False)
@@ -250,7 +255,7 @@ class Insert:
         function = weight_function(method, p.target, p.config, names)
         static = ("weight", type(get_method(p.method)), self.key(p), bare(p))
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
-        label = tag(p, next(self.splices))
+        label = tag(p, x.form, next(self.splices))
         new_W, new_b = self.traced(p, function, static, [old_W, old_b, *theta], first, label, after=False)
         if new_W is not old_W:  # a method may change the bias alone
             self.replace(old_W, new_W, label)
@@ -319,9 +324,9 @@ class ConfigKeys:
         return self.texts[id(p.config)]
 
 
-def tag(p: Placement, splice: int) -> dict:
-    """What every inserted node says of itself: which splice it belongs to, and for whom."""
-    return {"splice": splice, "adapter": p.adapter, "target": p.target.name, "method": p.method}
+def tag(p: Placement, form: str, splice: int) -> dict:
+    """What every inserted node says of itself: which splice it belongs to, for whom, and in which form."""
+    return {"splice": splice, "adapter": p.adapter, "target": p.target.name, "method": p.method, "form": form}
 
 
 def tag_of(node: fx.Node) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import fx
@@ -60,7 +61,9 @@ def sites(parameter: fx.Node) -> tuple[list[Site], str]:
             for user in node.users:
                 follow(user, node, (*chain, node))
             return
-        reason = reason or f"the weight is read by {schema_name(node) or node.target}, which no activation form covers"
+        reason = (
+            reason or f"the weight is read by {schema_name(node) or node.target}, for which there is no activation form"
+        )
 
     for user in parameter.users:
         follow(user, parameter, ())
@@ -95,6 +98,10 @@ def groups_of(site: Site) -> int:
     return full_args(site.node)[site.operator.groups] if site.operator.groups is not None else 1
 
 
-def describe(found: list[Site], reason: str) -> str:
+def describe(found: Iterable[Site], reason: str) -> str:
     """One line on how a target is read, for `explain`."""
-    return reason or ", ".join(sorted({schema_name(s.node) for s in found})) or "not read by the graph"
+    return (
+        reason
+        or ", ".join(sorted({schema_name(s.node) for s in found}))
+        or "no operator of the graph reads this parameter"
+    )

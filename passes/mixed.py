@@ -35,6 +35,7 @@ from ..methods import get_method
 from ..methods.base import Additive
 from ..planning.plan import Placement
 from ..store import INPUTS
+from ..target import sizes
 from .base import Pass
 from .fakes import fake_mode_of
 from .inject import Insert, bare, readable, tag
@@ -234,8 +235,7 @@ def fault(p: Placement, at: Sequence[Site], reason: str, batch: sympy.Symbol) ->
         if any(form.kinds is not None and kind not in form.kinds for form in forms):
             return f"{p.method} has only the weight form on {kind}, which all rows share"
         if rows_of(site.x, batch) is None:
-            shape = tuple(map(str, site.x.meta["val"].shape))
-            return f"its input has sizes ({', '.join(shape)}), where the rows of the batch, {batch}, are no axis"
+            return f"its input has sizes {sizes(site.x.meta['val'].shape)}, where the rows of the batch, {batch}, are no axis"
     return ""
 
 
@@ -315,7 +315,7 @@ class InsertMixed(Insert):
         adapters, methods = (
             ", ".join(dict.fromkeys(getattr(x.placement, n) for x in parts)) for n in ("adapter", "method")
         )
-        return {**tag(parts[0].placement, next(self.splices)), "adapter": adapters, "method": methods}
+        return {**tag(parts[0].placement, "activation", next(self.splices)), "adapter": adapters, "method": methods}
 
     def static(self, site: Site, parts: Sequence[Part], rows: Rows, how: tuple) -> tuple:
         found = [(type(get_method(x.placement.method)), self.key(x.placement), bare(x.placement)) for x in parts]

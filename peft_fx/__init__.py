@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 
 from .hf.submodules import SUBMODULES, make_submodules
 from .methods import METHODS
+from .missing import NAMES as MISSING
+from .missing import not_yet
 from .operators import register_with_torch
+from .suggestions import did_you_mean
 
 # module -> its names that are ours
 _NAMES = {
@@ -188,7 +191,15 @@ def __getattr__(name: str):
             return method.Config
     if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
         return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    raise AttributeError(_no_attribute(name), name=name, obj=sys.modules[__name__])
+
+
+def _no_attribute(name: str) -> str:
+    if name in MISSING:
+        return not_yet(f"{__name__}.{name}")
+    return (
+        f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, [] if name.startswith('_') else __dir__())}"
+    )
 
 
 def __dir__():

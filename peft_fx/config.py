@@ -2,26 +2,32 @@
 
 A config is a dataclass, checked when it is made and again when it is used. What a method adds is a subclass with more
 fields, in the method's own file. Fields that PEFT has and this version cannot do are declared too, so that files
-round-trip; setting them is refused with the reason.
+round-trip; setting them is refused with the reason. How the adapter of a file began is no concern of its reader's: such
+values are kept as they are (`Begun`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .errors import NotAFolderError, RecipeError, UnsupportedError, WrongTypeError
+from .checks import check_names, check_type
+from .errors import NotAFolderError, RecipeError, UnknownFieldError, UnsupportedError, WrongTypeError
+from .fields import Begun, begun
+from .missing import VARIANTS, not_yet
+from .notices import warn
+from .suggestions import did_you_mean
+from .tables import Cell, Table, as_html
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 65536  # an adapter file that asks for more is damaged or hostile
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # field -> whether one string (a regex, or a single name) may stand for the list
 NAME_FIELDS = {
     "target_modules": True, "exclude_modules": True, "layers_pattern": True,
@@ -29,8 +35,6 @@ NAME_FIELDS = {
 }  # fmt: skip
 # what only PEFT's LoRA has among the shared fields
 LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_parameters", "trainable_token_indices"})
-# annotation of a field -> what its value must be; other annotations are checked where they are used
-PLAIN_TYPES = {"bool": bool, "int": int, "float": (int, float)}
 
 
 @dataclass
@@ -81,19 +85,32 @@ class AdapterConfig:
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
 
+    def __new__(cls, *args, **fields):
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields.keys() - known:
+            if name in VARIANTS:
+                raise UnsupportedError(f"{cls.__name__}: {name}: {not_yet(VARIANTS[name])}")
+            hint = did_you_mean(name, known) or f"; its fields: {', '.join(known)}"
+            raise UnknownFieldError(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
+        return super().__new__(cls)
+
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (set, tuple)):
                 setattr(self, f.name, sorted(value) if isinstance(value, set) else list(value))
             reason = self.refused.get(f.name)
-            if reason and value not in (default_of(f), None, False):
-                raise RecipeError(f"{type(self).__name__}: {f.name}={value!r} is refused: {reason}")
+            if reason and not isinstance(value, Begun) and value not in (default_of(f), None, False):
+                raise UnsupportedError(f"{type(self).__name__}: {f.name}={value!r} is refused: {reason}")
             check_type(f"{type(self).__name__}: {f.name}", value, f.type)
             if f.default_factory is dict:
                 check_dict(self, f.name)
             if (check := f.metadata.get("check")) and not (value is None and default_of(f) is None):
                 check(f.name, value)
+        if self.task_type is not None and self.task_type not in TASKS:
+            raise RecipeError(
+                f"task_type={self.task_type!r}: expected one of {', '.join(TASKS)}, or None{did_you_mean(self.task_type, TASKS)}"
+            )
         for name, string in NAME_FIELDS.items():
             check_names(name, getattr(self, name), string)
         if not isinstance(self.layers_to_transform, (int, list, type(None))) or any(
@@ -120,6 +137,10 @@ class AdapterConfig:
         """What target_modules=None means for a model (its ModuleTable) whose type has no default; None: it must be named."""
         return None
 
+    def missing_base(self) -> str:
+        """What to say of a file whose tensors are for other base weights than the model's; "" for any other."""
+        return ""
+
     def with_rank(self, rank: int):
         """The same config with every rank set to `rank`. Raises RecipeError for methods that have no rank."""
         if not self.ranked:
@@ -136,6 +157,17 @@ class AdapterConfig:
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.as_parts())
+
+    def as_parts(self) -> list[str | Table]:
+        """For a notebook: the fields, those that differ from their defaults first."""
+        rows = [(f.name, repr(getattr(self, f.name)), default_of(f)) for f in dataclasses.fields(self)]
+        rows = [(name, value, "required" if d is dataclasses.MISSING else repr(d)) for name, value, d in rows]
+        changed = [[Cell(text, "bold") for text in row] for row in rows if row[1] != row[2]]
+        others = [[Cell(text, "dim") for text in row] for row in rows if row[1] == row[2]]
+        return [f"{type(self).__name__}, {self.peft_type}", Table(("field", "value", "default"), changed + others)]
 
     def save_pretrained(self, save_directory) -> None:
         """Writes `adapter_config.json`, whole or not at all."""
@@ -168,21 +200,36 @@ class AdapterConfig:
         return config
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]):
+    def from_dict(cls, data: dict[str, Any], where: str | None = None):
         """Reads a config dict. Unknown keys are an error unless they hold an empty value, as newer versions write.
 
-        Raises RecipeError for unknown fields that are set, and for values of the wrong type.
+        where: the adapter's file, if `data` is from one: unknown keys are other programs' or newer versions' then, and are
+        left out with a warning; how the adapter began may be anything. Raises RecipeError for unknown fields that are set,
+        and for values of the wrong type.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
-        values = {}
-        for key, value in data.items():
-            if key == "peft_type":
-                continue
-            if key in known:
-                values[key] = value
-            elif value not in (None, False, {}, [], "none"):
-                raise RecipeError(f"{cls.peft_type}: unknown config field {key!r} = {value!r}; known: {sorted(known)}")
+        values = {key: value for key, value in data.items() if key in known}
+        others = data.keys() - known.keys() - {"peft_type"}
+        unknown = sorted(key for key in others if data[key] not in (None, False, {}, [], "none"))
+        if where is not None:
+            values = {key: begun(known[key], value) for key, value in values.items()}
+            if unknown:
+                warn(
+                    f"{where}: this version does not know {', '.join(unknown)}, which another program or a newer PEFT wrote: "
+                    "read without; if they change what the adapter computes, outputs are others"
+                )
+        elif unknown:
+            name, value = unknown[0], data[unknown[0]]
+            hint = did_you_mean(name, known) or f"; known: {sorted(known)}"
+            raise UnknownFieldError(f"{cls.peft_type}: unknown config field {name!r} = {value!r}{hint}")
         return cls(**values)
+
+
+def refuse_to_begin(config: AdapterConfig) -> None:
+    """Raises RecipeError for a config of a file whose adapter began in a way that is missing here: a new one cannot."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if found := {name: value.plain(value) for name, value in values.items() if isinstance(value, Begun)}:
+        dataclasses.replace(config, **found)
 
 
 def default_of(f: dataclasses.Field):
@@ -193,14 +240,6 @@ def indices(layers: list | int | None) -> list:
     return layers if isinstance(layers, list) else [] if layers is None else [layers]
 
 
-def check_names(what: str, value, string: bool) -> None:
-    """Raises RecipeError unless `value` is None, a list of strings or, where `string`, one string."""
-    if value is None or (string and isinstance(value, str)):
-        return
-    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise WrongTypeError(f"{what}: expected a list of names{' or a string' if string else ''}, got {value!r}")
-
-
 def check_dict(config: AdapterConfig, name: str) -> None:
     """None means {}; raises RecipeError for anything that is no dict."""
     value = getattr(config, name)
@@ -209,96 +248,12 @@ def check_dict(config: AdapterConfig, name: str) -> None:
     setattr(config, name, value or {})
 
 
-def check_type(what: str, value, annotation: str) -> None:
-    """Raises RecipeError unless a field annotated as a plain number or boolean holds one, and a finite one."""
-    expected = PLAIN_TYPES.get(getattr(annotation, "__name__", annotation))
-    if expected is None:
-        return
-    boolean = isinstance(value, bool) and expected is not bool
-    if boolean or not isinstance(value, expected) or not math.isfinite(value):
-        raise WrongTypeError(f"{what}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
-
-
-def check_rank(what: str, value) -> None:
-    """Raises RecipeError unless `value` is a usable rank."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RANK:
-        raise RecipeError(f"{what}: expected an integer from 1 to {MAX_RANK}, got {value!r}")
-
-
-def check_count(what: str, value) -> None:
-    """Raises RecipeError unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RecipeError(f"{what}: expected a positive integer, got {value!r}; nearest valid: 1")
-
-
-def number_that(holds: Callable[[Any], bool], expected: str):
-    """A check of numbers: raises RecipeError unless `holds` is true of the value."""
-
-    def check(what: str, value) -> None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
-            raise RecipeError(f"{what}: expected {expected}, got {value!r}")
-
-    return check
-
-
-check_positive = number_that(lambda v: v > 0, "a number above 0")
-
-# Fields that check themselves: `r: int = rank(8)`. A default of None allows None.
-
-
-def rank(default: int | None):
-    """An integer from 1 to MAX_RANK."""
-    return field(default=default, metadata={"check": check_rank})
-
-
-def count(default: int):
-    """An integer of 1 or more."""
-    return field(default=default, metadata={"check": check_count})
-
-
-def checked(default, holds: Callable[[Any], bool], expected: str):
-    """A field whose value must make `holds` true."""
-    return field(default=default, metadata={"check": number_that(holds, expected)})
-
-
-def probability(default: float = 0.0):
-    return checked(default, lambda p: 0.0 <= p < 1.0, "0 <= p < 1")
-
-
-def positive(default: float | None):
-    return field(default=default, metadata={"check": check_positive})
-
-
-def nonnegative(default: float | None):
-    return checked(default, lambda v: v >= 0, "0 or more")
-
-
-def one_of(*choices):
-    """A field with one of these values; the first is the default."""
-
-    def check(what: str, value) -> None:
-        if not any(value is c or (value == c and type(value) is type(c)) for c in choices):
-            raise RecipeError(f"{what}={value!r}: expected one of {choices}")
-
-    return field(default=choices[0], metadata={"check": check})
-
-
 def by_pattern(pattern: dict[str, Any] | None, path: str, default):
     """PEFT's rank_pattern / alpha_pattern lookup: first key that, as a regex, ends the path at a component border."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
-
-
-def pattern_field(check: Callable[[str, Any], None] | None = None, **default):
-    """A name-regex -> value dict field. check: of each value, with what to call it. default: `field`'s, where not {}."""
-
-    def check_values(what: str, values) -> None:
-        for key, value in (values or {}).items():
-            check(f"{what}[{key!r}]", value)
-
-    return field(**(default or {"default_factory": dict}), metadata={"check": check_values} if check else {})
 
 
 PeftConfig = AdapterConfig  # PEFT's name

@@ -29,6 +29,10 @@ class WrongTypeError(RecipeError, TypeError):
     """A value of a type that its field cannot have."""
 
 
+class UnknownFieldError(RecipeError, TypeError):
+    """A field that a config does not have."""
+
+
 class UnsupportedError(RecipeError, NotImplementedError):
     """A choice that there is not."""
 

@@ -85,10 +85,6 @@ class Lazy(fx.GraphModule):
         self._generate()
         return super().code
 
-    def __str__(self) -> str:
-        self._generate()
-        return super().__str__()
-
     def __deepcopy__(self, memo):
         self.graph  # noqa: B018  now it has one of its own
         memo[id(self._kept)] = self._kept

@@ -11,9 +11,10 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
-from .config import CONFIG_FILE, AdapterConfig
+from .config import CONFIG_FILE, AdapterConfig, default_of
 from .errors import RecipeError, UnknownMethodError, WrongTypeError
 from .methods import get_config
+from .tables import as_html
 
 RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
 
@@ -44,6 +45,9 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def _repr_html_(self) -> str:
+        return as_html([part for name, c in self.items() for part in (f"adapter {name}", *c.as_parts())])
 
     @classmethod
     def from_dict(cls, data: dict, adapter_name: str = "default") -> Recipe:
@@ -80,16 +84,26 @@ def as_config(obj) -> AdapterConfig:
         return dataclasses.replace(copy.deepcopy(obj))  # it may have been changed, and may be again
     if isinstance(obj, dict):
         return config_from_dict(obj)
+    if isinstance(obj, type):
+        raise WrongTypeError(f"expected a config, got the class {obj.__name__}: call it, e.g. {obj.__name__}(...)")
     if hasattr(obj, "to_dict") and getattr(obj, "peft_type", None) is not None:
-        return config_from_dict({**obj.to_dict(), "peft_type": obj.peft_type})
+        return config_from_dict({**set_in(obj), "peft_type": obj.peft_type})
     raise WrongTypeError(f"expected a config, a recipe, a dict or a path, got {type(obj).__name__}")
 
 
-def config_from_dict(data: dict) -> AdapterConfig:
+def set_in(config) -> dict:
+    """A config of PEFT's as a dict, without fields that we do not know and that nobody set: a newer PEFT has more of them."""
+    known = {f.name for f in dataclasses.fields(get_config(config.peft_type))}
+    unset = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) == default_of(f)} - known
+    return {key: value for key, value in config.to_dict().items() if key not in unset}
+
+
+def config_from_dict(data: dict, where: str | None = None) -> AdapterConfig:
+    """The config that a dict describes. where: as for `AdapterConfig.from_dict`."""
     if data.get("peft_type") is None:
         raise UnknownMethodError(f"a config names its peft_type, e.g. 'LORA'; got the keys {sorted(map(str, data))}")
     plain = {key: plain_value(value) for key, value in data.items() if key not in RUNTIME_ONLY}
-    return get_config(plain["peft_type"]).from_dict(plain)
+    return get_config(plain["peft_type"]).from_dict(plain, where)
 
 
 def plain_value(value):
@@ -108,7 +122,10 @@ def plain_value(value):
 def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
     file = path / CONFIG_FILE if path.is_dir() else path
     if file.suffix not in READERS:
-        raise RecipeError(f"{path}: expected one of {', '.join(READERS)}, or a folder with {CONFIG_FILE}")
+        raise RecipeError(
+            f"{path}: expected one of {', '.join(READERS)}, a folder with {CONFIG_FILE}, or a config, e.g. "
+            "{'peft_type': 'LORA'}"
+        )
     try:
         data = READERS[file.suffix](file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -116,6 +133,8 @@ def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not valid {file.suffix[1:]}: {error}") from error
     try:
+        if file.name == CONFIG_FILE and isinstance(data, dict):  # what a program wrote; a recipe's keys somebody typed
+            return Recipe({adapter_name: config_from_dict(data, str(file))})
         return Recipe.from_dict(data, adapter_name)
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from error

@@ -19,6 +19,7 @@ from torch import fx
 
 from .errors import GraphError
 from .lazy import Lazy
+from .summary import OURS, summary, summary_html
 
 
 class Sharing:
@@ -117,7 +118,7 @@ def synchronize(devices: Iterable[torch.device]) -> None:
 
 class Shared(Lazy):
     """A graph module whose calls are forwards to `Sharing`. Code that Dynamo made of such a call along with its caller's has
-    no lock: its caller takes `forward()`."""
+    no lock: its caller takes `forward()`. Printed, it is a summary; all of it is in `code`."""
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -128,3 +129,11 @@ class Shared(Lazy):
             return super().__call__(*args, **kwargs)
         finally:
             sharing.end()
+
+    def __str__(self) -> str:
+        return summary(self) if OURS in self.meta else super().__repr__()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str | None:
+        return summary_html(self) if OURS in self.meta else None

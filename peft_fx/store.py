@@ -24,7 +24,9 @@ from .config import AdapterConfig
 from .errors import GraphError
 from .inputs import FixedInputs
 from .lazy import copy_graph
+from .resident import Adapters
 from .sharing import Shared, Sharing
+from .summary import told
 from .target import ModuleTable
 
 ROOT = "peft_fx"
@@ -66,14 +68,6 @@ class ByDevice(nn.Module):
 
     def forward(self):
         return self.anchor.device
-
-
-class Adapters(nn.Module):
-    """One child per adapter: its tensors, by target."""
-
-    def __repr__(self) -> str:
-        # a module for each part of each tensor's name is nothing to read
-        return f"Adapters({', '.join(self._modules)})"
 
 
 class Store(nn.Module):
@@ -185,10 +179,7 @@ def state_of(gm: nn.Module, verb: str = "this") -> State:
     """The state of a captured graph. Raises GraphError for anything that `capture` did not make."""
     state = getattr(gm, "meta", {}).get(ROOT) if isinstance(gm, fx.GraphModule) else None
     if state is None:
-        raise GraphError(
-            f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {type(gm).__name__}"
-            + ("; a pass that rebuilt it dropped gm.meta: copy the meta over" if isinstance(gm, fx.GraphModule) else "")
-        )
+        raise GraphError(f"{verb} needs a graph made by peft_fx.capture or peft_fx.load, got {told(gm)}")
     return state
 
 

@@ -8,6 +8,7 @@ a module tree that was never captured.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -160,3 +161,8 @@ class Target:
     def in_features(self) -> int:
         """Input features or channels, over all groups."""
         return (self.shape[2] if self.kind == "expert" else self.shape[1]) * self.groups
+
+
+def sizes(shape: Iterable) -> str:
+    """A shape as torch prints it, without its class: `[64, 32]`."""
+    return f"[{', '.join(map(str, shape))}]"

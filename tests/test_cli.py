@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 
 import peft_fx
 from peft_fx.cli import app
-from peft_fx.cli.fold import folded, unfolded
 from peft_fx.cli.model import build, config_of
-from peft_fx.verbs.explain import Row
+from peft_fx.verbs.rows import Row, folded, unfolded
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj", "v_proj"]}
 TARGET = "model.layers.0.self_attn.q_proj.weight"
@@ -274,7 +273,12 @@ ERRORS = {
     "unknown format": (["{config_only}", "--format", "xml"], "none of table, code, json, dot"),
     "unknown option": (["{config_only}", "--wat"], "--wat"),
     "no model": ([], "MODEL"),
-    "unknown method": (["{config_only}", "--recipe", "lorra"], "neither a file"),
+    "unknown method": (["{config_only}", "--recipe", "lroa"], "neither a file, nor JSON, nor a method, which peft-fx methods lists; did you mean 'lora'?"),
+    "misspelt option": (["{config_only}", "--adpter", "x"], "--adapter"),
+    "option without its value": (["{config_only}", "--recipe"], "--recipe"),
+    "one argument too many": (["{config_only}", "lora"], "lora"),
+    "tensors as model": (["{adapter}/adapter_model.safetensors"], "expected a .pt2, a config.json, a model folder or a hub id"),
+    "no path and no id": (["SmolLM2"], "no hub id of the form org/name"),
     "damaged recipe": (["{config_only}", "--recipe", "{damaged_json}"], "not valid json"),
     "damaged inline": (["{config_only}", "--recipe", "{{"], "not valid JSON"),
     "missing recipe": (["{config_only}", "--recipe", "nowhere.yaml"], "cannot be read"),
@@ -293,6 +297,22 @@ def test_an_error_is_one_line_with_exit_code_2(files, name):
     result = invoke(*(a.format(**vars(files)) for a in arguments))
     assert result.exit_code == 2
     assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("peft-fx: error: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspct", "x"], "inspect"),
+        (["--verison"], "--version"),
+        (["methods", "lora", "vera"], "vera"),
+        (["methods", "lroa"], "lroa"),
+    ],
+)
+def test_a_misspelt_command_is_one_line_with_exit_code_2(arguments, message):
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("peft-fx: error: ") and message in line
 

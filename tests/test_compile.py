@@ -239,5 +239,5 @@ def test_what_repeats_nothing_is_one_part_and_a_cut_graph_is_not_cut_again(depth
 
 
 def test_a_model_that_was_not_captured_is_refused():
-    with pytest.raises(fx.GraphError, match="outline needs a graph made by peft_fx.capture"):
+    with pytest.raises(fx.GraphError, match="compile needs a graph made by peft_fx.capture"):
         fx.compile(llama())

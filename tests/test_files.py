@@ -207,12 +207,12 @@ def test_tied_tensors_that_differ_in_the_file_are_refused():
     assert match_tensors(plan, {k: t for k, t in tensors.items() if "lm_head" not in k}, where="w")
 
 
-def test_modules_that_peft_saved_by_bare_suffix_are_named_in_the_error(tmp_path):
+def test_modules_that_peft_saved_by_their_names_ending_are_read(tmp_path):
     options = {"target_modules": ["proj"], "modules_to_save": ["head"]}
     peft_folder(tmp_path, "nested", **options)
     plan = make_plan(table_of("nested"), "x", read_config(tmp_path))
-    with pytest.raises(AdapterFileError, match="name 'lm_head' in modules_to_save"):
-        match_tensors(plan, read_tensors(tmp_path), where="w")
+    found = match_tensors(plan, read_tensors(tmp_path), where="w")
+    assert {"x.head.weight.weight", "x.lm_head.weight.weight", "x.tied_head.weight.weight"} <= found.keys()
 
 
 # Damaged and hostile folders
@@ -246,7 +246,7 @@ BAD_CONFIGS = [
     (config_text(rank_pattern=[1]), "expected a dict"),
     (config_text(target_modules=5), "expected a list of names"),
     (config_text(target_modules=[1]), "expected a list of names"),
-    (config_text(surprise={"a": 1}), "unknown config field 'surprise'"),
+    (config_text(arrow_config={"a": 1}), "Arrow is not in this version yet"),
 ]
 
 

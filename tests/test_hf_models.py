@@ -38,7 +38,14 @@ def deberta():
         **SMALL, max_position_embeddings=32, relative_attention=True, pos_att_type=["p2c", "c2p"], num_labels=3))  # fmt: skip
 
 
+def distilbert():
+    return hf.DistilBertForSequenceClassification(hf.DistilBertConfig(
+        vocab_size=40, dim=16, hidden_dim=24, n_layers=2, n_heads=2, max_position_embeddings=32, num_labels=3))  # fmt: skip
+
+
 MODELS = {
+    "distilbert": (distilbert, lambda: {"input_ids": ids(), "labels": torch.tensor([0, 2])},
+                   {"task_type": "SEQ_CLS", "target_modules": ["q_lin", "v_lin"]}),
     "whisper": (whisper, lambda: {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": ids(4)}, {}),
     "llava": (llava, picture_and_text, {"task_type": "CAUSAL_LM", "target_modules": r".*language_model.*(q_proj|v_proj)"}),
     "deberta": (deberta, lambda: {"input_ids": ids(), "labels": torch.tensor([0, 2])},
@@ -92,7 +99,7 @@ def test_generated_tokens_are_pefts(name, tmp_path):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["deberta", "questions", "tokens"])
+@pytest.mark.parametrize("name", ["deberta", "distilbert", "questions", "tokens"])
 def test_heads_train_as_in_peft(name, tmp_path):
     make, inputs, config = MODELS[name]
     torch.manual_seed(0)

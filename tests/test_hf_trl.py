@@ -4,11 +4,16 @@ They ask `isinstance(model, peft.PeftModel)` to know where the model itself is, 
 """
 
 import copy
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from words import llama, sentences, tokenizer
 
 import peft_fx
@@ -82,7 +87,9 @@ def fine_tuned(trl, base, answers):
 
     def run(model, folder, resume=None, **options):
         arguments = trl.SFTConfig(
-            str(folder), eval_strategy="steps", eval_steps=2, **{"gradient_checkpointing": False, **options}, **RUN
+            str(folder),
+            **{"eval_strategy": "steps", "eval_steps": 2, "gradient_checkpointing": False, **options},
+            **RUN,
         )
         trainer = trl.SFTTrainer(
             model, arguments, train_dataset=answers, eval_dataset=answers, processing_class=base[1]
@@ -120,6 +127,23 @@ def test_preferences_are_learnt_beside_a_reference_adapter_as_in_peft(trl, base,
         found.append(logged(trainer, "loss", "rewards/margins"))
     assert_close(found[1], found[0])
     assert found[1]["loss"][0] == pytest.approx(0.6931472, abs=1e-6) and found[1]["loss"][-1] < 0.693
+
+
+def test_the_losses_are_the_same_where_peft_cannot_be_imported(base, load, fine_tuned, answers, tmp_path):
+    """TRL takes the model for one of transformers' own there, and gives it a forward for these."""
+    _, expected = fine_tuned(load(peft_fx), tmp_path / "with", eval_strategy="no")
+    base[0].save_pretrained(tmp_path / "base")
+    base[1].save_pretrained(tmp_path / "base")
+    options = {**RUN, "max_steps": 4}
+    (tmp_path / "given.json").write_text(json.dumps({"options": options, "rows": answers.to_list()}))
+    script = Path(__file__).with_name("trl_without_peft.py")
+    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True)
+    assert (tmp_path / "losses.json").exists(), run.stderr[-2000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    assert not found["peft"] and found["losses"] == pytest.approx(expected["loss"], abs=1e-5)
+    written = load_file(tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors")
+    start = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    assert written.keys() == start.keys() and not any(torch.equal(written[k], start[k]) for k in start)
 
 
 def test_a_config_of_ours_is_refused_as_peft_config(trl, base, answers, tmp_path):

@@ -1,10 +1,13 @@
 """The form in which a method enters a graph: chosen by counted cost, asked for, or forced by what there is."""
 
+import re
+
 import conformance as c
 import pytest
 import torch
 from methods import cells, label
 from peft_fx.passes.cost import BALANCE, LAUNCH, cost
+from peft_fx.passes.inject import tag_of
 from peft_fx.passes.lowering import forms_of
 from torch import nn
 
@@ -26,6 +29,11 @@ def rows(graph):
     return {(r.method, r.lowering) for r in fx.explain(graph).rows}
 
 
+def placed(graph):
+    """What the graph's nodes say of themselves."""
+    return {(t["adapter"], t["form"]) for t in map(tag_of, graph.graph.nodes) if t.get("role")}
+
+
 @pytest.mark.counted
 def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     graph = fx.capture(Layer(), kwargs={"x": torch.randn(32, 128, 256)})
@@ -34,7 +42,8 @@ def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     assert rows(fx.apply(graph, lora)) == {("LORA", "activation")}
     tuned = fx.apply(graph, dense)
     (row,) = fx.explain(tuned).rows
-    assert row.lowering == "weight" and "x the activation form's cost" in row.reason
+    share = re.fullmatch(r"the weight form is cheaper here: (0\.\d\d) of the work", row.reason)
+    assert row.lowering == "weight" and share and float(share[1]) <= 0.8
     assert rows(fx.apply(graph, dense, lowering="activation")) == {("FOURIERFT", "activation")}
     assert rows(fx.apply(graph, lora, lowering="weight")) == {("LORA", "weight")}
 
@@ -92,6 +101,7 @@ def test_the_choice_survives_hotswap_export_and_another_adapter(tmp_path):
     assert rows(fx.load(tmp_path / "graph.pt2")) == {("LORA", "weight")}
     both = fx.apply(tuned, config, "second", lowering="activation")
     assert [r.lowering for r in fx.explain(both).rows] == ["weight", "activation"]
+    assert placed(both) == {("default", "weight"), ("second", "activation")}
 
 
 def test_a_form_that_is_not_there_is_refused_with_the_reason():
@@ -105,3 +115,15 @@ def test_a_form_that_is_not_there_is_refused_with_the_reason():
         fx.apply(c.captured("wide"), dropped, lowering="weight")
     with pytest.raises(fx.RecipeError, match="expected one of"):
         fx.apply(c.captured("wide"), dropped, lowering="dense")
+
+
+def test_explain_tells_the_forms_that_are_in_the_graph_where_adapters_share_a_target():
+    shira = {"peft_type": "SHIRA", "r": 1, "target_modules": ["layer"]}
+    base = c.captured("wide")
+    alone = fx.apply(base, shira, "second")
+    both = fx.apply(fx.apply(base, {"peft_type": "LORA", "r": 2, "target_modules": ["layer"]}), shira, "second")
+    for graph in (alone, both):
+        assert {(r.adapter, r.lowering) for r in fx.explain(graph).rows} == placed(graph)
+    first = fx.set_adapter(both, "default")
+    planned = fx.explain(first, {"adapters": {"third": shira}}).rows
+    assert [r.lowering for r in planned] == [r.lowering for r in fx.explain(both).rows if r.adapter == "second"]

@@ -14,9 +14,9 @@ from peft_fx.errors import RecipeError
 from peft_fx.methods import get_config, get_method
 from peft_fx.methods.lora import LoraConfig
 from peft_fx.planning.kinds import stored_shape
+from peft_fx.planning.matching import Unmatched
 from peft_fx.planning.modules import module_table
 from peft_fx.planning.plan import Shared, make_plan
-from peft_fx.planning.selection import Unmatched
 
 
 @functools.cache

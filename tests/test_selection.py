@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_DEFAULTS
+from peft.utils.other import AuxiliaryTrainingWrapper as TrainingWrapper
 from tiny import build
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -195,9 +196,22 @@ def test_entries_that_match_nothing_are_reported_with_the_nearest_names():
     assert "v_proj" in unmatched["target_modules", "v_prj"] and "lm_head" in unmatched["modules_to_save", "lm_heads"]
 
 
-def test_saved_modules_match_at_a_component_border():
-    selection = select(table_of("nested"), LoraConfig(target_modules=["proj"], modules_to_save=["head"]))
-    assert [s.path for s in selection.saved] == ["head"]
+SAVED_BY_PEFT = [
+    ("nested", {"target_modules": ["proj"], "modules_to_save": ["head"]}),
+    ("nested", {"target_modules": ["proj"], "modules_to_save": ["lm_head", "dding"]}),
+    ("llama", {"modules_to_save": ["norm"]}),
+    ("llama", {"modules_to_save": ["model.norm"]}),
+    ("bert", {"task_type": "SEQ_CLS", "modules_to_save": ["fier"]}),
+    ("bert", {"target_modules": ["query"], "trainable_token_indices": {"_embeddings": [0, 1]}}),
+]
+
+
+@pytest.mark.parametrize("model, options", SAVED_BY_PEFT, ids=lambda v: str(v)[:70])
+def test_modules_that_are_trained_whole_match_by_their_ending_as_in_peft(model, options):
+    selection = select(table_of(model), LoraConfig(r=2, **options))
+    wrapped = {unwrapped(n) for n, m in peft_model(model, **options).named_modules() if isinstance(m, TrainingWrapper)}
+    assert {s.path for s in selection.saved} | {t.target.path for t in selection.tokens} == wrapped
+    assert wrapped and not selection.unmatched
 
 
 def test_the_task_type_saves_the_head_that_the_model_has():

@@ -14,6 +14,7 @@ from ..methods import INTERNAL, METHODS
 from ..passes.base import Report, op_counts, settings
 from ..recipe import READERS, Recipe, as_recipe
 from ..store import ROOT, state_of
+from ..suggestions import did_you_mean
 from ..verbs.explain import Row, explain, possible_targets
 from ..verbs.preview import preview
 from .model import open_model
@@ -107,8 +108,9 @@ def recipe_of(recipe: str | None, adapter: str | None) -> Recipe | None:
     if recipe.upper() in public and not path.exists():
         return as_recipe({"peft_type": recipe.upper()})
     if not path.exists() and path.suffix not in READERS:
+        hint = did_you_mean(recipe, [name.lower() for name in sorted(public)])
         raise RecipeError(
-            f"--recipe {recipe}: neither a file, nor JSON, nor a method ({', '.join(sorted(public)).lower()})"
+            f"--recipe {recipe}: neither a file, nor JSON, nor a method, which peft-fx methods lists{hint}"
         )
     return as_recipe(path)
 

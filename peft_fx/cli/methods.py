@@ -7,22 +7,37 @@ from rich.markup import escape
 
 from ..methods import unknown
 from ..planning.plan import ROOT_KEY
-from .as_table import indent, plain_table
-from .method_facts import KINDS, SIZE, Facts, facts, names
+from ..tables import Table, wrapped
+from ..target import sizes
+from .as_table import draw
+from .method_facts import SIZE, Facts, facts, names
 
 MARKS = {"activation": "x", "weight": "W", "": ""}
 LEGEND = (
     "x: acts on activations; W: rewrites the weight in the forward; empty: refused. swap: in place, adapters of the same "
     "shape or of any rank up to the slot's; +: also adapters that leave out some targets. start: = where a fresh adapter "
-    f"changes nothing. shared: tensors that all targets share. trained: elements on {SIZE}x{SIZE} with default options. "
-    "Whatever has a merge has an unmerge that changes no bit."
+    "changes nothing. conv: in 1, 2 and 3 dimensions, a mark each where they differ. shared: tensors that all targets share. "
+    f"trained: elements on {SIZE}x{SIZE} with default options. Whatever has a merge has an unmerge that changes no bit."
 )
+# what fits into 80 columns: convolutions of 1, 2 and 3 dimensions in one column
+GROUPS = {
+    "linear": ("linear",), "conv": ("conv1d", "conv2d", "conv3d"), "embed": ("embedding",), "norm": ("norm",),
+    "expert": ("expert",),
+}  # fmt: skip
+
+
+def marks(f: Facts, kinds: tuple[str, ...]) -> str:
+    """One mark for kinds that are treated alike, else one each."""
+    found = [MARKS[f.kinds[kind]] for kind in kinds]
+    return found[0] if len(set(found)) == 1 else "".join(mark or "-" for mark in found)
+
+
 COLUMNS = {
     "method": lambda f: f.name,
-    **{kind: (lambda f, kind=kind: MARKS[f.kinds[kind]]) for kind in KINDS},
+    **{group: (lambda f, kinds=kinds: marks(f, kinds)) for group, kinds in GROUPS.items()},
     "merge": lambda f: "yes" if f.merge else "no",
-    "swap": lambda f: ("any" if f.ranks else "same") + (" +" if f.neutral else ""),
-    "start": lambda f: {True: "=", False: "changes", None: "?"}[f.identity],
+    "swap": lambda f: ("any" if f.ranks else "same") + ("+" if f.neutral else ""),
+    "start": lambda f: {True: "=", False: "≠", None: "?"}[f.identity],
     "shared": lambda f: "x" if f.shared else "",
     "trained": lambda f: f"{f.parameters:,}",
 }
@@ -35,11 +50,10 @@ def show(name: str | None, console: Console) -> None:
             raise unknown(name)
         return show_one(facts(name.upper()), console)
     console.print()
-    table = plain_table(*COLUMNS, right=("trained",))
-    for f in map(facts, names()):
-        table.add_row(*(value(f) for value in COLUMNS.values()))
-    indent(console, table)
-    console.print(f"[dim]{escape(LEGEND)}[/]")
+    rows = [[value(f) for value in COLUMNS.values()] for f in map(facts, names())]
+    draw(console, Table(tuple(COLUMNS), rows, frozenset({"trained"})), indent=0)
+    for line in wrapped(LEGEND, console.width):
+        console.print(f"[dim]{escape(line)}[/]", soft_wrap=True)
 
 
 def show_one(f: Facts, console: Console) -> None:
@@ -58,4 +72,4 @@ def show_one(f: Facts, console: Console) -> None:
         role = "trained" if spec.trainable else "fixed"
         saved = f"file key {spec.key.removeprefix(ROOT_KEY)}" if spec.key else "not in files"
         pieces = f", in {spec.pieces.count} pieces" if spec.pieces else ""
-        console.print(f"  {tensor} {escape(str(tuple(spec.shape)))}  [dim]{role}, {saved}{pieces}[/]")
+        console.print(f"  {tensor} {escape(sizes(spec.shape))}  [dim]{role}, {saved}{pieces}[/]")

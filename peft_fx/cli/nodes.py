@@ -12,9 +12,9 @@ from torch import fx
 from ..errors import PeftFxError
 from ..passes.inject import tag_of
 from ..passes.match import parameter_nodes, sites
-from ..planning.selection import matcher, nearest
+from ..planning.matching import matcher, nearest
 from ..store import ADAPTERS
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 
 
 class TargetNotFound(PeftFxError, ValueError):
@@ -55,7 +55,7 @@ class Node:
     @property
     def type(self) -> str:
         """`float32[8, 576]`, `float32` for a scalar, "" for what is no tensor."""
-        return self.dtype + (f"[{', '.join(map(str, self.shape))}]" if self.shape else "")
+        return self.dtype + (sizes(self.shape) if self.shape else "")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ and tensors under PEFT's keys. A module's scale is alpha / r, and 1 where the fi
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from ..errors import AdapterFileError, RecipeError
 from ..notices import warn
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import config_from_dict
+from ..suggestions import lookalikes
 from ..target import ModuleTable
 from .inferred import ALPHA, Tensors, inferred
 from .match import match_tensors
@@ -74,7 +74,7 @@ def from_foreign(
     """
     try:
         components = sorted_out(tensors, table)
-        made = {n: made_for(c, metadata, table) for n, c in components.items() if c.modules and not c.unknown}
+        made = {n: made_for(c, metadata, table, where) for n, c in components.items() if c.modules and not c.unknown}
         if len(made) > 1:  # encoders of two sizes have modules of the same names
             made = {name: files for name, files in made.items() if fits(table, *files)} or made
         if len(made) != 1:
@@ -159,13 +159,15 @@ def as_peft(key: str, tensor: torch.Tensor, end: str) -> torch.Tensor:
 # Which component is meant
 
 
-def made_for(component: Component, metadata: dict[str, str], table: ModuleTable) -> tuple[AdapterConfig, Tensors]:
+def made_for(
+    component: Component, metadata: dict[str, str], table: ModuleTable, where: str
+) -> tuple[AdapterConfig, Tensors]:
     """A component's config, and PEFT's keys -> tensors."""
     if len(component.methods) != 1:
         found = " and ".join(sorted(component.methods)) or "alphas alone"
         raise AdapterFileError(f"has {found}: expected the tensors of one method")
     (method,), modules = component.methods, component.modules
-    config = config_from_dict(inferred(method, modules, metadata, component.prefixes, table))
+    config = config_from_dict(inferred(method, modules, metadata, component.prefixes, table), where)
     items = ((path, name, t) for path, found in modules.items() for name, t in found.items() if name != ALPHA)
     return config, {f"{PREFIX}{path}.{name}": tensor for path, name, tensor in items}
 
@@ -188,7 +190,7 @@ def none_fits(components: dict[str, Component], table: ModuleTable) -> str:
     for name in list(best.unknown)[:SHOWN]:
         prefix = max((p for p in best.prefixes if name.startswith(p)), key=len, default="")
         flat = {path.replace(".", "_"): path for path in table.by_path}
-        near = difflib.get_close_matches(name.removeprefix(prefix).replace(".", "_"), flat, n=1)
+        near = lookalikes(name.removeprefix(prefix).replace(".", "_"), flat, 1, 0.6)
         lines.append(name + (f" (nearest module: {flat[near[0]]})" if near else ""))
     more = [f"... and {len(best.unknown) - SHOWN} more"] if len(best.unknown) > SHOWN else []
     return "\n  ".join([f"{len(best.unknown)} of its names mean nothing in this model, or a tensor of no known kind:",

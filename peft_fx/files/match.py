@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import torch
 
-from ..config import AdapterConfig
 from ..errors import AdapterFileError
-from ..planning.defaults import TASK_HEADS
 from ..planning.kinds import stored_shape
 from ..planning.plan import PREFIX, ROOT_KEY, Placement, Plan
+from ..suggestions import lookalikes
 
 SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
@@ -36,7 +34,6 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
     faults = [
         *listed("missing", missing, extra),
         *listed("not expected", extra, missing or wanted),
-        *bare_suffixes(extra, plan),
         *(f for key, (p, name) in wanted.items() if key in tensors for f in faults_of(key, tensors[key], p, name)),
     ]
     found = {}
@@ -57,25 +54,9 @@ def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
     """A line per key, the first few, with the nearest candidate."""
     lines, candidates = [], list(candidates)[:CANDIDATES]
     for key in keys[:SHOWN]:
-        near = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6)
+        near = lookalikes(key, candidates, 1, 0.6)
         lines.append(f"{what}: {key}" + (f" (nearest: {near[0]})" if near else ""))
     return lines + ([f"{what}: {len(keys) - SHOWN} more keys"] if len(keys) > SHOWN else [])
-
-
-def bare_suffixes(extra: list[str], plan: Plan) -> list[str]:
-    """PEFT also saves modules whose name merely ends in an entry of modules_to_save: says which to name."""
-    entries = {e for p in plan.placements[:1] for e in (*(p.config.modules_to_save or ()), *task_heads(p.config))}
-    modules = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0].rpartition(".")[2] for key in extra)
-    return [
-        f"PEFT took modules_to_save={entry!r} for {module!r} too: name {module!r} in modules_to_save"
-        for module in modules
-        for entry in sorted(entries)
-        if module != entry and module.endswith(entry)
-    ]
-
-
-def task_heads(config: AdapterConfig) -> tuple[str, ...]:
-    return TASK_HEADS.get(config.task_type, ())
 
 
 def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -> list[str]:

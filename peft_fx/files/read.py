@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from ..config import CONFIG_FILE as CONFIG
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
+from ..notices import warn
 from ..recipe import config_from_dict
 from ..target import ModuleTable
 from .experts import stacked
 from .foreign import from_foreign
+from .paths import as_path
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -42,14 +44,18 @@ def read_adapter(
     """
     if (file := foreign_file(source)) is not None:
         found, tensors = from_foreign(read_safetensors(file), metadata_of(file), table, where=str(source))
-        return config or found, tensors
-    folder = local_folder(source)
-    return stacked(config or read_config(folder), read_tensors(folder), table, where=str(source))
+        config = config or found
+    else:
+        folder = local_folder(source)
+        config, tensors = stacked(config or read_config(folder), read_tensors(folder), table, where=str(source))
+    if text := config.missing_base():
+        warn(f"{source}: {text}")
+    return config, tensors
 
 
 def foreign_file(source) -> Path | None:
     """The one safetensors file that `source` is or has, unless it is an adapter folder."""
-    path = Path(source)
+    path = as_path(source, "an adapter folder, a .safetensors file or a hub id")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise AdapterFileError(f"{source}: expected an adapter folder or a .safetensors file; pickles are not opened: "
@@ -82,7 +88,7 @@ def read_config(folder, subfolder: str | None = None, **hub) -> AdapterConfig:
     if (old := str(data.get("peft_type"))) in RENAMED:
         data = {**data, "peft_type": RENAMED[old][0]}
     try:
-        return config_from_dict(data)
+        return config_from_dict(data, str(path))
     except RecipeError as error:
         raise AdapterFileError(f"{path}: {error}") from error
 
@@ -188,7 +194,7 @@ def located(source, subfolder: str | None = None, **hub) -> Path:
 
     Raises AdapterFileError.
     """
-    path = Path(source)
+    path = as_path(source, "a folder or a hub id")
     if path.exists():
         return path / subfolder if subfolder else path
     if not HUB_ID.fullmatch(str(source)):

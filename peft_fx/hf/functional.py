@@ -17,7 +17,7 @@ from ..recipe import as_config
 from ..store import state_of
 from ..verbs.adapters import adapter_files
 from ..verbs.derive import planned
-from ..verbs.hotswap import SwapReport
+from ..verbs.swaps import SwapReport
 from .constants import UPCAST_DTYPES, PeftWarning
 from .contents import adapter_contents
 from .embeddings import load_embeddings

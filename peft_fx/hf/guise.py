@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
+from types import MethodType
 
 from torch import nn
 
@@ -17,6 +19,27 @@ def signed(model: nn.Module, forward: Callable) -> Callable:
 
     signed_forward.__signature__ = inspect.signature(type(model).forward)
     return signed_forward
+
+
+def adopted(model: nn.Module, new):
+    """What becomes a PeftModel's forward when somebody sets `new`.
+
+    Who sets a method that wraps what is there wraps it. One that does not is written for what the PeftModel is taken for, as
+    TRL's is, which calls `self.base_model` for hidden states: it gets the model itself, whose body that is. Where PEFT is
+    imported, `self` is known to be a PeftModel.
+    """
+    there = model.__dict__.get("forward")
+    if there is None or getattr(new, "__self__", None) is not model or "peft" in sys.modules:
+        return new
+    function = new.__func__
+    while function is not None and function is not there.__func__:
+        function = getattr(function, "__wrapped__", None)
+    if function is not None:
+        return new
+    tuner, inner = model.base_model, MethodType(new.__func__, model.base_model.model)
+    return MethodType(
+        signed(tuner.model, lambda self, *args, **kwargs: tuner.with_penalty(inner(*args, **kwargs))), model
+    )
 
 
 def unmade(kind: type):

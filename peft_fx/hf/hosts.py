@@ -48,7 +48,7 @@ class Host:
         self.used = False
         self.compiled: Callable | None = None
         self.forget()
-        setattr(module, self.name, self)
+        self.open()
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
@@ -65,6 +65,10 @@ class Host:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, compiled=None)
         self.tables, self.ready = {}, {}
+
+    def open(self) -> None:
+        """Calls of the module come here."""
+        setattr(self.module, self.name, self)
 
     def close(self) -> None:
         """The module's forward is its own again."""
@@ -284,6 +288,19 @@ class Hosts:
         for host in self.opened.values():
             host.close()
         self.opened.clear()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside the block the model is called as before: a capture sees its own code, and lists of equal layers as such."""
+        hosts = dict(self.opened)
+        self.close()
+        try:
+            yield
+        finally:
+            self.opened |= hosts
+            for host in hosts.values():
+                host.open()
+            self.lock()
 
 
 def kind(x: torch.Tensor) -> tuple:

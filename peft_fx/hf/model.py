@@ -16,17 +16,17 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
 
 from ..config import AdapterConfig
-from ..errors import NotAFolderError, RecipeError
+from ..errors import NotAFolderError
 from ..files.read import located, read_adapter
 from ..files.write import plain, write_adapter
 from ..notices import warn
-from ..planning.defaults import TASK_HEADS
 from ..planning.modules import module_table
+from ..planning.saved import names_to_save
 from ..recipe import as_config
 from .card import write_card
 from .contents import adapter_contents
 from .embeddings import load_embeddings
-from .guise import derived_from, seen, signed, unmade
+from .guise import adopted, derived_from, seen, signed, unmade
 from .hub import push_to_hub
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
@@ -82,6 +82,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __class__(self, new: type) -> None:
         """What torch's `fully_shard` puts together of a class of its own and the one that it sees."""
         object.__dict__["__class__"].__set__(self, derived_from(type(self), new, self.__class__))
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, adopted(self, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
         return type(self).__name__
@@ -349,14 +352,8 @@ class PeftMixedModel(PeftModel):
 
 
 def class_of(config: AdapterConfig) -> type[PeftModel]:
-    """The class for a config's task_type. Raises RecipeError for a task that there is none of."""
-    if config.task_type is None:
-        return PeftModel
-    if config.task_type not in CLASSES:
-        raise RecipeError(
-            f"task_type={config.task_type!r}: expected one of {', '.join(t.value for t in TaskType)}, or None"
-        )
-    return CLASSES[TaskType(config.task_type)]
+    """The class for a config's task_type."""
+    return PeftModel if config.task_type is None else CLASSES[TaskType(config.task_type)]
 
 
 def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, mixed: bool = False,
@@ -385,8 +382,6 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:
     """The config with what follows from the model and the task: the base's name, heads that are trained whole."""
-    heads = TASK_HEADS.get(config.task_type, ())
-    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    kept = list(dict.fromkeys([*(config.modules_to_save or ()), *(h for h in heads if h in found)]))
+    kept = names_to_save(config, (name for name, _ in model.named_modules()))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    return dataclasses.replace(config, modules_to_save=kept or None, base_model_name_or_path=base)
+    return dataclasses.replace(config, modules_to_save=kept, base_model_name_or_path=base)

@@ -21,14 +21,15 @@ from ..notices import warn
 from ..planning.plan import clashes
 from ..recipe import as_config
 from ..store import ADAPTERS, Resident, get_tensor, state_of
+from ..suggestions import did_you_mean
 from ..target import Target
 from ..training.allocators import Allocator, allocators, penalty, work_of
 from ..verbs.backend import Backend
 from ..verbs.capture.model import capture
-from ..verbs.combine import Combination, combined, combined_scales
+from ..verbs.combine import weighted
 from ..verbs.derive import derived, frozen, placements
-from ..verbs.hotswap import SwapReport
 from ..verbs.merge import by_target, folded, refuse_no_weight
+from ..verbs.swaps import SwapReport
 from .dropout import dropouts
 from .hosts import BASE, Hosts, hosts_in, take_over
 from .replaced import Replaced
@@ -97,12 +98,15 @@ class Tuner(nn.Module):
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
-            outputs = self.model(*args, **kwargs)
-            if self.penalised and getattr(outputs, "loss", None) is not None:
-                outputs.loss = outputs.loss + penalty(self.backend.adapters)
-            return outputs
+            return self.with_penalty(self.model(*args, **kwargs))
         with self.by_rows(adapter_names, (args, kwargs)):
             return self.model(*args, **kwargs)
+
+    def with_penalty(self, outputs):
+        """The model's outputs, their loss with what the methods of the active adapters add to it."""
+        if self.penalised and getattr(outputs, "loss", None) is not None:
+            outputs.loss = outputs.loss + penalty(self.backend.adapters)
+        return outputs
 
     def generate(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
@@ -218,12 +222,7 @@ class Tuner(nn.Module):
         self.known(adapters)
         if adapter_name in self.peft_config:
             return
-        chosen = combination_type or options or named
-        if not chosen and all(self.peft_config[n].peft_type == "IA3" for n in adapters):
-            config, tensors = combined_scales(self.backend.adapters, adapters, weights)
-        else:
-            how = Combination(combination_type or "svd", *options, **named)
-            config, tensors = combined(self.backend.adapters, adapters, weights, how)
+        config, tensors = weighted(self.backend.adapters, adapters, weights, combination_type, *options, **named)
         self.add(adapter_name, config, (tensors, "the combination", True), trainable=False)
 
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
@@ -260,12 +259,13 @@ class Tuner(nn.Module):
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
+        there = self.peft_config
         for name in names:
             if not isinstance(name, str):
                 raise WrongTypeError(f"adapter names are strings, got {name!r}")
-            if name not in self.peft_config:
-                there = ", ".join(self.peft_config) or "none"
-                raise AdapterNameError(f"Adapter {name} not found; there are: {there}")
+            if name not in there:
+                hint = did_you_mean(name, there)
+                raise AdapterNameError(f"Adapter {name} not found; there are: {', '.join(there) or 'none'}{hint}")
 
     def refuse_clashes(self, names: Iterable[str]) -> None:
         """Raises TargetError, a ValueError, for adapters that each bring their own numbers for one weight."""
@@ -280,13 +280,14 @@ class Tuner(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base model inside the block, merged weights taken out too."""
-        merged = self.merged_adapters
+        """The base model inside the block, merged weights taken out too; afterwards what was before, in nested blocks too."""
+        merged, enabled = self.merged_adapters, self.enabled
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            self.enable_adapter_layers()
+            if enabled:
+                self.enable_adapter_layers()
             if merged:
                 self.merge_adapter(list(merged))
 
@@ -296,7 +297,7 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled():
+        with self.disabled(), self.hosts.away():
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from ..config import AdapterConfig
 from ..errors import UnknownMethodError
+from ..missing import METHODS as MISSING
+from ..missing import not_yet
+from ..suggestions import did_you_mean
 
 if TYPE_CHECKING:  # it imports torch, which the names of the methods can do without
     from .base import Method
@@ -87,8 +90,11 @@ def get_config(peft_type: str) -> type[AdapterConfig]:
 
 
 def unknown(peft_type) -> UnknownMethodError:
-    public = ", ".join(sorted(METHODS.keys() - INTERNAL))
+    names = METHODS.keys() - INTERNAL
+    key, public = str(getattr(peft_type, "value", peft_type)), ", ".join(sorted(names))
+    if key.upper() in MISSING:
+        return UnknownMethodError(f"peft_type {not_yet(repr(key))}; it has: {public}")
     return UnknownMethodError(
-        f"peft_type {peft_type!r} is unknown; if it is a method of your own, import the module that registers it with "
-        f"@peft_fx.method first; this version has: {public}"
+        f"peft_type {key!r} is unknown; if it is a method of your own, import the module that registers it with "
+        f"@peft_fx.method first; this version has: {public}{did_you_mean(key, names)}"
     )

@@ -16,13 +16,20 @@ from functools import partial
 
 from torch.nn import functional as F
 
-from ..config import nonnegative, rank
 from ..errors import RecipeError
+from ..fields import nonnegative, rank, start
+from ..missing import Init, init_of
 from .base import Tensor
 from .inits import drawn_after, normal, scaled_normal, zeros
 from .lora import LoraConfig
 from .matrices import Matrices, row_size
 from .scales import fixed
+
+
+def start_of_lora(value) -> Init | None:
+    """Ways to begin that PEFT's AdaLoRA takes for True."""
+    known = init_of(value) or value in ("gaussian", "orthogonal")
+    return Init(f"AdaLoRA that begins with {value!r}") if known else None
 
 
 @dataclass
@@ -42,7 +49,7 @@ class AdaLoraConfig(LoraConfig):
     beta2: float = 0.85
     orth_reg_weight: float = nonnegative(0.5)
     total_step: int | None = None
-    init_lora_weights: bool = True
+    init_lora_weights: bool | str = start(True, False, missing=start_of_lora)
     rank_pattern: dict | None = None
 
     def __post_init__(self):

@@ -20,7 +20,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ..config import LORA_ONLY, nonnegative, one_of, rank
+from ..config import LORA_ONLY
+from ..fields import nonnegative, one_of, rank
 from .asa_fields import AsaFields
 from .base import Pieces, Tensor
 from .matrices import Matrices, row_size

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import AdapterConfig, nonnegative, positive, probability, rank
+from ..config import AdapterConfig
 from ..errors import RecipeError
+from ..fields import nonnegative, positive, probability, rank
 
 
 @dataclass

@@ -65,6 +65,7 @@ class Tensor:
         the end of each of `blocks` equal parts of the axis.
     stacked: the first axis counts experts.
     pieces: how a file holds it, where not as one tensor.
+    derived: it follows from the config alone, so that it is no state: `init` makes it anew where its numbers were lost.
     below: a file's numbers are integers from 0 to less than this; nested tuples stand for limits that broadcast.
     """
 
@@ -79,6 +80,7 @@ class Tensor:
     sources: tuple[Target, ...] = ()
     stacked: bool = False
     pieces: Pieces | None = None
+    derived: bool = False
     below: int | tuple | None = None
 
     def dtype_on(self, base: torch.dtype) -> torch.dtype:
@@ -299,20 +301,3 @@ def block_diagonal(W: torch.Tensor, groups: int) -> torch.Tensor:
     blocks = W.unflatten(0, (groups, -1))  # (g, out / g, n / g, *rest)
     eye = torch.diag_embed(W.new_ones(groups))
     return torch.einsum("gon...,gh->gohn...", blocks, eye).reshape(W.shape[0], groups * W.shape[1], *W.shape[2:])
-
-
-def pad_to(tensor: torch.Tensor, shape: tuple[int, ...], pad: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """`tensor` with zeros appended up to `shape`, block by block along the padded axes."""
-    for axis, blocks in pad:
-        parts = tensor.unflatten(axis, (blocks, -1))
-        missing = shape[axis] // blocks - parts.shape[axis + 1]
-        zeros = parts.new_zeros(*parts.shape[: axis + 1], missing, *parts.shape[axis + 2 :])
-        tensor = torch.cat([parts, zeros], dim=axis + 1).flatten(axis, axis + 1)
-    return tensor
-
-
-def crop_to(tensor: torch.Tensor, shape: tuple[int, ...], pad: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """The inverse of `pad_to`: drops what was appended."""
-    for axis, blocks in pad:
-        tensor = tensor.unflatten(axis, (blocks, -1)).narrow(axis + 1, 0, shape[axis] // blocks).flatten(axis, axis + 1)
-    return tensor

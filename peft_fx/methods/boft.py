@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from ..kernels.butterfly import butterfly
 from .base import Branch, InputMap, Tensor
 from .inits import near

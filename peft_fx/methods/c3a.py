@@ -16,7 +16,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, one_of, pattern_field, rank
+from ..checks import check_rank
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import one_of, pattern_field, rank
 from ..kernels.circulant import circulant
 from .base import Branch, Tensor
 from .inits import normal, uniform, zeros

@@ -16,10 +16,12 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, probability, rank
 from .base import Branch, Tensor
-from .inits import constant, scaled_normal
+from .inits import scaled_normal
 from .matrices import row_size
+from .scales import fixed
 
 STD = 0.02
 
@@ -62,7 +64,7 @@ class DEFT(Branch):
         R = Tensor(
             (r, row_size(target)), partial(inject, config, s), "deft_R", needs=("deft_P",), pad=P.pad and ((0, 1),)
         )
-        return {"deft_P": P, "deft_R": R, "scaling": Tensor((), partial(constant, s), trainable=False)}
+        return {"deft_P": P, "deft_R": R, "scaling": fixed(s)}
 
     def neutral(self, target, config):
         return {"deft_P": 0.0} if config.decomposition_method == "relu" else None

@@ -15,10 +15,13 @@ from functools import partial
 
 from torch.linalg import vector_norm
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, pattern_field, probability, rank
+from ..checks import check_rank
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import pattern_field, probability, rank
 from .base import Tensor
 from .inits import constant, kaiming, zeros
 from .matrices import Matrices
+from .scales import fixed
 
 SMALLEST = 1e-4
 
@@ -54,7 +57,7 @@ class DeLoRA(Matrices):
             "delora_B": Tensor((m, r), B, "delora_B", pad=((1, 1),)),
             "delora_lambda": Tensor((1,), partial(constant, float(strength)), "delora_lambda"),
             "delora_w_norm": Tensor(tuple(row), column_norms, "delora_w_norm", trainable=False),
-            "scaling": Tensor((), partial(constant, 1 / r), trainable=False),
+            "scaling": fixed(1 / r),
         }
 
     def matrices(self, theta, target, config):

@@ -36,8 +36,9 @@ def largest(targets) -> tuple[int, int]:
 
 def projections(prefix: str, draw, A: tuple, B: tuple, config, pads: tuple = ((), ())) -> Together:
     drawn = partial(one_of_two, draw, config.projection_prng_key, A, B)
+    filed = config.save_projection
     return Together({
-        name: Tensor(shape, partial(drawn, i), name if config.save_projection else None, trainable=False, pad=pads[i])
+        name: Tensor(shape, partial(drawn, i), name if filed else None, trainable=False, pad=pads[i], derived=not filed)
         for i, (name, shape) in enumerate({f"{prefix}_A": A, f"{prefix}_B": B}.items())
     })  # fmt: skip
 
@@ -85,7 +86,8 @@ def dealt_positions(deal: tuple[int, int, int], first: int, tensor, W=None):
     tensor.copy_(dealt(*deal)[first : first + tensor.numel()].reshape(tensor.shape))
 
 
-def dealt_scales(deal: tuple[int, int, int], tensor, W, positions):
+def dealt_scales(deal: tuple[int, int, int], first: int, tensor, W):
     """1 / sqrt(occurrences) of each position."""
-    occurrences = torch.bincount(dealt(*deal), minlength=deal[1])
-    tensor.copy_(occurrences[positions.cpu()].float().rsqrt().to(W.dtype))
+    positions = dealt(*deal)
+    own = positions[first : first + tensor.numel()].reshape(tensor.shape)
+    tensor.copy_(torch.bincount(positions, minlength=deal[1])[own].float().rsqrt().to(W.dtype))

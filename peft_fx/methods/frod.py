@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, checked, probability
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, probability
 from .base import Branch, Tensor, Together
 from .inits import near
 from .matrices import row_size

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, one_of, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import one_of, rank
 from .base import Rewrite, Tensor
 from .inits import kaiming, scaled_normal, zeros
 from .matrices import row_size
@@ -60,7 +61,7 @@ def parts(form: str, shape: tuple[int, ...], config) -> dict[str, Tensor]:
     """The tensors of a term of this form and shape."""
     start = zeros if config.init_weights else partial(scaled_normal, 0.02) if form == "constant" else kaiming
     if form == "none":
-        return {"zeros": Tensor(shape, zeros, trainable=False)}
+        return {"zeros": Tensor(shape, zeros, trainable=False, derived=True)}
     if form == "lora":
         Xu = Tensor((config.r, *shape[1:]), kaiming, pad=((0, 1),))
         return {"Xu": Xu, "Xd": Tensor((shape[0], config.r), start, pad=((1, 1),))}

@@ -17,8 +17,10 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, MAX_RANK, AdapterConfig, checked, probability, rank
+from ..checks import MAX_RANK
+from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
+from ..fields import checked, probability, rank
 from .base import Branch, Tensor
 from .inits import drawn_after, kaiming, kaiming_blocks, zeros
 from .matrices import row_size

@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_rank, one_of, pattern_field, probability, rank
+from ..checks import check_rank
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import one_of, pattern_field, probability, rank
 from .base import Rewrite, Tensor
 from .inits import drawn_after, kaiming, normal, scaled_normal, zeros
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import rank
 from ..kernels.householder import householder
 from .base import InputMap, Tensor
 from .inits import kaiming

@@ -90,6 +90,27 @@ def drawn_over(draw, init, tensor, W=None):
     init(tensor, W)
 
 
+def orthogonal(r: int):
+    """Initialisers of A (r, in) and B (out, r): noise times the odd and the even rows of one orthogonal matrix, drawn with A.
+
+    Where B is drawn without an A, it has a matrix of its own.
+    """
+    drawn: list[torch.Tensor] = []  # the matrix of the last A
+
+    def matrix():
+        return torch.linalg.qr(torch.randn(r, r, device="cpu"))[0]
+
+    def start_A(tensor, W=None):
+        drawn[:] = [matrix()]
+        tensor.copy_(torch.randn(tensor.shape[1], r // 2, device="cpu").mm(drawn[0][0::2]).T / 10.0)
+
+    def start_B(tensor, W=None):
+        rows = (drawn[0] if drawn else matrix())[1::2]
+        tensor.copy_(torch.randn(r // 2, tensor.shape[0], device="cpu").T.mm(rows) / 10.0)
+
+    return start_A, start_B
+
+
 def kaiming_blocks(tensor, W=None):
     """(blocks, fan_in, r): each block is the transpose of a `kaiming` matrix."""
     for block in tensor:

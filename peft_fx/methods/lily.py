@@ -14,9 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, checked, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, rank
 from .base import Branch, Tensor, Together
-from .inits import constant, drawn_after, kaiming, zeros
+from .inits import drawn_after, kaiming, zeros
+from .scales import fixed
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Lily(Branch):
     no_weight = "an update that depends on the input"
 
     def tensors(self, target, config):
-        return {"scaling": Tensor((), partial(constant, config.scaling), trainable=False)}
+        return {"scaling": fixed(config.scaling)}
 
     def together(self, targets, config):
         groups, grouped, own = {}, [], {}

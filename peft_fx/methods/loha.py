@@ -13,14 +13,14 @@ padding_mode, and the gradient of A1 in the effective form takes the other produ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from .base import Tensor
-from .inits import constant, kaiming, zeros
+from .inits import kaiming, zeros
 from .lycoris import Lycoris, LycorisConfig, core_shape, with_core
 from .matrices import row_size
+from .scales import fixed
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LoHa(Lycoris):
     def tensors(self, target, config):
         r, m, core = self.rank(target, config), target.out_features, self.effective(target, config)
         a, b = ((r, m), (r, target.shape[1])) if core else ((m, r), (r, row_size(target)))
-        spec = {"scaling": Tensor((), partial(constant, self.scaling(target, config)), trainable=False)}
+        spec = {"scaling": fixed(self.scaling(target, config))}
         for i in "12":
             last = zeros if i == "2" and config.init_weights else kaiming
             spec[f"hada_w{i}_a"] = Tensor(a, kaiming, f"hada_w{i}_a", pad=((0 if core else 1, 1),))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import one_of
+from ..fields import one_of
 from .base import Tensor
 from .inits import kaiming, zeros
 from .lycoris import Lycoris, LycorisConfig, core_shape, with_core

@@ -15,10 +15,12 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import check_rank, one_of, pattern_field, probability, rank
+from ..checks import check_rank
+from ..fields import pattern_field, probability, rank, start
+from ..missing import init_of
 from . import get_method
 from .base import Additive, Factors, Tensor
-from .inits import drawn_after, kaiming, normal, scaled_normal, uniform, zeros
+from .inits import drawn_after, kaiming, normal, orthogonal, scaled_normal, uniform, zeros
 from .lora_fields import LoraFields
 from .scales import Ranked, fixed
 
@@ -33,11 +35,21 @@ class LoraConfig(LoraFields):
     lora_dropout: float = probability(0.0)
     use_rslora: bool = False
     lora_bias: bool = False
-    init_lora_weights: bool | str = one_of(True, False, "gaussian")
+    init_lora_weights: bool | str = start(True, False, "gaussian", "orthogonal", missing=init_of)
     fan_in_fan_out: bool = False
     rank_pattern: dict = pattern_field(check_rank)
     alpha_pattern: dict = pattern_field()
     use_dora: bool = False
+
+    def missing_base(self):
+        init = init_of(self.init_lora_weights)
+        if init is None or not init.moves_base:
+            return ""
+        return (
+            f"init_lora_weights={str(self.init_lora_weights)!r}: the adapter was trained beside base weights from which "
+            f"{init.name} had taken its start, and no file says what that was: load it onto these weights, or have PEFT "
+            "convert it where it was trained: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
+        )
 
 
 class LoRA(Ranked, Additive):
@@ -60,6 +72,11 @@ class LoRA(Ranked, Additive):
         r, groups = self.rank(target, config), target.groups
         if r % groups:
             return f"r={r} is not divisible by groups={groups}; nearest valid: {max(r // groups, 1) * groups}"
+        if config.init_lora_weights == "orthogonal" and not target.reads_ids:
+            if r % 2:
+                return f"init_lora_weights='orthogonal' needs an even rank, got r={r}; nearest valid: {r + 1}"
+            if target.kernel or target.experts:
+                return f"init_lora_weights='orthogonal' has no meaning on kind {target.kind}"
         if config.lora_bias and (target.reads_ids or target.experts):
             return f"lora_bias has no meaning on kind {target.kind}"
         return None
@@ -72,10 +89,12 @@ class LoRA(Ranked, Additive):
         name_A, name_B, suffix = self.names(target)
         A, B = (E * r, target.in_features, *target.kernel), (m, E * r // target.groups, *(1,) * len(target.kernel))
         made = normal if target.reads_ids else kaiming  # how PEFT's layers are before it initialises them
-        starts = {True: (kaiming, zeros), "gaussian": (partial(scaled_normal, 1 / r), zeros), False: (made, made)}
-        init_A, init_B = starts[config.init_lora_weights]
+        gaussian = partial(scaled_normal, 1 / r)
+        starts = {True: (kaiming, zeros), "gaussian": (gaussian, zeros), "orthogonal": orthogonal(r)}
+        # of an adapter that began otherwise the numbers are in its file
+        init_A, init_B = starts.get(config.init_lora_weights, (made, made))
         init_bias = partial(uniform, 1 / math.sqrt(B[1]))
-        if config.init_lora_weights:
+        if config.init_lora_weights in starts:
             if target.reads_ids:
                 init_A, init_B = zeros, normal
             init_A = partial(drawn_after, made, (A, B, (m,)) if config.lora_bias else (A, B), init_A)

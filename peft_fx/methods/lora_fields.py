@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..config import AdapterConfig, pattern_field
+from ..config import AdapterConfig
+from ..missing import STARTS, VARIANTS, not_yet
 
-NEEDS_DATA = "initialisations that look at data are not part of this version"
-VARIANT = "this LoRA variant is not part of this version"
+
+def of_the_start(default):
+    """A field that is of no concern once the adapter has begun."""
+    return field(**default, metadata={"start": (None, {})})
 
 
 @dataclass
 class LoraFields(AdapterConfig):
-    refused = dict.fromkeys(
-        ("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "use_bdlora",
-         "arrow_config", "kasa_config", "megatron_config"), VARIANT
-    ) | dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), NEEDS_DATA)  # fmt: skip
+    refused = {name: not_yet(what) for name, what in (VARIANTS | STARTS).items()}
 
     use_qalora: bool = False
     qalora_group_size: int = 16
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
-    loftq_config: dict = pattern_field()
-    eva_config: dict | None = None
-    corda_config: dict | None = None
-    lora_ga_config: dict | None = None
+    loftq_config: dict = of_the_start({"default_factory": dict})
+    eva_config: dict | None = of_the_start({"default": None})
+    corda_config: dict | None = of_the_start({"default": None})
+    lora_ga_config: dict | None = of_the_start({"default": None})
     velora_config: dict | None = None
     alora_invocation_tokens: list[int] | None = None
     monteclora_config: dict | None = None

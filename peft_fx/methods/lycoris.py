@@ -15,7 +15,9 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from ..config import LORA_ONLY, AdapterConfig, check_rank, pattern_field, probability, rank
+from ..checks import check_rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import pattern_field, probability, rank
 from .base import Branch
 from .scales import Ranked
 

@@ -12,14 +12,16 @@ import math
 
 import torch
 
-from ..target import Target
+from ..target import Target, sizes
 from .base import Additive, Factors, Theta, block_diagonal
 
 
 class Matrices(Additive):
     def check(self, target, config):
         if len(target.shape) - len(target.kernel) != 2:
-            return f"{self.name} adds a product of two matrices; this {target.kind} weight has shape {target.shape}"
+            return (
+                f"{self.name} adds a product of two matrices; this {target.kind} weight has shape {sizes(target.shape)}"
+            )
         return None
 
     def matrices(self, theta: Theta, target: Target, config) -> tuple[torch.Tensor, torch.Tensor]:

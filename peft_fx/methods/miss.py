@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from torch.nn import functional as F
 
-from ..config import LORA_ONLY, AdapterConfig, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import one_of, probability, rank
 from . import get_method
 from .base import Branch, Tensor
 from .inits import kaiming, zeros

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from operator import attrgetter
 
-from ..config import LORA_ONLY, AdapterConfig, probability
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability
 from ..kernels.butterfly import butterfly
 from .base import InputMap, OutputMap
 from .blockwise import Blockwise

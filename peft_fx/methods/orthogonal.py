@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..config import checked
+from ..fields import checked
 
 # Kinds whose inputs cannot be mixed (`Method.refuses`).
 NO_INPUTS = {

@@ -17,7 +17,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, check_positive, pattern_field, positive
+from ..checks import check_positive
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import pattern_field, positive
 from .base import Tensor
 from .decompositions import decompose, smallest, split_at
 from .inits import normal

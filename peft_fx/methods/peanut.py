@@ -16,10 +16,12 @@ from functools import partial
 import torch
 from transformers.activations import ACT2FN
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, rank
 from .base import Tensor
-from .inits import constant, drawn_after, kaiming, zeros
+from .inits import drawn_after, kaiming, zeros
 from .matrices import Matrices
+from .scales import fixed
 
 TRAINED = ("prelu", "xielu")  # activations with parameters, for which the file has no place
 MAX_DEPTH = 1024  # a file that asks for more is damaged or hostile
@@ -58,7 +60,7 @@ class PEANuT(Matrices):
                 spec[f"{part}_{i}"] = Tensor((r, r), kaiming, f"{part}.{i}.weight", pad=rows + columns)
         return spec | {
             "peanut_B": Tensor((m, r), zeros if config.init_weights else kaiming, "peanut_B.weight", pad=columns),
-            "scaling": Tensor((), partial(constant, config.scaling), trainable=False),
+            "scaling": fixed(config.scaling),
         }
 
     def matrices(self, theta, target, config):

@@ -16,7 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, probability, rank
 from .base import Tensor
 from .decompositions import principal
 from .inits import near, near_eye, ones

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from ..kernels.noise import seeded_noise
 from .base import Tensor
 from .vera import VeRA

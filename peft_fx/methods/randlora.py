@@ -18,11 +18,13 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from .base import Tensor
 from .draws import dense_bases, largest, projections, sparse_bases
 from .inits import constant, drawn_over, normal, zeros
 from .matrices import Matrices, row_size
+from .scales import fixed
 
 
 @dataclass
@@ -55,7 +57,7 @@ class RandLora(Matrices):
         return {
             "randlora_lambda": Tensor((config.r, bases), start, "randlora_lambda"),
             "randlora_gamma": Tensor((bases, low), partial(constant, value), "randlora_gamma"),
-            "scaling": Tensor((), partial(constant, config.randlora_alpha / config.r), trainable=False),
+            "scaling": fixed(config.randlora_alpha / config.r),
         }
 
     def together(self, targets, config):

@@ -17,7 +17,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of
 from .base import OutputMap, Tensor
 from .inits import around, ones, scaled_normal, zeros
 from .shapes import divisors

@@ -40,12 +40,13 @@ def of_category(name: str, widths: tuple[int, ...], sources: tuple[Target, ...],
     n, rate = widths[-1], config.sparse_rate
     draw = partial(positions, config.projection_prng_key, widths, rate)
     basis = partial(shared_basis, config.regularization_alpha)
+    filed = config.save_projection
     spec = {
         "frod_V": Tensor((n, n), basis, trainable=False, like_base=True, sources=sources),
-        "frod_s_indices": Tensor((2, nonzeros(n, rate)), draw, trainable=False, dtype=torch.int64),
-        "frod_s_size": Tensor((2,), partial(constant, n), trainable=False, dtype=torch.int64),
+        "frod_s_indices": Tensor((2, nonzeros(n, rate)), draw, trainable=False, dtype=torch.int64, derived=not filed),
+        "frod_s_size": Tensor((2,), partial(constant, n), trainable=False, dtype=torch.int64, derived=not filed),
     }
-    return {k: replace(t, key=f"{k}.{name}") for k, t in spec.items()} if config.save_projection else spec
+    return {k: replace(t, key=f"{k}.{name}") for k, t in spec.items()} if filed else spec
 
 
 def category(path: str) -> str:

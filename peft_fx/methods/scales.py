@@ -12,8 +12,8 @@ from .inits import constant
 
 
 def fixed(value: float) -> Tensor:
-    """A number that is no part of the file."""
-    return Tensor((), partial(constant, value), trainable=False)
+    """A number of the config's, as a tensor, so that a swap changes it in place."""
+    return Tensor((), partial(constant, value), trainable=False, derived=True)
 
 
 class Ranked:

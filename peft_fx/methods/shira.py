@@ -16,8 +16,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, rank
+from ..config import LORA_ONLY, AdapterConfig
 from ..errors import RecipeError
+from ..fields import rank
 from .base import Tensor
 from .draws import permuted
 from .entries import Entries
@@ -63,7 +64,7 @@ class SHiRA(Entries):
         start, name = zeros if config.init_weights else normal, "shira_indices"
         return {
             "shira_weight": Tensor((k,), start, "shira_weight", pad=((0, 1),)),
-            "given": Tensor((k,), ones, trainable=False, pad=((0, 1),)),  # what is padded does not learn
+            "given": Tensor((k,), ones, trainable=False, pad=((0, 1),), derived=True),  # what is padded does not learn
             name: Tensor((2, k), drawn, name, False, torch.int32, pad=((1, 1),), below=((m,), (n,))),
         }
 

@@ -15,7 +15,9 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, by_pattern, check_count, count, pattern_field
+from ..checks import check_count
+from ..config import LORA_ONLY, AdapterConfig, by_pattern
+from ..fields import count, pattern_field
 from ..target import Target
 from .base import Branch, Tensor
 from .draws import permuted
@@ -72,7 +74,9 @@ class Spectral(Branch):
         start = self.zero if config.init_weights else partial(scaled_normal, self.std)
         return {
             self.spectrum: Tensor((number,), start, self.spectrum),
-            "positions": Tensor((2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64),
+            "positions": Tensor(
+                (2, number), partial(drawn, self, target, config), trainable=False, dtype=torch.int64, derived=True
+            ),
             "scaling": fixed(config.scaling),
         }
 

@@ -123,13 +123,16 @@ def stack(specs: Sequence[Tensor], own: dict[str, Tensor]) -> Tensor:
     first = specs[0]
     stacked = [need in own for need in first.needs]
 
-    def initialise(tensor, W, *needed):
-        for e, spec in enumerate(specs):
-            spec.init(tensor[e], None if W is None else W[e], *one_of(needed, stacked, e))
-
     pad = tuple((axis + 1, blocks) for axis, blocks in first.pad)
     pieces = first.pieces and stacked_pieces([spec.pieces for spec in specs], stacked, own)
-    return replace(first, shape=(len(specs), *first.shape), init=initialise, pad=pad, stacked=True, pieces=pieces)
+    init = partial(initialise, specs, stacked)
+    return replace(first, shape=(len(specs), *first.shape), init=init, pad=pad, stacked=True, pieces=pieces)
+
+
+def initialise(specs: Sequence[Tensor], stacked: Sequence[bool], tensor, W, *needed) -> None:
+    """For `partial(initialise, specs, stacked)`: each expert's part as its own description says."""
+    for e, spec in enumerate(specs):
+        spec.init(tensor[e], None if W is None else W[e], *one_of(needed, stacked, e))
 
 
 def one_of(tensors: Sequence[torch.Tensor], stacked: Sequence[bool], e: int) -> list[torch.Tensor]:

@@ -45,7 +45,7 @@ class Tokens(Substitute):
                 partial(copy_rows, ids, token_axis(target)),
                 key="token_adapter.trainable_tokens_delta",
             ),
-            "ids": Tensor((len(ids),), partial(copy_values, ids), trainable=False, dtype=torch.int64),
+            "ids": Tensor((len(ids),), partial(copy_values, ids), trainable=False, dtype=torch.int64, derived=True),
         }
 
     def weight(self, W, b, theta, target, config):

@@ -18,11 +18,13 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from .base import Tensor
 from .entries import Entries
-from .inits import constant, drawn_after, kaiming, normal, zeros
+from .inits import drawn_after, kaiming, normal, zeros
 from .matrices import row_size
+from .scales import fixed
 
 MAX_SIZE = 2**31  # files hold positions as int32
 
@@ -84,7 +86,7 @@ class SuperTuning(Entries):
         return spec | {
             "supertuning_lora_A": Tensor(of_A, start_A, "supertuning_lora_A.weight", pad=((0, 1),)),
             "supertuning_lora_B": Tensor(of_B, B, "supertuning_lora_B.weight", pad=((1, 1),)),
-            "scaling": Tensor((), partial(constant, config.lora_alpha / config.r), trainable=False),
+            "scaling": fixed(config.lora_alpha / config.r),
         }
 
     def cells(self, theta, target):

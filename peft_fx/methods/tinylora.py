@@ -17,7 +17,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, checked, one_of, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import checked, one_of, probability, rank
 from .base import Tensor, Together
 from .decompositions import left_singular, right_singular
 from .draws import seeded_normal
@@ -69,7 +70,7 @@ class TinyLoRA(Matrices):
             r = min(config.r, t.out_features, row_size(t))
             draw = partial(seeded_normal, config.projection_seed + i, 1 / math.sqrt(r))
             pad = ((0, 1), (1, 1), (2, 1))
-            own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, trainable=False, pad=pad)}
+            own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, False, pad=pad, derived=key is None)}
         start = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}[config.init_weights]
         vectors = {g: {"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}", pad=((0, 1),))} for g in members}
         return Together(own=own, grouped=tuple((vectors[g], tuple(names)) for g, names in members.items()))

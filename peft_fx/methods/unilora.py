@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, positive, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import positive, probability, rank
 from .base import Tensor, Together
 from .draws import dealt_positions, dealt_scales
 from .inits import drawn_over, integers, normal, uniform
@@ -55,8 +56,9 @@ class UniLoRA(Matrices):
                 indices, scale = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
                 keys, pad = (indices, scale) if config.save_indices else (None, None), ((axis, 1),)
                 drawn = partial(drawn_over, partial(integers, d), partial(dealt_positions, deal, first))
-                specs[indices] = Tensor(shape, drawn, keys[0], False, torch.int64, below=d, pad=pad)
-                specs[scale] = Tensor(shape, partial(dealt_scales, deal), keys[1], False, needs=(indices,), pad=pad)
+                fixed = dict(trainable=False, pad=pad, derived=not config.save_indices)
+                specs[indices] = Tensor(shape, drawn, keys[0], dtype=torch.int64, below=d, **fixed)
+                specs[scale] = Tensor(shape, partial(dealt_scales, deal, first), keys[1], **fixed)
                 first += shape[0] * shape[1]
         start = partial(uniform, config.init_theta_d_bound) if config.init_weights else normal
         return Together({"unilora_theta_d": Tensor((d,), start, "unilora_theta_d", pad=((0, 1),))}, own)

@@ -15,7 +15,8 @@ from functools import partial
 
 import torch
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from .base import Tensor, Together
 from .inits import drawn_after, scaled_normal, uniform
 from .matrices import Matrices, row_size

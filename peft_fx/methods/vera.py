@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import LORA_ONLY, AdapterConfig, probability, rank
+from ..config import LORA_ONLY, AdapterConfig
+from ..fields import probability, rank
 from .base import Tensor
 from .draws import kaiming_pair, largest, projections
 from .inits import constant, drawn_over, normal, ones, zeros

@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from ..config import count, one_of
 from ..errors import RecipeError
+from ..fields import count, one_of
 from .base import Tensor, Together
 from .matrices import row_size
 from .spectral import Spectral, SpectralConfig, too_many
@@ -49,7 +49,7 @@ class WaveFT(Spectral):
 
     def spectra(self, target, config, number):
         shape, start = (2, 1, len(FILTERS[config.wavelet_family])), partial(low_and_high, config.wavelet_family)
-        filters = {"filters": Tensor(shape, start, trainable=False)} if config.use_idwt else {}
+        filters = {"filters": Tensor(shape, start, trainable=False, derived=True)} if config.use_idwt else {}
         return super().spectra(target, config, number) | filters
 
     def together(self, targets, config):

@@ -6,9 +6,11 @@ readable if capture saw which operator uses them (`attributes["kinds"]`: paramet
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..target import ModuleRecord, Target
+from ..folding import components, gathered, joined
+from ..target import ModuleRecord, Target, sizes
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Refusal:
         return f"{self.target_name}: {self.reason}"
 
 
+def one_line_each(refusals: Iterable[Refusal]) -> list[str]:
+    """Targets of equal layers that are refused for one reason in one line."""
+    found = gathered(((r.reason,), components(r.target_name), r) for r in refusals)
+    return [f"{joined(path)}: {members[0].reason}" for path, members in found]
+
+
 def module_targets(record: ModuleRecord) -> tuple[Target, ...] | Refusal:
     """The targets that a module chosen by `target_modules` stands for: one, two for MultiheadAttention."""
     if record.is_a("MultiheadAttention"):
@@ -69,7 +77,7 @@ def parameter_target(record: ModuleRecord, name: str) -> Target | Refusal:
     if not record.path:
         return Refusal(full_name, "a parameter of the model's top level has no place in PEFT's file format")
     if len(shape) not in (2, 3):
-        return Refusal(full_name, f"target_parameters takes 2-D and 3-D parameters, this one has shape {shape}")
+        return Refusal(full_name, f"target_parameters takes 2-D and 3-D parameters, this one has shape {sizes(shape)}")
     if len(shape) == 2:
         return _target(record, name, "linear", False, 1, by_parameter=True)
     return _target(record, name, "expert", bool(record.attributes.get("is_transposed")), 1, by_parameter=True)

@@ -17,9 +17,12 @@ from ..errors import AdapterNameError, TargetError, WrongTypeError
 from ..methods import METHODS, get_method
 from ..methods.base import Method, Tensor, Together
 from ..methods.stacked import on_target, restacked, unstacked
-from ..target import ModuleRecord, ModuleTable, Target
-from .kinds import Refusal, whole_parameter
-from .selection import SavedModule, Selection, TokenRows, Unmatched, completed, inside, select
+from ..target import ModuleRecord, ModuleTable, Target, sizes
+from .kinds import Refusal, one_line_each, whole_parameter
+from .matching import Unmatched, inside
+from .saved import SavedModule
+from .selection import Selection, completed, select
+from .tokens import TokenRows
 from .wrappers import base_path, inside_path, wrap_counts
 
 __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter_name", "clashes", "make_plan"]
@@ -121,7 +124,9 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
     ]
     refusals = (*selection.refusals, *refusals)
     if refusals and strict:
-        raise TargetError("\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *map(str, refusals)]))
+        raise TargetError(
+            "\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *one_line_each(refusals)])
+        )
     return Plan((*substitutions, *adapted), refusals, selection.unmatched)
 
 
@@ -154,7 +159,7 @@ def check_adapter_name(adapter: str) -> None:
 def refused(method: Method, target: Target) -> str | None:
     """Why the method has no meaning on this kind of operator, or None."""
     reason = method.refuses.get(target.kind)
-    return reason and reason.format(name=method.name, shape=target.shape)
+    return reason and reason.format(name=method.name, shape=sizes(target.shape))
 
 
 def method_at(general: Method, target: Target, config: AdapterConfig) -> Method:

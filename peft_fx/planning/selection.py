@@ -1,54 +1,24 @@
 """Which modules and parameters a config chooses, with PEFT's matching rules, from the module table alone.
 
-Deviations from PEFT, on purpose: `modules_to_save` matches at a component border ("head" is not "lm_head"); a shared
-module is matched under any of its paths; ties are read from the tensors, not from module names; `layers_to_transform`
-also filters "all-linear"; entries that match nothing are reported with the nearest names.
+Deviations from PEFT, on purpose: a shared module is matched under any of its paths; ties are read from the tensors, not from
+module names; `layers_to_transform` also filters "all-linear"; entries that match nothing are reported with the nearest names.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..config import AdapterConfig, by_pattern
 from ..errors import NothingToAdaptError, RecipeError
 from ..target import ModuleRecord, ModuleTable, Target
 from . import defaults, moe
-from .kinds import CONTAINERS, Refusal, module_targets, parameter_target
+from .kinds import Refusal, module_targets, parameter_target
+from .matching import Unmatched, compiled, inside, matcher, nearest, paths_of, report_unmatched
+from .saved import SavedModule, choose_saved, tied_group, tied_targets
+from .tokens import TokenRows, choose_tokens
 from .wrappers import with_file_paths
-
-
-@dataclass(frozen=True)
-class Unmatched:
-    """An entry of a config field that matched nothing, and the names that come close."""
-
-    field: str
-    entry: str
-    nearest: tuple[str, ...] = ()
-
-    def __str__(self):
-        near = f"; nearest: {', '.join(self.nearest)}" if self.nearest else ""
-        return f"{self.field}: {self.entry!r} matches nothing{near}"
-
-
-@dataclass(frozen=True)
-class SavedModule:
-    """A module that gets its own trained copy. source: path of the saved module whose weight it keeps sharing."""
-
-    path: str
-    source: str | None = None
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Rows of an embedding (or head) that are trained. source: the embedding whose rows it uses, if tied."""
-
-    target: Target
-    ids: tuple[int, ...]
-    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,52 +55,6 @@ def select(table: ModuleTable, config: AdapterConfig) -> Selection:
     if not targets and not refusals and config.target_modules != defaults.NO_TARGETS:
         raise nothing_chosen(table, config, excluded, [*missing_modules, *missing_parameters])
     return Selection(tuple(targets), tuple(refusals), tuple(saved), tuple(tokens), tied, tuple(unmatched))
-
-
-# Matching
-
-
-def suffixes(path: str) -> Iterator[str]:
-    """The path and each of its tails that starts at a component border."""
-    yield path
-    while "." in path:
-        path = path.partition(".")[2]
-        yield path
-
-
-def matcher(field: str, entries: list[str] | str | None) -> Callable[[str], set[str]]:
-    """path -> the entries that match it: a regex must match the whole path, a name its end at a component border."""
-    if not entries:
-        return lambda path: set()
-    if isinstance(entries, str):
-        pattern = compiled(field, entries)
-        return lambda path: {entries} if pattern.fullmatch(path) else set()
-    names = set(entries)
-    return lambda path: names.intersection(suffixes(path))
-
-
-def compiled(field: str, pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{field}: {pattern!r} is no regular expression: {error}") from error
-
-
-def paths_of(record: ModuleRecord) -> tuple[str, ...]:
-    return (record.path, *record.aliases)
-
-
-def nearest(entry: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Up to three names, whole or last components, that look like `entry`."""
-    names = [n for n in names if n]
-    known = dict.fromkeys([*(n.rpartition(".")[2] for n in names), *names])
-    return tuple(difflib.get_close_matches(entry, known, n=3, cutoff=0.5))
-
-
-def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str]) -> list[Unmatched]:
-    names = list(names)
-    entries = [entries] if isinstance(entries, str) else entries or []
-    return [Unmatched(field, e, nearest(e, names)) for e in entries if e not in matched]
 
 
 # Modules
@@ -217,10 +141,6 @@ def choose_modules(
     )
 
 
-def inside(path: str, module: str) -> bool:
-    return path == module or path.startswith(f"{module}.")
-
-
 def heads_left_out(table: ModuleTable, config: AdapterConfig) -> set[str]:
     """Modules that "all-linear" does not mean: the output head, or a classifier's head."""
     if table.output_head is not None:
@@ -287,134 +207,6 @@ def add_parameters(
             (refusals if isinstance(read, Refusal) else found).append(read)
     names = [f"{r.path}.{name}" for r in table.records for name in r.parameters]
     return [*targets, *found], refusals, report_unmatched("target_parameters", config.target_parameters, seen, names)
-
-
-# Modules to save
-
-
-def choose_saved(table: ModuleTable, config: AdapterConfig) -> tuple[list[SavedModule], list[Refusal], list[Unmatched]]:
-    """The outermost modules that `modules_to_save` and the task type name."""
-    heads = [h for h in defaults.TASK_HEADS.get(config.task_type, ()) if h not in (config.modules_to_save or ())]
-    matches = matcher("modules_to_save", [*(config.modules_to_save or ()), *heads])
-    saved, refusals, seen = [], [], set()
-    for record in table.records:
-        matched = set().union(*map(matches, paths_of(record))) if record.path else set()
-        seen |= matched
-        if not matched or any(inside(record.path, s.path) for s in saved):
-            continue
-        if record.is_a(*CONTAINERS):
-            refusals.append(Refusal(record.path, f"modules_to_save: a {record.type} has no forward of its own"))
-            continue
-        saved.append(SavedModule(record.path))
-    names = [path for record in table.records for path in paths_of(record)]
-    # PEFT's files name every head that the task could have, so a missing one is no mistake
-    asked = [m for m in config.modules_to_save or () if m not in defaults.TASK_HEADS.get(config.task_type, ())]
-    unmatched = report_unmatched("modules_to_save", asked, seen, names)
-    return tie_saved(table, config, saved), refusals, unmatched
-
-
-def tied_group(table: ModuleTable) -> tuple[str, ...]:
-    """Paths of the modules whose weight is the input embedding's, that one excluded."""
-    if table.input_embedding is None:
-        return ()
-    return tuple(name.rpartition(".")[0] for name in table.tied_to(f"{table.input_embedding}.weight"))
-
-
-def tie_saved(table: ModuleTable, config: AdapterConfig, saved: list[SavedModule]) -> list[SavedModule]:
-    """With `ensure_weight_tying`, saving one of the tied modules saves all of them, sharing one weight."""
-    group = tied_group(table) if config.ensure_weight_tying else ()
-    everyone = (table.input_embedding, *group)
-    if not group or not any(s.path in everyone for s in saved):
-        return saved
-    rest = [s for s in saved if s.path not in everyone]
-    return [SavedModule(table.input_embedding), *(SavedModule(p, table.input_embedding) for p in group), *rest]
-
-
-def tied_targets(table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]) -> dict[str, str]:
-    """With `ensure_weight_tying`, adapting one tied module adapts all: each path -> the embedding's, its own too."""
-    group = tied_group(table) if config.ensure_weight_tying else ()
-    everyone = (table.input_embedding, *group)
-    if not group or not any(r.path in everyone for r in modules):
-        return {}
-    return dict.fromkeys(everyone, table.input_embedding)
-
-
-# Trained tokens
-
-
-def choose_tokens(
-    table: ModuleTable, config: AdapterConfig, targets: list[Target], saved: list[SavedModule]
-) -> tuple[list[TokenRows], list[Refusal]]:
-    """The embedding rows to train. Raises RecipeError for unknown modules, ids outside the vocabulary, conflicts."""
-    wanted = config.trainable_token_indices
-    if wanted is None:
-        return [], []
-    if not isinstance(wanted, dict):
-        wanted = {table.input_embedding or "embed_tokens": wanted}
-    adapted, rows, refusals = {t.path for t in targets}, {}, []
-    for entry, ids in wanted.items():
-        matches = matcher("trainable_token_indices", [entry])
-        found = [r for r in table.records if r.path and any(map(matches, paths_of(r)))]
-        if not found:
-            near = nearest(entry, (r.path for r in table.records))
-            raise RecipeError(f"{Unmatched('trainable_token_indices', entry, near)}")
-        for record in found:
-            if any(inside(record.path, s.path) for s in saved):
-                raise RecipeError(f"{record.path} is in modules_to_save and in trainable_token_indices: choose one")
-            read = token_target(record)
-            if record.path in adapted and isinstance(read, Target):
-                read = Refusal(record.path, "is in target_modules and in trainable_token_indices: choose one")
-            if isinstance(read, Refusal):
-                refusals.append(read)
-            else:
-                rows[record.path] = TokenRows(read, checked_ids(ids, read))
-    return tie_tokens(table, config, rows), refusals
-
-
-def token_target(record: ModuleRecord) -> Target | Refusal:
-    """The weight (vocabulary, features) of an embedding or a linear head."""
-    read = module_targets(record)
-    if isinstance(read, Refusal):
-        return read
-    if len(read) == 1 and (read[0].kind, read[0].transposed) in (("embedding", True), ("linear", False)):
-        return read[0]
-    return Refusal(record.path, f"trainable_token_indices needs an embedding or a Linear head, not {record.type}")
-
-
-def vocabulary(target: Target) -> int:
-    return target.in_features if target.transposed else target.out_features
-
-
-def checked_ids(ids, target: Target) -> tuple[int, ...]:
-    if not isinstance(ids, list) or not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise RecipeError(f"trainable_token_indices for {target.path}: expected a list of token ids, got {ids!r}")
-    outside = [i for i in ids if not 0 <= i < vocabulary(target)]
-    if outside:
-        raise RecipeError(
-            f"trainable_token_indices for {target.path}: {outside[:5]} lie outside its {vocabulary(target)} tokens; "
-            "resize the embedding first"
-        )
-    if len(set(ids)) != len(ids):
-        raise RecipeError(f"trainable_token_indices for {target.path}: the same token is named twice")
-    return tuple(ids)
-
-
-def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenRows]) -> list[TokenRows]:
-    """Modules tied to the embedding use its rows, unless they are given ids of their own."""
-    group, source = tied_group(table), rows.get(table.input_embedding)
-    own = {path: rows[path].ids for path in group if path in rows}
-    if source is None or not group:
-        return list(rows.values())
-    if any(ids != source.ids for ids in own.values()):
-        if config.ensure_weight_tying:
-            raise RecipeError(
-                "ensure_weight_tying needs the same trainable_token_indices for all tied modules, got "
-                f"{source.target.path}: {list(source.ids)}, " + ", ".join(f"{p}: {list(i)}" for p, i in own.items())
-            )
-        return list(rows.values())
-    tied = [token_target(table[path]) for path in group]
-    rest = [r for path, r in rows.items() if path not in group]
-    return [*rest, *(TokenRows(t, source.ids, source.target.path) for t in tied if isinstance(t, Target))]
 
 
 # Reports

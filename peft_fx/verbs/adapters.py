@@ -11,20 +11,24 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, refuse_to_begin
 from ..errors import AdapterFileError, GraphError, RecipeError, UnmatchedWarning
 from ..files.match import match_tensors
+from ..files.paths import as_path
 from ..files.read import read_adapter
 from ..files.write import file_config, write_adapter
-from ..methods.base import HALF, Tensor, crop_to
+from ..methods.base import HALF, Tensor
+from ..methods.padding import crop_to
 from ..notices import warn
 from ..passes.lowering import to_canonical
 from ..planning.plan import Placement
 from ..planning.selection import completed, resolved_target_modules
 from ..recipe import as_recipe
-from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, set_tensor, state_of
+from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, state_of
 from ..target import ModuleTable, Target
 from .derive import derived, frozen, names_of, planned, refuse_merged, refuse_slots, replicated
+from .placed import describe, put
+from .residual import on_whole_base
 
 LOWERINGS = ("auto", "activation", "weight")
 
@@ -91,6 +95,8 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
         raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
     refuse_merged(state, "adding an adapter")
     refuse_slots(state, "adding an adapter", "peft_fx.hotswap(graph, path, name) puts one into a free slot")
+    if source is None:
+        refuse_to_begin(config)
     if name in state.recipe:
         raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
     only_one_with_biases(state, name, config)
@@ -98,6 +104,15 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     if config.layer_replication and not deeper:
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
+    source = source and Source(*source)
+    if source is not None:
+        config, tensors = on_whole_base(gm, name, resident.config, source.tensors, source.where)
+        if trainable and config is not resident.config:
+            warn(
+                f"adapter {name!r} began with a part of the base weight, and is LoRA of twice the rank here: what it began with "
+                "is trained too, which PEFT keeps"
+            )
+        resident, source = dataclasses.replace(resident, config=config), source._replace(tensors=tensors)
     plan = planned(state, name, config)
     for entry in plan.unmatched:
         warn(f"adapter {name!r}: {entry}", UnmatchedWarning)
@@ -107,7 +122,6 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     recipe = {**state.recipe, name: resident}
     if not config.ensure_weight_tying and not any(r.config.layer_replication for r in recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
-    source = source and Source(*source)
     values = source and match_tensors(plan, source.tensors, where=source.where)
     for placement in plan.placements:
         allocate(gm, placement, values, trainable, source is not None and source.drawn)
@@ -147,9 +161,9 @@ def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trai
         if drawn and value is not None and base.device.type != "meta":
             fill(tensor, gm, placement, name, None, {})
         fill(tensor, gm, placement, name, value, {})
-        full = f"{ADAPTERS}.{state_name}"
         grad = trainable and tensor.is_floating_point()
-        set_tensor(gm, full, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+        put(gm, placement, name, nn.Parameter(tensor, requires_grad=grad) if spec.trainable else tensor)
+    describe(gm, [placement])
 
 
 @torch.no_grad()
@@ -233,7 +247,7 @@ def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -
 
     adapter_name may be left out when there is one adapter, or one active.
     """
-    return write_adapter(Path(path), *adapter_files(tuned, adapter_name))
+    return write_adapter(as_path(path, "a folder to write the adapter to"), *adapter_files(tuned, adapter_name))
 
 
 def adapter_files(

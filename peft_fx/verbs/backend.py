@@ -31,8 +31,9 @@ from ..store import ROOT, BaseGraph, ByDevice, ByMode, Resident, State, Store, b
 from .adapters import save_adapter, with_adapter, without
 from .capture.model import skeleton
 from .derive import names_of, placements
-from .hotswap import SwapReport, hotswap
+from .hotswap import hotswap
 from .python_parts import as_written, compiled_module, give_frames, of_torch, used_by
+from .swaps import SwapReport
 
 RECIPE_FILES = (".json", ".yaml", ".yml")
 
@@ -78,6 +79,10 @@ class Backend:
         self.changes = 0  # adapters deleted, whose names may come again with other tensors, or configured anew
         self.complete = False
 
+    def __repr__(self):
+        adapters = ", ".join(f"{n}: {c.peft_type if c else 'as its file says'}" for n, c, _ in self.wanted)
+        return f"Backend(adapters=[{adapters}], model={None if self.model is None else type(self.model).__name__})"
+
     def attach(self, model: nn.Module, frames: bool = True, deeper: bool = False) -> Backend:
         """Plans the adapters for `model` and makes their tensors. Raises RecipeError as `apply` does.
 
@@ -85,6 +90,8 @@ class Backend:
         of the configs' layer_replication already.
         """
         model = getattr(model, "_orig_mod", model)
+        if ROOT in model._modules:
+            raise GraphError("this is a captured graph: peft_fx.apply(graph, recipe) puts adapters in")
         if self.model is not None and self.model is not model:
             raise GraphError(
                 f"this backend holds the adapters of another {type(self.model).__name__}: make one for each model"

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..config import AdapterConfig
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
 from ..methods.ia3 import IA3Config
@@ -122,6 +123,14 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
 
 
 @torch.no_grad()
+def weighted(gm, names, weights, type: str | None = None, *options, **named) -> tuple[AdapterConfig, dict]:
+    """`combined` with these fields of `Combination`; `combined_scales` where none are given and all adapters are IA3's."""
+    plain = type is None and not options and not named
+    if plain and all(state_of(gm).recipe[n].config.peft_type == "IA3" for n in names):
+        return combined_scales(gm, names, weights)
+    return combined(gm, names, weights, Combination(type or "svd", *options, **named))
+
+
 def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
     """The config and file key -> tensor of IA3 adapters as one IA3 adapter: l = sum_k w_k l_k, over those on a module."""
     refuse_lengths(names, weights)
@@ -152,7 +161,7 @@ def union(field: str, entries: list[list[str] | str | None]) -> list[str] | str:
 
 def refuse_lengths(names: Sequence[str], weights: Sequence[float]) -> None:
     if len(names) != len(weights) or not names:
-        raise ValueError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
+        raise RecipeError(f"{len(names)} adapters and {len(weights)} weights: give one weight for each adapter")
 
 
 def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]:

@@ -41,6 +41,7 @@ def compile(
     shares its tensors, and takes hotswaps and switches with 0 recompiles. In training the first block usually compiles
     apart: its input needs no gradient. What cannot be cut is compiled as a whole.
     """
+    state_of(tuned, "compile")
     new = outline(tuned)
     chosen = {"options": options_with(mode, options)} if backend == "inductor" else {"mode": mode, "options": options}
     for cls in block_classes(new):

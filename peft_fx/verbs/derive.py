@@ -5,6 +5,7 @@ Every verb that changes which adapters act goes through `derived`; none edits it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import fx, nn
@@ -18,6 +19,7 @@ from ..passes.mixed import MixedBatch
 from ..passes.replicate import ReplicateLayers, layer_list, replicated_table, sources
 from ..planning.plan import Placement, Plan, make_plan
 from ..store import ADAPTERS, GATES, Acted, BaseGraph, State, copy_graph, derive, get_tensor, shell, state_of
+from ..suggestions import did_you_mean
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -100,13 +102,17 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Adapter names as a tuple, of slots those of the slots. Raises GraphError for one that is not resident."""
+    resident = state.residents
+    there = ", ".join(resident) or "none"
+    if not isinstance(names, Iterable):
+        raise GraphError(f"expected an adapter's name or a list of names, got {names!r}; resident: {there}")
     chosen = (names,) if isinstance(names, str) else tuple(names)
     for name in chosen:
-        if name not in state.residents:
-            raise GraphError(f"there is no adapter {name!r}; resident: {', '.join(state.residents) or 'none'}")
+        if name not in resident:
+            raise GraphError(f"there is no adapter {name!r}; resident: {there}{did_you_mean(name, resident)}")
     if len(set(chosen)) != len(chosen):
         raise GraphError(f"adapter names are repeated: {list(chosen)}")
-    return tuple(state.residents[name] for name in chosen)
+    return tuple(resident[name] for name in chosen)
 
 
 def acting(gm: fx.GraphModule, state: State) -> dict[str, float]:

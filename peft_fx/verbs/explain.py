@@ -1,23 +1,25 @@
-"""What a graph will do and has done to its targets, as data and as a table."""
+"""What a graph will do and has done to its targets, as data; `explanation` prints it."""
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
-from torch import fx
+from torch import fx, nn
 
-from ..passes.inject import lower
+from ..config import AdapterConfig
+from ..errors import GraphError
+from ..passes.inject import Lowering, lower
 from ..passes.match import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import Placement, Plan, make_plan
 from ..recipe import as_recipe
-from ..store import Resident, State, state_of
+from ..store import State, state_of
+from ..tables import Table, as_html
 from ..target import ModuleRecord, Target
-from .derive import acting, planned
+from .derive import acting, placements, planned
+from .explanation import Explanation
+from .rows import Row
 
 
 class ParameterCount(NamedTuple):
@@ -26,95 +28,61 @@ class ParameterCount(NamedTuple):
     trainable: int
     total: int
 
+    @property
+    def share(self) -> float:
+        """Of those that are trained, in percent."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
     def __str__(self):
-        share = 100 * self.trainable / self.total if self.total else 0.0
-        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.share:.4f}"
+
+    def _repr_html_(self):
+        cells = [f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.4f}"]
+        heads = ("trainable params", "all params", "trainable%")
+        return as_html([Table(heads, [cells], frozenset(heads))])
 
 
 def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
-    """Counts elements of parameters, tied ones once: those that require grad, and all."""
+    """Counts elements of parameters, tied ones once: those that require grad, and all. graph: any module, in fact."""
+    if not isinstance(graph, nn.Module):
+        raise GraphError(f"trainable_parameters counts those of a graph or a model, got {type(graph).__name__}")
     parameters = list(graph.parameters())
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One target of one adapter. status: planned, active, resident, merged, refused, unmatched; possible: no adapter yet.
-
-    reason: which operators read the target, why it got its lowering, or why it was refused. rounding_error: of a merge.
-    """
-
-    adapter: str
-    target: str
-    kind: str
-    shape: tuple[int, ...]
-    storage: str
-    method: str
-    lowering: str
-    parameters: int
-    status: str
-    reason: str
-    rounding_error: float | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Every target with its decision; printing it draws the table."""
-
-    rows: tuple[Row, ...]
-
-    def table(self) -> Table:
-        table = Table(title=f"{len(self.rows)} targets")
-        for column in (
-            "adapter",
-            "target",
-            "kind",
-            "shape",
-            "storage",
-            "method",
-            "lowering",
-            "parameters",
-            "status",
-            "reason",
-        ):
-            table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
-        for r in self.rows:
-            shape = "x".join(map(str, r.shape))
-            table.add_row(
-                r.adapter,
-                r.target,
-                r.kind,
-                shape,
-                r.storage,
-                r.method,
-                r.lowering,
-                f"{r.parameters:,}",
-                r.status,
-                r.reason,
-            )
-        return table
-
-    def __str__(self):
-        console = Console(width=160, file=io.StringIO())
-        console.print(self.table())
-        return console.file.getvalue()
-
-
 def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
-    """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why."""
-    state = state_of(graph, "explain")
-    rows = []
+    """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why.
+
+    Printed, targets of equal layers are one line; `.rows` has each.
+    """
+    state, rows = state_of(graph, "explain"), []
     if recipe is not None:
-        for name, config in as_recipe(recipe, "default").items():
-            plan = make_plan(state.table, name, config, strict=False)
-            rows += rows_of(graph, state, plan, Resident(config), name, "planned")
+        new = as_recipe(recipe, "default")
+        plans = {name: make_plan(state.table, name, config, strict=False) for name, config in new.items()}
+        active = [p for name in state.active for p in placements(state, name)]
+        decided = decisions(state, [p for plan in plans.values() for p in plan.placements], active)
+        for name, plan in plans.items():
+            rows += rows_of(state, plan, decided.get(name, ()), new[name], name, "planned")
         return Explanation(tuple(rows))
     on = acting(graph, state) if state.gated else state.active
+    together = [] if state.mixed else [state.active, state.merged]
+    together += [(place,) for place in state.recipe if not any(place in places for places in together)]
+    decided = {}
+    for places in together:
+        decided |= decisions(state, [p for place in places for p in placements(state, place)])
     for name, place in state.residents.items():
         status = "merged" if place in state.merged else "active" if place in on else "resident"
-        resident = state.recipe[place]
-        rows += rows_of(graph, state, planned(state, place, resident.config), resident, name, status)
+        config = state.recipe[place].config
+        rows += rows_of(state, planned(state, place, config), decided.get(place, ()), config, name, status)
     return Explanation(tuple(rows))
+
+
+def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placement] = ()) -> dict[str, list[Lowering]]:
+    """Adapter -> the lowerings of its placements, of adapters that act together, after those that are `present`."""
+    decided: dict[str, list[Lowering]] = {}
+    for x in lower(state.base.graph, [*present, *asked], state.base.traces)[len(present) :]:
+        decided.setdefault(x.placement.adapter, []).append(x)
+    return decided
 
 
 def possible_targets(graph: fx.GraphModule) -> Explanation:
@@ -140,31 +108,23 @@ def readable(record: ModuleRecord) -> list[Target]:
 
 
 def rows_of(
-    graph: fx.GraphModule, state: State, plan: Plan, resident: Resident, adapter: str, status: str
+    state: State, plan: Plan, decided: Iterable[Lowering], config: AdapterConfig, adapter: str, status: str
 ) -> list[Row]:
-    config = resident.config
-    asked = [replace(p, lowering=resident.lowering) for p in plan.placements]
-    base = state.base.graph
-    nodes = parameter_nodes(base)
+    """Rows of what was decided for an adapter, of its refused targets and of entries that match nothing."""
     errors = {r["target"]: r["rounding_error"] for r in state.merge_report}
     rows = []
-    for x in lower(base, asked, state.base.traces):
+    for x in decided:
         p = x.placement
-        read = describe(*sites(nodes[p.target.name])) if p.target.name in nodes else "not read by the graph"
-        note = x.reason or read
+        note = x.reason or describe(x.sites, "")
         error = errors.get(p.target.name) if status == "merged" else None
         if error is not None:
             note = f"rounding error {error:.1e}"
         added = sum(numel(t.shape) for n, t in p.tensors.items() if t.trainable and n not in p.shared)
         rows.append(Row(adapter, p.target.name, p.target.kind, p.target.shape, "dense", p.method, x.form, added,
                         "refused" if x.form == "refused" else status, note, error))  # fmt: skip
-    rows += [
-        Row(adapter, r.target_name, "", (), "", config.peft_type, "", 0, "refused", r.reason) for r in plan.refusals
-    ]
-    rows += [
-        Row(adapter, str(u.entry), "", (), "", config.peft_type, "", 0, "unmatched", str(u)) for u in plan.unmatched
-    ]
-    return rows
+    left_out = [(r.target_name, "refused", r.reason) for r in plan.refusals]
+    left_out += [(str(u.entry), "unmatched", str(u)) for u in plan.unmatched]
+    return rows + [Row(adapter, name, "", (), "", config.peft_type, "", 0, *what) for name, *what in left_out]
 
 
 def numel(shape: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ..errors import AdapterFileError, GraphError
+from ..files.paths import as_path
 from ..passes.base import run
 from ..passes.inline import InlineGradRegions
 from ..passes.lift import lift
@@ -30,7 +31,8 @@ from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, stat
 from ..target import ModuleTable
 from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
-from .derive import names_of
+from .derive import names_of, placements
+from .placed import adopt
 from .registrations import register_for
 
 EXTRA = "peft_fx.json"
@@ -52,7 +54,7 @@ def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
     if traced_device(program) not in (None, device):
         program = torch.export.passes.move_to_device_pass(program, device)
     if path is not None:
-        save(program, Path(path), state, graph.training)
+        save(program, as_path(path, "a .pt2 file to write"), state, graph.training)
     return program
 
 
@@ -100,15 +102,15 @@ def to_json(state: State, training: bool) -> dict:
     }
 
 
-def residents(data: dict) -> dict[str, Resident]:
-    """The adapters, or slots, in the JSON of a state."""
+def residents(data: dict, where: str) -> dict[str, Resident]:
+    """The adapters, or slots, in the JSON of a state. where: the file, for messages."""
     forms, names, room = (data.get(key, {}) for key in ("lowering", "slots", "room"))
     return {
         place: Resident(
-            config_from_dict(config),
+            config_from_dict(config, where),
             forms.get(place, "auto"),
             names.get(place),
-            config_from_dict(room.get(place, config)) if names else None,
+            config_from_dict(room.get(place, config), where) if names else None,
         )
         for place, config in data["recipe"].items()
     }
@@ -120,7 +122,7 @@ def load(path) -> fx.GraphModule:
     Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises
     AdapterFileError for files that are no program. A program is code: load files of people you trust only.
     """
-    path = Path(path)
+    path = as_path(path, "a .pt2 file")
     program, extra = read_program(path)
     if not extra:
         from .capture.model import capture
@@ -165,7 +167,7 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     if data.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
-    recipe = residents(data)
+    recipe = residents(data, where)
     names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
@@ -194,6 +196,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         mixed=data.get("mixed", False),
     )
     gm.meta["peft_fx"] = state
+    for name in recipe:
+        adopt(gm, placements(state, name))
     gm.graph = adapted
     if recipe:
         freeze_base(gm)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -19,50 +18,19 @@ from ..errors import HotswapError, MergeError, RecipeError
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..methods import get_method
-from ..methods.base import crop_to, pad_to
 from ..methods.inits import number_of
+from ..methods.padding import crop_to, pad_to
 from ..planning.plan import Placement, Plan
-from ..store import Resident, State, state_of
+from ..store import State, state_of
 from .adapters import fill
 from .derive import planned as plan_of
+from .placed import describe
 from .refold import refold
+from .residual import on_whole_base
 from .slots import refuse_taken, slot_for
+from .swaps import Swap, SwapReport
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
-
-
-@dataclass(frozen=True)
-class SwapReport:
-    """What a swap wrote. padded: tensors smaller than their slot. zeroed: targets that the new adapter leaves out.
-
-    Of a merged adapter `tensors` counts folded weights and biases, and `zeroed` have their base weight again.
-    """
-
-    adapter: str
-    source: str
-    tensors: int
-    elements: int
-    padded: int
-    zeroed: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Swap:
-    """An adapter in memory, checked and padded for the slots of one graph, from `prepare_swap`.
-
-    names: the state names of the tensors to write. resident: what it was made for.
-    """
-
-    adapter: str
-    slot: str
-    source: str
-    config: AdapterConfig
-    names: tuple[str, ...]
-    values: tuple[torch.Tensor, ...]
-    padded: int
-    zeroed: tuple[str, ...]
-    resident: Resident
 
 
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
@@ -97,7 +65,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         else:
             slot = slot_for(state, adapter_name)
         if slot in state.merged:
-            written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(state, slot, path))
+            written, padded, zeroed = refolded(gm, state, slot, adapter_name, *read(gm, state, slot, path))
         else:
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
@@ -126,12 +94,13 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
     return dataclasses.replace(swap, values=values)
 
 
-def read(state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
+def read(gm: fx.GraphModule, state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
     """An adapter's config, what it puts where, and its numbers by state name."""
     if isinstance(path, tuple):
         (config, tensors), where = path, "what was given"
     else:
         (config, tensors), where = read_adapter(path, state.table), str(path)
+    config, tensors = on_whole_base(gm, slot, config, tensors, where)
     plan = planned(state, slot, config)
     return config, plan, match_tensors(plan, tensors, where=where)
 
@@ -141,7 +110,7 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
 
     slots: the slot's tensors by state name.
     """
-    config, plan, values = read(state, slot, path)
+    config, plan, values = read(gm, state, slot, path)
     old, new = by_place(planned(state, slot, state.recipe[slot].config).placements), by_place(plan.placements)
     faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
     left_out = [k for k in old if k not in new]
@@ -166,6 +135,7 @@ def write(gm, state: State, slots: dict, swap: Swap) -> list[torch.Tensor]:
     with gm.peft_fx.sharing.writing(written), torch.no_grad():
         torch._foreach_copy_(written, list(swap.values))
         state.recipe[swap.slot].config = swap.config
+        describe(gm, planned(state, swap.slot, swap.config).placements)
     return written
 
 

@@ -20,10 +20,12 @@ from ..methods.base import Additive, Method
 from ..passes.base import run
 from ..passes.fold import PointAtFolded
 from ..passes.lowering import apply_weight, to_canonical
+from ..planning.kinds import one_line_each
 from ..planning.plan import Placement, clashes
 from ..store import ADAPTERS, REPLACED, State, derive, get_tensor, owner_of, set_tensor, state_of
 from .derive import acted, acting, acting_again, injection, names_of, placements
 from .memory import Memory
+from .placed import put
 
 KEEP = ("device", "cpu", None)
 
@@ -58,7 +60,7 @@ def merge(
     chosen = [p for name in names for p in placements(state, name)]
     refuse_no_weight(chosen)
     if refused := clashes(chosen):
-        raise MergeError("\n".join(map(str, refused)))
+        raise MergeError("\n".join(one_line_each(refused)))
     before = acted(tuned, state) if keep_base else None
     new = derive(tuned, fx.Graph(), state)
     new._keep(state.base.graph)
@@ -248,13 +250,12 @@ def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
         for name, spec in p.tensors.items():
             if name in p.shared:
                 continue
-            full = f"{ADAPTERS}.{p.state_name(name)}"
-            tensor = get_tensor(gm, full)
+            tensor = get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}")
             if spec.trainable and not isinstance(
                 tensor, nn.Parameter
             ):  # .to() on a merged graph made a plain tensor of it
                 tensor = nn.Parameter(tensor, requires_grad=tensor.requires_grad)
-            set_tensor(gm, full, tensor)
+            put(gm, p, name, tensor)
 
 
 def unmerge(merged: fx.GraphModule) -> fx.GraphModule:

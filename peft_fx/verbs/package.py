@@ -21,6 +21,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ..errors import AdapterFileError, GraphError, HotswapError
+from ..files.paths import as_path
 from ..planning.plan import Placement
 from ..recipe import Recipe
 from ..store import (
@@ -43,6 +44,7 @@ from ..target import ModuleTable
 from .adapters import base_weight, values_of
 from .derive import placements
 from .export import EXTRA, FORMAT, export, opened, replacing, residents, to_json
+from .placed import adopt
 from .registrations import register_named
 
 STATE, TENSORS = f"extra/{EXTRA}", f"data/{ROOT}/adapters.safetensors"
@@ -67,7 +69,7 @@ def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
 
     Raises GraphError for a graph in train mode, or one whose inputs or outputs compiled code cannot have.
     """
-    path, state = Path(path), state_of(tuned, "package")
+    path, state = as_path(path, "a .pt2 file to write"), state_of(tuned, "package")
     if tuned.training:
         raise GraphError("a package runs inference: call eval() on the graph first")
     if path.suffix != ".pt2":
@@ -330,7 +332,7 @@ def load_package(path) -> Package:
 
     Raises AdapterFileError for files of another origin. A package is native code: load files of people you trust only.
     """
-    path = Path(path)
+    path = as_path(path, "a .pt2 file")
     with opened(path) as archive:
         entries = {name.partition("/")[2]: name for name in archive.namelist()}
         if not any(name.startswith("data/aotinductor/") for name in entries):
@@ -358,7 +360,7 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     state = State(
         ModuleTable.from_json(data["table"]),
         BaseGraph(fx.Graph()),
-        recipe=residents(data),
+        recipe=residents(data, str(path)),
         active=tuple(data["active"]),
         merged=tuple(data["merged"]),
         merge_report=tuple(data["merge_report"]),
@@ -379,6 +381,8 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
         if form(tensors[name]) != expected:
             raise AdapterFileError(f"{path}: {name} is {form(tensors[name])}, expected {expected}")
         set_tensor(held, name, tensors[name].to(device))
+    for name in state.recipe:
+        adopt(held, placements(state, name))
     swapped = [name for name in runner.get_constant_fqns() if name in tensors and name.startswith(f"{ROOT}.")]
     read = {name: get_tensor(held, name) for name in swapped}
     runner.load_constants(read, check_full_update=False, user_managed=True)

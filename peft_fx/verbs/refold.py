@@ -19,6 +19,7 @@ from torch import fx, nn
 from ..errors import MergeError, RecipeError
 from ..methods.base import block_diagonal
 from ..passes.inject import lower
+from ..planning.kinds import one_line_each
 from ..planning.plan import clashes
 from ..store import REPLACED, ROOT, Resident, State, get_tensor, set_tensor, shell, state_of
 from ..target import ModuleTable, Target
@@ -83,7 +84,7 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
     chosen = [p for name in state.merged for p in placements(new, name)]
     refuse_no_weight(chosen)
     if refused := clashes(chosen):
-        raise MergeError("\n".join(map(str, refused)))
+        raise MergeError("\n".join(one_line_each(refused)))
     refuse_what_cannot_be_unmerged(new)
 
     scratch = restored(gm, state, move=False)

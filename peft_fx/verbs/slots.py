@@ -5,15 +5,18 @@ A slot's name and config belong to its tensors, so that all graphs over these te
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..errors import AdapterNameError, GraphError, HotswapError
+from ..planning.plan import Placement
 from ..store import ADAPTERS, GATES, Resident, State, derive, get_tensor, set_tensor, state_of
 from .adapters import allocate, fill, without
 from .derive import derived, names_of, placements, refuse_merged
+from .placed import describe
 
 
 class Slot(NamedTuple):
@@ -63,7 +66,8 @@ def release(tuned: fx.GraphModule, name: str) -> None:
         refuse_merged(state, "release")
         (slot,) = names_of(state, name)
         resident = state.recipe[slot]
-        numbers = fresh(gm, state, slot)
+        chosen = placements(state.update(recipe={slot: emptied(resident)}), slot)
+        numbers = fresh(gm, chosen)
         tensors = [get_tensor(gm, full) for full in numbers]
         gate = get_tensor(gm, f"{GATES}.{slot}")
         with sharing.writing([gate, *tensors]), torch.no_grad():
@@ -71,14 +75,14 @@ def release(tuned: fx.GraphModule, name: str) -> None:
             for tensor, number in zip(tensors, numbers.values(), strict=True):
                 tensor.copy_(number)
             resident.name, resident.config = None, resident.room
+            describe(gm, chosen)
 
 
-def fresh(gm: fx.GraphModule, state: State, slot: str) -> dict[str, torch.Tensor]:
+def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Tensor]:
     """Full name -> what a free slot's tensor holds, but for targets whose base weight is not there."""
-    roomy = state.update(recipe={slot: emptied(state.recipe[slot])})
     made: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=()):
-        for p in placements(roomy, slot):
+        for p in chosen:
             if get_tensor(gm, p.target.name).is_meta:
                 continue
             for name in p.tensors:

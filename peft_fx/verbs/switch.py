@@ -65,9 +65,13 @@ def switch(
     gm, state = with_slots(tuned, "switch")
     refuse_merged(state, "switch")
     chosen = names_of(state, () if names is None else names)
-    factors = [1.0] * len(chosen) if weights is None else list(weights)
-    if len(factors) != len(chosen) or not all(isinstance(w, (int, float)) for w in factors):
-        raise GraphError(f"weights={weights!r}: expected {len(chosen)} numbers, one per adapter")
+    factors = [1.0] * len(chosen) if weights is None else weights
+    if (
+        not isinstance(factors, (list, tuple))
+        or len(factors) != len(chosen)
+        or not all(isinstance(w, (int, float)) for w in factors)
+    ):
+        raise GraphError(f"weights={weights!r}: expected {len(chosen)} numbers in a list, one per adapter")
     wanted = dict(zip(chosen, factors, strict=True))
     gates = {slot: get_tensor(gm, f"{GATES}.{slot}") for slot in state.recipe}
     sharing = gm.peft_fx.sharing

@@ -9,9 +9,11 @@ from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..errors import HotswapError
-from ..store import ADAPTERS, State, derive, set_tensor, state_of
+from ..resident import adapter_of
+from ..store import State, derive, state_of
 from .derive import derived, placements, refuse_merged
 from .hotswap import by_place, fitted, planned, slots_of
+from .placed import put
 
 
 def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
@@ -32,6 +34,8 @@ def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.Gra
     state = state.update(recipe=recipe)
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
+        tree = adapter_of(new.peft_fx.adapters, adapter)
+        tree.derived = dict(tree.derived)
         slots = slots_of(tuned, adapter)
         larger = by_place(planned(state, adapter, wide(resident.config, max_rank)).placements)
         for place, p in by_place(placements(state, adapter)).items():
@@ -48,7 +52,7 @@ def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.Gra
                 own = padded.clone()
                 if isinstance(tensor, nn.Parameter):
                     own = nn.Parameter(own, requires_grad=tensor.requires_grad)
-                set_tensor(new, f"{ADAPTERS}.{p.state_name(name)}", own)
+                put(new, p, name, own)
     return new
 
 

@@ -20,6 +20,19 @@ def is_hugging_face(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "main_input_name")
 
 
+def refuse_no_call(model: nn.Module, args, kwargs) -> None:
+    """Raises CaptureError for example inputs with which the model cannot be called."""
+    if not isinstance(args, (tuple, list)):
+        remedy = "by name they are kwargs={...}" if isinstance(args, dict) else "one input is args=(x,)"
+        raise CaptureError(f"args: expected a tuple of example inputs, got {type(args).__name__}: {remedy}")
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **(kwargs or {}))
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise CaptureError(f"{type(model).__name__}.forward({names}) cannot be called with these: {error}") from error
+
+
 def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Keyword arguments for one forward call. Raises CaptureError for models whose inputs it cannot build."""
     parameters = inspect.signature(model.forward).parameters

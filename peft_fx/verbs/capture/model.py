@@ -39,7 +39,7 @@ from ...store import (
     set_tensor,
 )
 from ...target import ModuleRecord, ModuleTable
-from .examples import example_inputs, is_hugging_face
+from .examples import example_inputs, is_hugging_face, refuse_no_call
 from .ones import wider
 from .program import program_table, retie
 from .proof import modes_agree, refuse_difference
@@ -81,11 +81,13 @@ def capture(
             "this model's modules run with adapters: the PeftModel's to_graph(args, kwargs) captures it with them, and "
             "unload() takes them away"
         )
-    given = bool(args or kwargs)
-    if not given:
-        if not is_hugging_face(model):
-            raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
+    given = not isinstance(args, (tuple, list)) or args or kwargs
+    if given:
+        refuse_no_call(model, args, kwargs)
+    elif is_hugging_face(model):
         kwargs = example_inputs(model)
+    else:
+        raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
     with working(f"capturing {type(model).__name__}"):
         for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
