@@ -102,11 +102,17 @@ def described(node: fx.Node) -> str:
 
 
 def same_constant(train: fx.GraphModule, evaluation: fx.GraphModule, a: fx.Node, b: fx.Node) -> bool:
-    """False for two reads of tensors that are not the model's and differ in value: constants written in its code."""
+    """False for two reads of tensors that are not the model's and differ in value: constants written in its code.
+
+    On the meta device constants have no values to differ in.
+    """
     if a.op != "get_attr":
         return True
     x, y = get_tensor(train, a.target), get_tensor(evaluation, b.target)
-    return x is y or x is None or y is None or (x.dtype == y.dtype and torch.equal(x, y))
+    if x is y or x is None or y is None:
+        return True
+    described = [(t.shape, t.dtype, t.device) for t in (x, y)]
+    return described[0] == described[1] and (x.is_meta or torch.equal(x, y))
 
 
 def alike(a: fx.Node, b: fx.Node) -> bool:

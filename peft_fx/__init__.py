@@ -3,51 +3,49 @@
     graph = peft_fx.capture(model)
     tuned = peft_fx.apply(graph, {"peft_type": "LORA", "r": 16, "target_modules": "all-linear"})
 
-The verbs below are free functions over `torch.fx.GraphModule`.
+The verbs below are free functions over `torch.fx.GraphModule`. What has a name here is imported when it is asked for: torch
+takes a second, transformers some more.
 """
 
+# ruff: noqa: F401  type checkers and editors read the names, Python the table
+import sys
 from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from .config import AdapterConfig
-from .errors import (
-    AdapterFileError,
-    CaptureError,
-    GraphError,
-    HotswapError,
-    MergeError,
-    PeftFxError,
-    RecipeError,
-)
-from .hf.submodules import make_submodules
-from .kernels import butterfly, circulant, householder, noise  # noqa: F401  registers the operators that saved graphs call
-from .methods import INTERNAL, METHODS, get_config
-from .methods.lora import LoraConfig
-from .methods.own import method
-from .recipe import Recipe
-from .verbs.adapters import apply, delete_adapter, disable_adapter, load_adapter, save_adapter, set_adapter
-from .verbs.backend import backend
-from .verbs.capture.model import capture
-from .verbs.combine import combine
-from .verbs.compile import compile, inline, outline
-from .verbs.explain import explain, trainable_parameters
-from .verbs.export import export, load
-from .verbs.hotswap import hotswap, prepare_hotswap, prepare_swap
-from .verbs.merge import merge, unmerge
-from .verbs.mixed import mixed_batch
-from .verbs.package import load_package, package
-from .verbs.switch import reserve, switch
+from .hf.submodules import SUBMODULES, make_submodules
+from .methods import METHODS
+from .missing import NAMES as MISSING
+from .missing import not_yet
+from .operators import register_with_torch
+from .suggestions import did_you_mean
 
-__all__ = [
-    "AdapterConfig", "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "LoraConfig", "MergeError",
-    "PeftConfig", "PeftFxError", "Recipe", "RecipeError", "apply", "backend", "capture", "combine", "compile", "delete_adapter",
-    "disable_adapter", "explain", "export", "hotswap", "inline", "load", "load_adapter", "load_package", "merge",
-    "method", "mixed_batch", "outline", "package", "prepare_hotswap", "prepare_swap", "reserve", "save_adapter",
-    "set_adapter", "switch", "trainable_parameters", "unmerge",
-]  # fmt: skip
+# module -> its names that are ours
+_NAMES = {
+    "config": ("AdapterConfig", "PeftConfig"),
+    "errors": (
+        "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "MergeError", "PeftFxError", "RecipeError",
+    ),
+    "methods.lora": ("LoraConfig",),
+    "methods.own": ("method",),
+    "recipe": ("Recipe",),
+    "verbs.adapters": ("apply", "disable_adapter", "load_adapter", "save_adapter", "set_adapter"),
+    "verbs.backend": ("backend",),
+    "verbs.capture.model": ("capture",),
+    "verbs.combine": ("combine",),
+    "verbs.compile": ("compile", "inline", "outline"),
+    "verbs.explain": ("explain", "trainable_parameters"),
+    "verbs.export": ("export", "load"),
+    "verbs.hotswap": ("hotswap", "prepare_swap"),
+    "verbs.merge": ("merge", "unmerge"),
+    "verbs.mixed": ("mixed_batch",),
+    "verbs.package": ("load_package", "package"),
+    "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
+    "verbs.switch": ("reserve", "switch"),
+    "verbs.widen": ("prepare_hotswap",),
+}  # fmt: skip
 
-PeftConfig = AdapterConfig  # PEFT's name
-
-# Names of PEFT's, imported when they are asked for: transformers takes seconds.
+# module -> its names that are PEFT's
 _HF = {
     "hf.types": ("PeftType", "TaskType"),
     "hf.model": (
@@ -74,36 +72,139 @@ _HF = {
         "AutoPeftModelForTokenClassification",
     ),
 }  # fmt: skip
-_MODULES = {name: module for module, names in _HF.items() for name in names}
+
+if TYPE_CHECKING:
+    from .config import AdapterConfig, PeftConfig
+    from .errors import AdapterFileError, CaptureError, GraphError, HotswapError, MergeError, PeftFxError, RecipeError
+    from .hf.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from .hf.constants import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+        NoMatchingPeftModuleError,
+        PeftError,
+        PeftWarning,
+    )
+    from .hf.functional import (
+        get_layer_status,
+        get_model_status,
+        get_peft_model_state_dict,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        set_peft_model_state_dict,
+    )
+    from .hf.helpers import get_peft_config, shift_tokens_right
+    from .hf.hotswap import prepare_model_for_compiled_hotswap
+    from .hf.injection import inject_adapter_in_model
+    from .hf.kappa import find_kappa_target_modules
+    from .hf.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from .hf.model import (
+        PeftMixedModel,
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+        get_peft_model,
+    )
+    from .hf.types import PeftType, TaskType
+    from .hf.weights import get_base_model_state_dict, load_peft_weights, set_base_model_state_dict
+    from .methods.adalora import AdaLoraConfig
+    from .methods.adamss import AdamssConfig
+    from .methods.beft import BeftConfig
+    from .methods.boft import BOFTConfig
+    from .methods.c3a import C3AConfig
+    from .methods.deft import DeftConfig
+    from .methods.delora import DeloraConfig
+    from .methods.fourierft import FourierFTConfig
+    from .methods.frod import FrodConfig
+    from .methods.glora import GloraConfig
+    from .methods.gralora import GraloraConfig
+    from .methods.hira import HiraConfig
+    from .methods.hra import HRAConfig
+    from .methods.ia3 import IA3Config
+    from .methods.lily import LilyConfig
+    from .methods.ln_tuning import LNTuningConfig
+    from .methods.loha import LoHaConfig
+    from .methods.lokr import LoKrConfig
+    from .methods.lora import LoraConfig
+    from .methods.miss import MissConfig
+    from .methods.oft import OFTConfig
+    from .methods.osf import OSFConfig
+    from .methods.own import method
+    from .methods.peanut import PeanutConfig
+    from .methods.psoft import PsoftConfig
+    from .methods.pvera import PveraConfig
+    from .methods.randlora import RandLoraConfig
+    from .methods.road import RoadConfig
+    from .methods.shira import ShiraConfig
+    from .methods.supertuning import SupertuningConfig
+    from .methods.tinylora import TinyLoraConfig
+    from .methods.trainable_tokens import TrainableTokensConfig
+    from .methods.unilora import UniLoraConfig
+    from .methods.vblora import VBLoRAConfig
+    from .methods.vera import VeraConfig
+    from .methods.waveft import WaveFTConfig
+    from .recipe import Recipe
+    from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
+    from .verbs.backend import backend
+    from .verbs.capture.model import capture
+    from .verbs.combine import combine
+    from .verbs.compile import compile, inline, outline
+    from .verbs.explain import explain, trainable_parameters
+    from .verbs.export import export, load
+    from .verbs.hotswap import hotswap, prepare_swap
+    from .verbs.merge import merge, unmerge
+    from .verbs.mixed import mixed_batch
+    from .verbs.package import load_package, package
+    from .verbs.slots import delete_adapter, release, rename, slots
+    from .verbs.switch import reserve, switch
+    from .verbs.widen import prepare_hotswap
+
+__all__ = sorted(name for names in _NAMES.values() for name in names)
+
+
+# every public name -> the module that has it
+_PLACES = {name: module for module, names in {**_NAMES, **_HF}.items() for name in names}
+for _module, _, *_config in (entry for entry in METHODS.values() if isinstance(entry, tuple)):
+    for _name in _config:
+        _PLACES[_name] = f"methods.{_module}"
+        _PLACES[f"{_name.removesuffix('Config')}Model"] = "hf.tuners"
 
 
 def __getattr__(name: str):
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-    if name.endswith("Config") and name in (configs := _configs()):
-        return configs[name]
-    if name.endswith("Model") and f"{name.removesuffix('Model')}Config" in _configs():
-        return getattr(import_module(".hf.tuners", __name__), name)
-    raise AttributeError(_no_attribute(name))
+    if module := _PLACES.get(name):
+        return getattr(import_module(f".{module}", __name__), name)
+    for method in METHODS.values():
+        if isinstance(method, type) and method.Config.__name__ == name:  # a user's
+            return method.Config
+    if not name.startswith("__") and find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(_no_attribute(name), name=name, obj=sys.modules[__name__])
 
 
 def _no_attribute(name: str) -> str:
-    from .missing import NAMES, not_yet
-    from .suggestions import did_you_mean
-
-    if name in NAMES:
+    if name in MISSING:
         return not_yet(f"{__name__}.{name}")
-    public = [] if name.startswith("_") else [n for n in __dir__() if not n.startswith("_")]
-    return f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, public)}"
+    return (
+        f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, [] if name.startswith('_') else __dir__())}"
+    )
 
 
 def __dir__():
-    configs = _configs()
-    return sorted({*globals(), *_MODULES, *configs, *(f"{name.removesuffix('Config')}Model" for name in configs)})
-
-
-def _configs() -> dict[str, type[AdapterConfig]]:
-    return {config.__name__: config for config in map(get_config, METHODS.keys() - INTERNAL)}
+    return sorted({*_PLACES, *(name.partition(".")[0] for name in SUBMODULES)})
 
 
 make_submodules(__name__)
+register_with_torch()

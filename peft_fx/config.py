@@ -250,3 +250,6 @@ def by_pattern(pattern: dict[str, Any] | None, path: str, default):
         if re.match(rf"(.*\.)?({key})$", path):
             return value
     return default
+
+
+PeftConfig = AdapterConfig  # PEFT's name

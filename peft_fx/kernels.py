@@ -11,3 +11,6 @@ _package = Path(__file__).resolve().parent
 _is_checkout = (_package.parent / "setup.cfg").is_file()
 
 __path__ = [str((_package.parent if _is_checkout else _package) / "kernels")]
+
+# The first import of torch registers the operators (operators.py): before one of their files is half imported, not within.
+import torch  # noqa: E402, F401

@@ -14,6 +14,7 @@ A GraphModule subclass would be lost by the next pass; a submodule and `meta` ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,6 +22,7 @@ from torch import fx, nn
 
 from .config import AdapterConfig
 from .errors import GraphError
+from .inputs import FixedInputs
 from .lazy import copy_graph
 from .resident import Adapters
 from .sharing import Shared, Sharing
@@ -68,37 +70,6 @@ class ByDevice(nn.Module):
         return self.anchor.device
 
 
-class FixedInputs(nn.Module):
-    """Raises GraphError for a call that differs from the captured one in what capture fixed.
-
-    expected: per argument its name and a tensor's sizes, None where they may vary, or the constant that was given.
-    """
-
-    _is_impure = True  # torch.fx: not dead code, though no node reads it
-
-    def __init__(self):
-        super().__init__()
-        self.expected: tuple[tuple[str, object], ...] = ()
-
-    def forward(self, *values):
-        for value, (name, expected) in zip(values, self.expected, strict=True):
-            if not isinstance(value, torch.Tensor):
-                fits = value is expected or value == expected
-            elif fits := isinstance(expected, tuple) and len(expected) == value.dim():
-                for given, wanted in zip(value.shape, expected, strict=True):
-                    fits = fits and (wanted is None or given == wanted)
-            if not fits:
-                given = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
-                wanted = (
-                    tuple("any" if e is None else e for e in expected)
-                    if isinstance(expected, tuple)
-                    else repr(expected)
-                )
-                raise GraphError(
-                    f"captured with {name} = {wanted}, called with {given}: capture the model with this input"
-                )
-
-
 class Store(nn.Module):
     """Root of everything above. First child of its graph module, so that it can refuse before anything is converted."""
 
@@ -143,11 +114,14 @@ class BaseGraph:
 class Resident:
     """A resident adapter's config, shared by all graphs derived from one another, since they share its tensors.
 
-    lowering: the form in which its methods enter the graph, "activation" or "weight", or "auto".
+    lowering: the form in which its methods enter the graph, "activation" or "weight", or "auto". Of a slot, name: what is in
+    it, None while it is free; room: the config of the largest adapter that fits, and of what a free slot holds.
     """
 
     config: AdapterConfig
     lowering: str = "auto"
+    name: str | None = None
+    room: AdapterConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -168,9 +142,8 @@ class State:
 
     recipe: resident adapters in the order they were added. active: those in the graph, in order. merged: those folded
     into the weights, in order; before_merge: what was active then; acted: its graph. merge_report: one dict per merged
-    target. reports: what the passes did that made this graph. slots: the names that callers gave to adapters of a graph that
-    switches them as data: slot, which is the adapter's name here -> name, or None while it is free; {} on other graphs.
-    mixed: each row of a batch chooses among the active adapters.
+    target. reports: what the passes did that made this graph. gated: adapters are switched as data; what the recipe and the
+    others name are slots then, and callers say what is in them. mixed: each row of a batch chooses among the active adapters.
     """
 
     table: ModuleTable
@@ -183,11 +156,23 @@ class State:
     acted: Acted | None = None
     merge_report: tuple[dict, ...] = ()
     reports: tuple = ()
-    slots: dict[str, str | None] = field(default_factory=dict)
+    gated: bool = False
     mixed: bool = False
 
     def update(self, **changes) -> State:
         return replace(self, **changes)
+
+    @property
+    def residents(self) -> dict[str, str]:
+        """Adapter name -> where its tensors are: the slot that holds it, its own name on graphs without slots."""
+        if not self.gated:
+            return {name: name for name in self.recipe}
+        return {r.name: slot for slot, r in self.recipe.items() if r.name is not None}
+
+    def called(self, places: Iterable[str]) -> tuple[str, ...]:
+        """The names that callers know adapters by, free slots left out."""
+        names = {slot: name for name, slot in self.residents.items()}
+        return tuple(names[place] for place in places if place in names)
 
 
 def state_of(gm: nn.Module, verb: str = "this") -> State:

@@ -50,11 +50,8 @@ def adapters(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
     """A line for each resident adapter, and one for free slots."""
     state = graph.meta[OURS]
     forms = forms_of(graph)
-    free = [slot for slot, name in state.slots.items() if name is None]
-    for slot, resident in state.recipe.items():
-        if slot in free:
-            continue
-        config, name = resident.config, state.slots.get(slot, slot)
+    for name, slot in state.residents.items():
+        config = state.recipe[slot].config
         held = getattr(graph.peft_fx.adapters, slot, nn.Module())
         targets = {n.rpartition(".")[0] for kind in (held.named_parameters(), held.named_buffers()) for n, _ in kind}
         rank = f" {config.ranked}={getattr(config, config.ranked)}" if config.ranked else ""
@@ -62,8 +59,8 @@ def adapters(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
         yield f"adapter {name}", ", ".join(words)
     if state.mixed:
         yield "rows", "each has an adapter of its own, by adapter_ids"
-    if free:
-        yield "free slots", f"{len(free)}: hotswap(graph, path, 'name') fills one"
+    if free := len(state.recipe) - len(state.residents):
+        yield "free slots", f"{free}: hotswap(graph, path, 'name') fills one"
 
 
 def forms_of(graph: fx.GraphModule) -> dict[str, list[str]]:
@@ -85,7 +82,7 @@ def status(graph: fx.GraphModule, adapter: str) -> str:
     state = graph.meta[OURS]
     if adapter in state.merged:
         return "merged into the weights"
-    if not state.slots:
+    if not state.gated:
         return "active" if adapter in state.active else "not active"
     gate = getattr(graph.peft_fx.gates, adapter, None)
     if gate is None or gate.is_meta:

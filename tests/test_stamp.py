@@ -131,6 +131,18 @@ def test_layers_that_are_not_provably_equal_are_all_traced_and_the_reason_is_log
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("name", [*STAMPED, *WHOLE])
+def test_a_model_without_weights_is_captured_as_one_with_them(name, caplog):
+    """As `peft-fx inspect` does: on the meta device there are no numbers to compare."""
+    build, inputs, _ = {**STAMPED, **WHOLE}[name]
+    _, graph, said = capture(build, inputs, caplog)
+    with torch.device("meta"):
+        _, empty, same = capture(build, {k: v.to("meta") for k, v in inputs.items()}, caplog)
+    assert same == said and [n.name for n in empty.graph.nodes if n.op == "get_attr"] == [
+        n.name for n in graph.graph.nodes if n.op == "get_attr"
+    ]
+
+
 def test_every_stamped_layer_has_adapters_and_gradients_of_its_own(caplog):
     model, graph, _ = capture(llama, ids(), caplog)
     tuned = fx.apply(graph, {"peft_type": "LORA", "r": 2, "target_modules": "all-linear", "init_lora_weights": False})

@@ -1,5 +1,5 @@
-"""The `peft-fx` command. One module per job: `inspect` and `methods` (the commands), `model` (what to open), `facts`, `nodes` and
-`method_facts` (what is shown, as data), `as_*` (one way to show it each), `terminal` (streams and errors)."""
+"""The `peft-fx` command. One module per job: `commands`, `model` (what to open), `facts`, `nodes` and `method_facts` (what is
+shown, as data), `as_*` and `methods` (one way to show it each), `terminal` (streams and errors)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from .inspect import inspect as inspect_command
-from .methods import methods as methods_command
+from .commands import inspect, methods
 from .terminal import OneLineErrors
 
 app = typer.Typer(cls=OneLineErrors, pretty_exceptions_enable=False, add_completion=False, rich_markup_mode="rich")
-app.command("inspect")(inspect_command)
-app.command("methods")(methods_command)
+app.command("inspect")(inspect)
+app.command("methods")(methods)
 
 
 def show_version(wanted: bool) -> None:

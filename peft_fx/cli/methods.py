@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -14,7 +11,6 @@ from ..tables import Table, wrapped
 from ..target import sizes
 from .as_table import draw
 from .method_facts import SIZE, Facts, facts, names
-from .terminal import stdout
 
 MARKS = {"activation": "x", "weight": "W", "": ""}
 LEGEND = (
@@ -46,18 +42,9 @@ COLUMNS = {
     "trained": lambda f: f"{f.parameters:,}",
 }
 
-Name = Annotated[
-    str | None,
-    typer.Argument(metavar="NAME", help="One method, with all that is known of it. [dim]e.g. vera[/]"),
-]
 
-
-def methods(name: Name = None):
-    """List the methods and what each can do; with NAME: its formulas, options and file keys.
-
-    Everything is asked of the code: which operator kinds a method takes on a probe, and in which form.
-    """
-    console = stdout()
+def show(name: str | None, console: Console) -> None:
+    """All methods, or one. Raises RecipeError for a name that is none."""
     if name is not None:
         if name.upper() not in names():
             raise unknown(name)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import progress
 from ..errors import PeftFxError
 
 UsageError = typer.BadParameter.__base__  # typer keeps it in different places, depending on its version
@@ -56,19 +57,17 @@ def stdout() -> Console:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr while the block runs, if stderr is a terminal; warnings of libraries are kept off it."""
-    from transformers.utils import logging as transformers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    bars = not are_progress_bars_disabled()
+    disable_progress_bars()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), Console(stderr=True).status(f"[dim]{what}[/]", spinner="dots"):
+        with warnings.catch_warnings(), progress.working(what, after=0):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-        transformers_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            enable_progress_bars()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..notices import warn
-from ..verbs.hotswap import prepare_hotswap
+from ..verbs.widen import prepare_hotswap
 from .tuner import tuner_of
 
 

@@ -1,4 +1,4 @@
-"""The methods, one file each. The table below is the whole registry: PEFT's `peft_type` -> module and class.
+"""The methods, one file each. The table below is the whole registry: PEFT's `peft_type` -> module, class and config.
 
 Methods of users are put into the same table, as classes, by `@peft_fx.method("NAME")` (own.py).
 """
@@ -7,56 +7,59 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ..config import AdapterConfig
 from ..errors import UnknownMethodError
 from ..missing import METHODS as MISSING
 from ..missing import not_yet
 from ..suggestions import did_you_mean
-from .base import Method
+
+if TYPE_CHECKING:  # it imports torch, which the names of the methods can do without
+    from .base import Method
 
 METHODS = {
-    "ADALORA": ("adalora", "AdaLoRA"),
-    "ADAMSS": ("adamss", "AdaMSS"),
-    "BEFT": ("beft", "BEFT"),
-    "BOFT": ("boft", "BOFT"),
-    "C3A": ("c3a", "C3A"),
-    "DEFT": ("deft", "DEFT"),
-    "DELORA": ("delora", "DeLoRA"),
+    "ADALORA": ("adalora", "AdaLoRA", "AdaLoraConfig"),
+    "ADAMSS": ("adamss", "AdaMSS", "AdamssConfig"),
+    "BEFT": ("beft", "BEFT", "BeftConfig"),
+    "BOFT": ("boft", "BOFT", "BOFTConfig"),
+    "C3A": ("c3a", "C3A", "C3AConfig"),
+    "DEFT": ("deft", "DEFT", "DeftConfig"),
+    "DELORA": ("delora", "DeLoRA", "DeloraConfig"),
     "DORA": ("dora", "DoRA"),
-    "FOURIERFT": ("fourierft", "FourierFT"),
-    "FROD": ("frod", "FRoD"),
-    "GLORA": ("glora", "GLoRA"),
-    "GRALORA": ("gralora", "GraLoRA"),
-    "HIRA": ("hira", "HiRA"),
-    "HRA": ("hra", "HRA"),
-    "IA3": ("ia3", "IA3"),
+    "FOURIERFT": ("fourierft", "FourierFT", "FourierFTConfig"),
+    "FROD": ("frod", "FRoD", "FrodConfig"),
+    "GLORA": ("glora", "GLoRA", "GloraConfig"),
+    "GRALORA": ("gralora", "GraLoRA", "GraloraConfig"),
+    "HIRA": ("hira", "HiRA", "HiraConfig"),
+    "HRA": ("hra", "HRA", "HRAConfig"),
+    "IA3": ("ia3", "IA3", "IA3Config"),
     "IA3_INPUT": ("ia3", "IA3Input"),
-    "LILY": ("lily", "Lily"),
-    "LN_TUNING": ("ln_tuning", "LNTuning"),
-    "LOHA": ("loha", "LoHa"),
-    "LOKR": ("lokr", "LoKr"),
-    "LORA": ("lora", "LoRA"),
-    "MISS": ("miss", "MiSS"),
+    "LILY": ("lily", "Lily", "LilyConfig"),
+    "LN_TUNING": ("ln_tuning", "LNTuning", "LNTuningConfig"),
+    "LOHA": ("loha", "LoHa", "LoHaConfig"),
+    "LOKR": ("lokr", "LoKr", "LoKrConfig"),
+    "LORA": ("lora", "LoRA", "LoraConfig"),
+    "MISS": ("miss", "MiSS", "MissConfig"),
     "MISS_BAT": ("miss_bat", "MissBat"),
-    "OFT": ("oft", "OFT"),
+    "OFT": ("oft", "OFT", "OFTConfig"),
     "OFT_OUTPUT": ("oft", "OFTOutput"),
-    "OSF": ("osf", "OSF"),
-    "PEANUT": ("peanut", "PEANuT"),
-    "PSOFT": ("psoft", "PSOFT"),
-    "PVERA": ("pvera", "PVeRA"),
-    "RANDLORA": ("randlora", "RandLora"),
-    "ROAD": ("road", "RoAd"),
+    "OSF": ("osf", "OSF", "OSFConfig"),
+    "PEANUT": ("peanut", "PEANuT", "PeanutConfig"),
+    "PSOFT": ("psoft", "PSOFT", "PsoftConfig"),
+    "PVERA": ("pvera", "PVeRA", "PveraConfig"),
+    "RANDLORA": ("randlora", "RandLora", "RandLoraConfig"),
+    "ROAD": ("road", "RoAd", "RoadConfig"),
     "SAVED": ("substitute", "Saved"),
-    "SHIRA": ("shira", "SHiRA"),
-    "SUPERTUNING": ("supertuning", "SuperTuning"),
-    "TINYLORA": ("tinylora", "TinyLoRA"),
+    "SHIRA": ("shira", "SHiRA", "ShiraConfig"),
+    "SUPERTUNING": ("supertuning", "SuperTuning", "SupertuningConfig"),
+    "TINYLORA": ("tinylora", "TinyLoRA", "TinyLoraConfig"),
     "TOKENS": ("substitute", "Tokens"),
-    "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens"),
-    "UNILORA": ("unilora", "UniLoRA"),
-    "VBLORA": ("vblora", "VBLoRA"),
-    "VERA": ("vera", "VeRA"),
-    "WAVEFT": ("waveft", "WaveFT"),
+    "TRAINABLE_TOKENS": ("trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
+    "UNILORA": ("unilora", "UniLoRA", "UniLoraConfig"),
+    "VBLORA": ("vblora", "VBLoRA", "VBLoRAConfig"),
+    "VERA": ("vera", "VeRA", "VeraConfig"),
+    "WAVEFT": ("waveft", "WaveFT", "WaveFTConfig"),
 }
 # Chosen by a method's `at`, or placed by the fields that all configs share; not a `peft_type` that a config can have.
 INTERNAL = frozenset({"DORA", "IA3_INPUT", "MISS_BAT", "OFT_OUTPUT", "SAVED", "TOKENS"})
@@ -70,7 +73,7 @@ def get_method(peft_type: str) -> Method:
     entry = METHODS[key]
     if isinstance(entry, type):
         return entry()
-    return loaded(*entry)
+    return loaded(*entry[:2])
 
 
 @cache

@@ -26,7 +26,7 @@ from ..planning.selection import completed, resolved_target_modules
 from ..recipe import as_recipe
 from ..store import ADAPTERS, Resident, State, copy_graph, derive, get_tensor, state_of
 from ..target import ModuleTable, Target
-from .derive import derived, frozen, names_of, planned, refuse_merged, replicated
+from .derive import derived, frozen, names_of, planned, refuse_merged, refuse_slots, replicated
 from .placed import describe, put
 from .residual import on_whole_base
 
@@ -94,6 +94,7 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
     if resident.lowering not in LOWERINGS:
         raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
     refuse_merged(state, "adding an adapter")
+    refuse_slots(state, "adding an adapter", "peft_fx.hotswap(graph, path, name) puts one into a free slot")
     if source is None:
         refuse_to_begin(config)
     if name in state.recipe:
@@ -209,20 +210,14 @@ def offloaded_to(module: nn.Module):
 
 
 def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule:
-    """The graph with exactly these adapters active, composed in the order given; inactive adapters cost nothing."""
+    """The graph with exactly these adapters active, composed in the order given; inactive adapters cost nothing.
+
+    Raises GraphError for names that are not resident, merged graphs and those with slots, where `switch` does it.
+    """
     state = state_of(tuned, "set_adapter")
     refuse_merged(state, "set_adapter")
+    refuse_slots(state, "set_adapter", "which adapters act is data there, peft_fx.switch(graph, names) writes it")
     return derived(tuned, state.update(active=names_of(state, names)))
-
-
-def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
-    """The graph without an adapter; its tensors go when no other graph holds them."""
-    state = state_of(tuned, "delete_adapter")
-    refuse_merged(state, "delete_adapter")
-    names_of(state, name)
-    new = derived(tuned, without(state, name))
-    new.peft_fx.adapters._modules.pop(name, None)
-    return new
 
 
 def without(state: State, name: str) -> State:
@@ -293,7 +288,7 @@ def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tenso
 
 
 def only_adapter(state: State) -> str:
-    for names in (tuple(state.recipe), state.active):
-        if len(names) == 1:
-            return names[0]
-    raise RecipeError(f"which adapter? Give adapter_name, one of: {', '.join(state.recipe) or 'none resident'}")
+    for places in (tuple(state.residents.values()), state.active):
+        if len(places) == 1:
+            return places[0]
+    raise RecipeError(f"which adapter? Give adapter_name, one of: {', '.join(state.residents) or 'none resident'}")

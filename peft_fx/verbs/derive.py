@@ -63,8 +63,8 @@ def injection(state: State) -> tuple[Inject, ...]:
     """The passes that put the active adapters in."""
     each = tuple(placements(state, name) for name in state.active)
     if state.mixed:
-        return (MixedBatch(tuple(state.slots.get(name) or name for name in state.active), each),)
-    return (Inject(tuple(p for chosen in each for p in chosen), bool(state.slots)),)
+        return (MixedBatch(state.called(state.active), each),)
+    return (Inject(tuple(p for chosen in each for p in chosen), state.gated),)
 
 
 def placements(state: State, adapter: str) -> tuple[Placement, ...]:
@@ -101,27 +101,23 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def names_of(state: State, names: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
-    """Adapter names as a tuple, slots by the names they were given. Raises GraphError for one that is not resident."""
+    """Adapter names as a tuple, of slots those of the slots. Raises GraphError for one that is not resident."""
+    resident = state.residents
+    there = ", ".join(resident) or "none"
     if not isinstance(names, Iterable):
-        raise GraphError(
-            f"expected an adapter's name or a list of names, got {names!r}; resident: {', '.join(state.recipe)}"
-        )
+        raise GraphError(f"expected an adapter's name or a list of names, got {names!r}; resident: {there}")
     chosen = (names,) if isinstance(names, str) else tuple(names)
-    given = {name: slot for slot, name in state.slots.items() if name is not None}
-    resident = given or dict.fromkeys(state.recipe)
     for name in chosen:
         if name not in resident:
-            there = ", ".join(resident) or "none"
             raise GraphError(f"there is no adapter {name!r}; resident: {there}{did_you_mean(name, resident)}")
-    chosen = tuple(given.get(name, name) for name in chosen)
     if len(set(chosen)) != len(chosen):
         raise GraphError(f"adapter names are repeated: {list(chosen)}")
-    return chosen
+    return tuple(resident[name] for name in chosen)
 
 
 def acting(gm: fx.GraphModule, state: State) -> dict[str, float]:
     """Slot -> weight of the adapters whose gate is open."""
-    gates = {slot: get_tensor(gm, f"{GATES}.{slot}").item() for slot in state.slots}
+    gates = {slot: get_tensor(gm, f"{GATES}.{slot}").item() for slot in state.recipe}
     return {slot: gate for slot, gate in gates.items() if gate}
 
 
@@ -130,8 +126,14 @@ def refuse_merged(state: State, verb: str) -> None:
         raise GraphError(f"{verb} on a graph for mixed batches: use the graph that peft_fx.mixed_batch made it from")
     if state.merged:
         raise GraphError(
-            f"{verb} on a merged graph ({', '.join(state.merged)}): unmerge it first with peft_fx.unmerge(graph)"
+            f"{verb} on a merged graph ({', '.join(state.called(state.merged))}): unmerge it first with "
+            "peft_fx.unmerge(graph)"
         )
+
+
+def refuse_slots(state: State, verb: str, instead: str) -> None:
+    if state.gated:
+        raise GraphError(f"{verb} on a graph with slots: {instead}, or use the graph that peft_fx.reserve made it from")
 
 
 def replicated(gm: fx.GraphModule, ranges) -> fx.GraphModule:

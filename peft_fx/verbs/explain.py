@@ -64,16 +64,16 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
         for name, plan in plans.items():
             rows += rows_of(state, plan, decided.get(name, ()), new[name], name, "planned")
         return Explanation(tuple(rows))
-    on = acting(graph, state) if state.slots else state.active
+    on = acting(graph, state) if state.gated else state.active
     together = [] if state.mixed else [state.active, state.merged]
-    together += [(name,) for name in state.recipe if not any(name in names for names in together)]
+    together += [(place,) for place in state.recipe if not any(place in places for places in together)]
     decided = {}
-    for names in together:
-        decided |= decisions(state, [p for name in names for p in placements(state, name)])
-    for name, resident in state.recipe.items():
-        status = "merged" if name in state.merged else "active" if name in on else "resident"
-        plan = planned(state, name, resident.config)
-        rows += rows_of(state, plan, decided.get(name, ()), resident.config, name, status)
+    for places in together:
+        decided |= decisions(state, [p for place in places for p in placements(state, place)])
+    for name, place in state.residents.items():
+        status = "merged" if place in state.merged else "active" if place in on else "resident"
+        config = state.recipe[place].config
+        rows += rows_of(state, planned(state, place, config), decided.get(place, ()), config, name, status)
     return Explanation(tuple(rows))
 
 

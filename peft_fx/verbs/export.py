@@ -77,10 +77,25 @@ def to_json(state: State, training: bool) -> dict:
         "recipe": {name: resident.config.to_dict() for name, resident in state.recipe.items() if name in kept},
         "lowering": {name: resident.lowering for name, resident in state.recipe.items() if name in kept},
         "active": list(state.active),
-        "slots": state.slots,
+        "slots": {slot: resident.name for slot, resident in state.recipe.items()} if state.gated else {},
+        "room": {slot: r.room.to_dict() for slot, r in state.recipe.items() if r.room is not None},
         "mixed": state.mixed,
         "merged": list(state.merged),
         "merge_report": list(state.merge_report),
+    }
+
+
+def residents(data: dict, where: str) -> dict[str, Resident]:
+    """The adapters, or slots, in the JSON of a state. where: the file, for messages."""
+    forms, names, room = (data.get(key, {}) for key in ("lowering", "slots", "room"))
+    return {
+        place: Resident(
+            config_from_dict(config, where),
+            forms.get(place, "auto"),
+            names.get(place),
+            config_from_dict(room.get(place, config), where) if names else None,
+        )
+        for place, config in data["recipe"].items()
     }
 
 
@@ -123,8 +138,7 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     if data.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
-    forms = data.get("lowering", {})
-    recipe = {name: Resident(config_from_dict(c, where), forms.get(name, "auto")) for name, c in data["recipe"].items()}
+    recipe = residents(data, where)
     names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
@@ -149,7 +163,7 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         merged=tuple(data["merged"]),
         before_merge=tuple(data["merged"] + data["active"]),
         merge_report=tuple(data["merge_report"]),
-        slots=data.get("slots", {}),
+        gated=bool(data.get("slots")),
         mixed=data.get("mixed", False),
     )
     gm.meta["peft_fx"] = state

@@ -21,15 +21,14 @@ from ..files.read import read_adapter
 from ..methods import get_method
 from ..methods.inits import number_of
 from ..methods.padding import crop_to, pad_to
-from ..planning.plan import Placement, Plan, check_adapter_name
-from ..resident import adapter_of
-from ..store import State, derive, state_of
+from ..planning.plan import Placement, Plan
+from ..store import State, state_of
 from .adapters import fill
-from .derive import derived, names_of, placements, refuse_merged
 from .derive import planned as plan_of
-from .placed import describe, put
+from .placed import describe
 from .refold import refold
 from .residual import on_whole_base
+from .slots import refuse_taken, slot_for
 from .swaps import Swap, SwapReport
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
@@ -63,6 +62,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
                 raise HotswapError(
                     f"adapter {adapter_name!r}: this swap was prepared for another graph, or before a merge"
                 )
+            refuse_taken(state, slot, adapter_name)
         else:
             slot = slot_for(state, adapter_name)
         if slot in state.merged:
@@ -71,8 +71,8 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
             written, padded, zeroed, path = write(gm, state, slots, swap), swap.padded, swap.zeroed, swap.source
-        if state.slots:
-            state.slots[slot] = adapter_name
+        if state.gated:
+            state_of(gm).recipe[slot].name = adapter_name
     elements = sum(t.numel() for t in written)
     source = "memory" if isinstance(path, tuple) else str(path)
     return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)
@@ -147,17 +147,6 @@ def refolded(gm, state: State, slot: str, name: str, config, plan: Plan, values:
         return refold(gm, state, slot, config, values)
     except (MergeError, RecipeError) as error:
         raise HotswapError(f"adapter {name!r} cannot be swapped in place, nothing was changed: {error}") from error
-
-
-def slot_for(state: State, name: str) -> str:
-    """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
-    if not state.slots or name in state.slots.values():
-        return names_of(state, name)[0]
-    check_adapter_name(name)
-    free = next((slot for slot, taken in state.slots.items() if taken is None), None)
-    if free is None:
-        raise HotswapError(f"no slot is free for adapter {name!r}; taken: {', '.join(state.slots.values())}")
-    return free
 
 
 def refuse_freezing() -> None:
@@ -288,36 +277,3 @@ def with_targets_of(old, new):
     """The new config on the old targets, for when some of them were only made neutral."""
     selectors = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
     return dataclasses.replace(new, **{name: getattr(old, name) for name in selectors})
-
-
-def prepare_hotswap(tuned: fx.GraphModule, *, max_rank: int) -> fx.GraphModule:
-    """Widens every slot to `max_rank` with zeros, before compiling, so that adapters of any rank up to it can be swapped in.
-
-    Returns a new graph with adapter tensors of its own: build the optimiser after this. Outputs do not change. Raises
-    HotswapError if a resident adapter's rank is larger.
-    """
-    state = state_of(tuned, "prepare_hotswap")
-    refuse_merged(state, "prepare_hotswap")
-    state = state.update(recipe={name: dataclasses.replace(r) for name, r in state.recipe.items()})
-    new = derive(tuned, fx.Graph(), state)
-    for adapter, resident in state.recipe.items():
-        tree = adapter_of(new.peft_fx.adapters, adapter)
-        tree.derived = dict(tree.derived)
-        slots = slots_of(tuned, adapter)
-        wide = by_place(planned(state, adapter, resident.config.with_rank(max_rank)).placements)
-        for place, p in by_place(placements(state, adapter)).items():
-            for name, spec in p.tensors.items():
-                if name in p.shared:
-                    continue
-                tensor = slots[p.state_name(name)]
-                shape = wide[place].tensors[name].shape if spec.pad else tuple(tensor.shape)
-                padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
-                if padded is None:
-                    raise HotswapError(
-                        f"{p.target.name}.{name}: shape {tuple(tensor.shape)} is larger than max_rank={max_rank}"
-                    )
-                own = padded.clone()
-                if isinstance(tensor, nn.Parameter):
-                    own = nn.Parameter(own, requires_grad=tensor.requires_grad)
-                put(new, p, name, own)
-    return derived(new, state)

@@ -51,7 +51,7 @@ def merge(
     if state.mixed:
         raise MergeError("merge on a graph for mixed batches: use the graph that peft_fx.mixed_batch made it from")
     if state.merged:
-        raise MergeError(f"adapters {', '.join(state.merged)} are merged already; unmerge first")
+        raise MergeError(f"adapters {', '.join(state.called(state.merged))} are merged already; unmerge first")
     if keep_base not in KEEP:
         raise MergeError(f"keep_base={keep_base!r}: expected one of {KEEP}")
     names = acting_whole(tuned, state) if adapter_names is None else names_of(state, adapter_names)
@@ -83,12 +83,12 @@ def merge(
 
 def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
     """The adapters that act. Raises MergeError where a gate lets only a part of one through."""
-    if not state.slots:
+    if not state.gated:
         return state.active
     weights = acting(tuned, state)
     if part := next((slot for slot, weight in weights.items() if weight != 1), None):
         raise MergeError(
-            f"adapter {state.slots[part]!r} acts with weight {weights[part]}: switch it to 1 and merge then"
+            f"adapter {state.recipe[part].name!r} acts with weight {weights[part]}: switch it to 1 and merge then"
         )
     return tuple(name for name in state.active if name in weights)
 

@@ -32,8 +32,7 @@ def mixed_batch(tuned: fx.GraphModule, names: Sequence[str] | None = None) -> fx
     refuse_merged(state, "mixed_batch")
     if isinstance(names, str):
         raise GraphError(f"names={names!r}: expected a list of adapter names")
-    resident = [n for n in state.slots.values() if n is not None] if state.slots else list(state.recipe)
-    chosen = names_of(state, resident if names is None else names)
+    chosen = names_of(state, state.residents if names is None else names)
     if not chosen:
         raise GraphError("mixed_batch needs at least one adapter: apply or load one first")
     return derived(tuned, state.update(active=chosen, mixed=True))

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ..errors import AdapterFileError, GraphError, HotswapError
 from ..files.paths import as_path
 from ..planning.plan import Placement
-from ..recipe import Recipe, config_from_dict
+from ..recipe import Recipe
 from ..store import (
     ADAPTERS,
     GATES,
@@ -32,7 +32,6 @@ from ..store import (
     BaseGraph,
     ByDevice,
     ByMode,
-    Resident,
     State,
     Store,
     build,
@@ -46,7 +45,7 @@ from ..target import ModuleTable, sizes
 from .adapters import base_weight, values_of
 from .archive import archive_to, opened, replace_archive
 from .derive import placements
-from .export import EXTRA, FORMAT, export, to_json
+from .export import EXTRA, FORMAT, export, residents, to_json
 from .placed import adopt
 from .registrations import register_named
 
@@ -273,9 +272,9 @@ def told(expected: dict) -> str:
     """An input that compiled code takes, for messages."""
     if "constant" in expected:
         return f"{expected['name']} = {expected['constant']!r}"
-    sizes = ", ".join("any" if size is None else str(size) for size in expected["sizes"])
+    shape = sizes("any" if size is None else size for size in expected["sizes"])
     ranges = "".join(f", {s} from {low} to {high or 'any'}" for s, (low, high) in expected["limits"].items())
-    return f"{expected['name']} = {expected['dtype']} ({sizes}){ranges}"
+    return f"{expected['name']} = {expected['dtype']} {shape}{ranges}"
 
 
 def seen(value) -> str:
@@ -302,15 +301,18 @@ class Package:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe({name: resident.config for name, resident in state_of(self.held).recipe.items()})
+        state = state_of(self.held)
+        return Recipe({name: state.recipe[place].config for name, place in state.residents.items()})
 
     @property
     def active(self) -> tuple[str, ...]:
-        return state_of(self.held).active
+        state = state_of(self.held)
+        return state.called(state.active)
 
     @property
     def merged(self) -> tuple[str, ...]:
-        return state_of(self.held).merged
+        state = state_of(self.held)
+        return state.called(state.merged)
 
     @property
     def _orig_mod(self) -> fx.GraphModule:
@@ -362,11 +364,11 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     state = State(
         ModuleTable.from_json(data["table"]),
         BaseGraph(fx.Graph()),
-        recipe={n: Resident(config_from_dict(c, str(path)), data["lowering"][n]) for n, c in data["recipe"].items()},
+        recipe=residents(data, str(path)),
         active=tuple(data["active"]),
         merged=tuple(data["merged"]),
         merge_report=tuple(data["merge_report"]),
-        slots=data["slots"],
+        gated=bool(data["slots"]),
     )
     info = _PyTreeInfo(
         data["arguments"], pytree.treespec_loads(data["in_spec"]), pytree.treespec_loads(data["out_spec"])

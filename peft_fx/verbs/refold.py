@@ -9,6 +9,7 @@ the graph's device for keep_base="cpu", and the folded weights once more for "de
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -77,7 +78,8 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
         raise RecipeError("layer_replication changes the base model: load this adapter into a graph of its own")
     others = {name: r for name, r in state.recipe.items() if name != adapter}
     only_one_with_biases(state.update(recipe=others), adapter, config)
-    resident = Resident(config, old.lowering if config.peft_type == old.config.peft_type else "auto")
+    lowering = old.lowering if config.peft_type == old.config.peft_type else "auto"
+    resident = dataclasses.replace(old, config=config, lowering=lowering, room=old.room and config)
     new = state.update(recipe={**state.recipe, adapter: resident})
     chosen = [p for name in state.merged for p in placements(new, name)]
     refuse_no_weight(chosen)

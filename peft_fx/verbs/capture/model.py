@@ -1,8 +1,9 @@
 """`capture`: model -> base graph in the dialect that every pass expects.
 
-The model is exported twice, in train and in eval mode; the two captures are compared, and what differs in a literal only
-follows `train()` / `eval()` afterwards. The graph module owns containers named like the model's modules that hold the
-model's own Parameter objects: nothing is copied, `state_dict` has the model's names, a tie stays a tie.
+The model is exported in eval mode and, unless it provably computes the same there, in train mode; the two captures are
+compared, and what differs in a literal only follows `train()` / `eval()` afterwards. The graph module owns containers named
+like the model's modules that hold the model's own Parameter objects: nothing is copied, `state_dict` has the model's names, a
+tie stays a tie.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ...passes.literals import MarkDevice, MarkModes, lock
 from ...passes.match import observed_kinds
 from ...passes.names import NameParameters
 from ...planning.modules import module_table
+from ...progress import step, working
 from ...store import (
     ROOT,
     BaseGraph,
@@ -38,8 +40,10 @@ from ...store import (
 )
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face, refuse_no_call
+from .ones import wider
 from .program import program_table, retie
-from .stamp import equal_lists, refuse_difference, shortened, stamp_layers
+from .proof import modes_agree, refuse_difference
+from .stamp import TRACED, equal_lists, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
 
 LOGGER = logging.getLogger("peft_fx")
@@ -57,7 +61,8 @@ def capture(
 
     model: an nn.Module (a Hugging Face model needs no example inputs: they are built from its config), a GraphModule from
         `fx.symbolic_trace`, or an ExportedProgram.
-    args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols.
+    args, kwargs: example inputs of one call. They fix the call's structure; tensor sizes become symbols. A size of 1 does
+        too where the model allows: the example is repeated along that axis, and the graph proved to be right for both sizes.
     dynamic_shapes: "auto" (every axis that the model allows), None (all fixed), or torch.export's own specification.
     stamp: trace three of a list of equal layers and stamp out the others, where that provably gives the same graph; what
         was done, or why all layers were traced, is logged by the logger "peft_fx".
@@ -76,15 +81,28 @@ def capture(
             "this model's modules run with adapters: the PeftModel's to_graph(args, kwargs) captures it with them, and "
             "unload() takes them away"
         )
-    if not isinstance(args, (tuple, list)) or args or kwargs:
+    given = not isinstance(args, (tuple, list)) or args or kwargs
+    if given:
         refuse_no_call(model, args, kwargs)
     elif is_hugging_face(model):
         kwargs = example_inputs(model)
     else:
         raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
-    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
+    with working(f"capturing {type(model).__name__}"):
+        for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
+            try:
+                gm = stamped(model, *larger, dynamic_shapes, stamp)
+                refuse_difference(model, gm, args, kwargs)
+                return gm
+            except (CaptureError, GraphError) as reason:
+                LOGGER.info("size 1 on axes %s of the example is kept: %s", axes, reason)
+        return stamped(model, args, kwargs, dynamic_shapes, stamp)
 
+
+def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: bool) -> fx.GraphModule:
+    """The base graph; lists of equal layers are traced in part if `stamp` and that can be proved right."""
+    shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     if lists := equal_lists(model) if stamp else {}:
         try:
             return traced(model, args, kwargs, shapes, lists)
@@ -96,28 +114,41 @@ def capture(
 def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
     """The base graph of `model`; of `lists` only the first layers are traced, the others are stamped out."""
     table = module_table(model)
-    mode = ByMode(model.training)
+    mode, what = ByMode(model.training), described(model, lists)
     with shortened(model, lists):
+        step(f"capturing {what} in eval mode")
         eval_program = export_in_mode(model, args, kwargs, shapes, training=False)
+        program = eval_program if modes_agree(model, args, kwargs) else None
         try:
-            program = export_in_mode(model, args, kwargs, shapes, training=True)
+            if program is None:
+                step(f"capturing {what} in train mode")
+                program = export_in_mode(model, args, kwargs, shapes, training=True)
         except CaptureError as error:
             if model.training:
-                raise CaptureError(f"{error}. In eval mode it can be captured: call model.eval() first") from error
+                text = f"{error}. In eval mode it can be captured: call model.eval() first"
+                raise CaptureError(text) from error.__cause__
             program, mode.locked = eval_program, str(error)
+    step(f"putting {what} together")
     gm = module_of(program, skeleton(model), mode, table)
     clean = [InlineGradRegions()]
-    if not mode.locked:
+    if program is eval_program:
+        run(clean, gm)
+    else:
         evaluation = module_of(eval_program, skeleton(model), ByMode(False), table)
         run(clean, evaluation)
         gm = in_current_mode(gm, evaluation, clean)
-    else:
-        run(clean, gm)
     gm = finish(gm, table, next(model.parameters(), torch.empty(0)).device, lists)
     if lists:
+        step(f"proving that {what} is right")
         refuse_difference(model, gm, args, kwargs)
         LOGGER.info("stamped out: %s", ", ".join(f"{path} ({len(layers)} layers)" for path, layers in lists.items()))
     return gm
+
+
+def described(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
+    """The model, and how many layers are traced of how many, for who waits."""
+    layers = sum(map(len, lists.values()))
+    return type(model).__name__ + (f", {TRACED * len(lists)} of {layers} layers traced" if layers else "")
 
 
 def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:

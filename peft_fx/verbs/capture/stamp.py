@@ -1,8 +1,8 @@
 """Trace equal layers once: the model is traced with the first three of each list of equal layers, the rest is stamped out.
 
 A layer is only stamped where it provably is the one that was traced: its module has the class, attributes and shapes of the
-others, the second and third layer's traces are equal node by node, layers hand one value on, and the stamped graph gives the
-model's outputs bit for bit on the example. Whatever does not hold is the reason for tracing all layers.
+others, the second and third layer's traces are equal node by node, layers hand one value on, and the stamped graph is the
+model's computation by structure (`proof.py`). Whatever does not hold is the reason for tracing all layers.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from ...errors import GraphError, RecipeError
 from ...passes.base import Report, run
 from ...passes.outline import Part, key_of, list_paths
 from ...passes.replicate import ReplicateLayers
-from .trace import in_mode, quiet_cache
 
 TRACED = 3
 LEAST = 5  # with fewer layers stamping saves nothing
@@ -96,18 +94,3 @@ def stamp_layers(gm: fx.GraphModule, lists: dict[str, nn.ModuleList]) -> tuple[R
 def part_of(gm: fx.GraphModule, path: str) -> Part:
     """The nodes of one layer, without those that only compute sizes."""
     return Part(path, tuple(n for n in gm.graph.nodes if path in list_paths(n)))
-
-
-def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs: dict) -> None:
-    """Raises GraphError unless the graph gives the model's outputs in eval mode, bit for bit, on the example."""
-    if gm.peft_fx.mode.locked and gm.training:
-        raise GraphError("the graph has no eval mode, in which it could be compared with the model")
-    with torch.no_grad(), quiet_cache(model), in_mode(model, False), in_mode(gm, False):
-        expected, found = ([t for t in pytree.tree_leaves(plain(f(*args, **kwargs))) if isinstance(t, torch.Tensor)]
-                           for f in (model, gm))  # fmt: skip
-    if len(expected) != len(found) or not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
-        raise GraphError("the stamped graph does not give the model's outputs on the example")
-
-
-def plain(output):
-    return dict(output) if isinstance(output, dict) else output

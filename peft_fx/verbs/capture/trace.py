@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ...errors import CaptureError
 from .examples import is_hugging_face
+from .quiet import brief, quiet_export
 
 
 def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, training: bool) -> ExportedProgram:
@@ -20,11 +21,17 @@ def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, 
 
     Raises CaptureError naming the innermost module that was being traced.
     """
+    with refusals(model, training), in_mode(model, training), torch.enable_grad(), quiet_cache(model), quiet_export():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+@contextlib.contextmanager
+def refusals(model: nn.Module, training: bool) -> Iterator[None]:
+    """Whatever a model's code or torch raises while it is traced, as a CaptureError."""
     try:
-        with in_mode(model, training), torch.enable_grad(), quiet_cache(model):
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        yield
     except Exception as error:
-        raise CaptureError(explain(model, error, training)) from error
+        raise CaptureError(explain(model, error, training)) from brief(error)
 
 
 @contextlib.contextmanager
@@ -85,6 +92,9 @@ ON_VALUES = (
     "the model branches on tensor values, or makes Python numbers of them; rewrite the branch with torch.where, "
     "or pin the value by a config option"
 )
+FIXED = (
+    "dynamic_shapes asks for sizes that the model's code, or a size of 1 in the example, fixes; leave them out there"
+)
 # What commonly stops a trace -> what to do about it.
 REMEDIES = (
     ("data-dependent", ON_VALUES),
@@ -92,6 +102,8 @@ REMEDIES = (
     ("Could not guard", ON_VALUES),
     ("numpy", "the model leaves torch for numpy in this mode (masking while training, say); try model.eval()"),
     ("Must provide a tree_name", "torch.export gives no dynamic sizes to arguments taken by **kwargs; pass dynamic_shapes=None"),
+    ("Constraints violated", FIXED),
+    ("conflicts between user-specified", FIXED),
     ("missing", "pass example inputs: capture(model, args=(...), kwargs={...})"),
 )  # fmt: skip
 

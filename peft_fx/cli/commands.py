@@ -1,23 +1,15 @@
-"""`peft-fx inspect`: what a model offers, what a recipe or an adapter would do to it, and what a file holds."""
+"""The commands as typer sees them: names, options and help. What they need is imported when they run: torch takes a second."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from . import as_code, as_dot, as_json, as_table
-from .facts import gather
 from .terminal import stdout
 
-# name -> (inspection, console, whether to list every layer) -> None
-FORMATS: dict[str, Callable] = {
-    "table": as_table.show,
-    "code": as_code.show,
-    "json": as_json.show,
-    "dot": as_dot.show,
-}
+FORMATS = ("table", "code", "json", "dot")  # of `inspect`, one module as_* each
 
 
 def known_format(name: str) -> str:
@@ -100,4 +92,23 @@ def inspect(
     """
     if recipe is not None and adapter is not None:
         raise typer.BadParameter("--recipe and --adapter exclude each other: an adapter brings its own config")
-    FORMATS[format](gather(model, recipe, adapter, target), stdout(), every)
+    from .facts import gather
+
+    inspection = gather(model, recipe, adapter, target)
+    import_module(f".as_{format}", __package__).show(inspection, stdout(), every)
+
+
+Name = Annotated[
+    str | None,
+    typer.Argument(metavar="NAME", help="One method, with all that is known of it. [dim]e.g. vera[/]"),
+]
+
+
+def methods(name: Name = None):
+    """List the methods and what each can do; with NAME: its formulas, options and file keys.
+
+    Everything is asked of the code: which operator kinds a method takes on a probe, and in which form.
+    """
+    from .methods import show
+
+    show(name, stdout())

@@ -1,0 +1,182 @@
+"""The slots of a graph from `reserve`: what is in them, under which name, and how they become free again.
+
+A slot's name and config belong to its tensors, so that all graphs over these tensors see a swap, a release and a new name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from ..errors import GraphError, HotswapError
+from ..planning.plan import Placement, check_adapter_name
+from ..store import ADAPTERS, GATES, Resident, State, derive, get_tensor, set_tensor, state_of
+from .adapters import allocate, fill, without
+from .derive import derived, names_of, placements, refuse_merged
+from .placed import describe
+
+
+class Slot(NamedTuple):
+    """slot: where its tensors are, below `gm.peft_fx.adapters`. name: of the adapter in it, None while it is free.
+
+    max_rank: the largest rank that fits, None for methods without one. weight: how much of it acts now.
+    """
+
+    slot: str
+    name: str | None
+    peft_type: str
+    max_rank: int | None
+    weight: float
+
+
+def slots(tuned: fx.GraphModule) -> tuple[Slot, ...]:
+    """The slots of a graph from `reserve`, of what `compile` or `torch.compile` made of it, or of a package with slots.
+
+    Raises GraphError for a graph without slots.
+    """
+    gm, state = with_slots(tuned, "slots")
+    return tuple(
+        Slot(
+            slot,
+            resident.name,
+            resident.room.peft_type,
+            getattr(resident.room, resident.room.ranked, None),
+            get_tensor(gm, f"{GATES}.{slot}").item(),
+        )
+        for slot, resident in state.recipe.items()
+    )
+
+
+def release(tuned: fx.GraphModule, name: str) -> None:
+    """Frees the slot of an adapter, in place: 0 recompiles. It acts no more, and a hotswap under a new name takes the slot.
+
+    tuned: as for `switch`. The slot's numbers become those of a fresh adapter, which draws nothing from torch's generator; in
+    a package, which has no base weights to start from, they stay until a swap. `delete_adapter` leaves its input as it is and
+    returns a graph whose slot is free.
+
+    Raises GraphError, and changes nothing, for a graph without slots, a merged one, or a name that is not resident.
+    """
+    gm, _ = with_slots(tuned, "release")
+    sharing = gm.peft_fx.sharing
+    with sharing.swapping():
+        state = state_of(gm)
+        refuse_merged(state, "release")
+        (slot,) = names_of(state, name)
+        resident = state.recipe[slot]
+        chosen = placements(state.update(recipe={slot: emptied(resident)}), slot)
+        numbers = fresh(gm, chosen)
+        tensors = [get_tensor(gm, full) for full in numbers]
+        gate = get_tensor(gm, f"{GATES}.{slot}")
+        with sharing.writing([gate, *tensors]), torch.no_grad():
+            gate.zero_()
+            for tensor, number in zip(tensors, numbers.values(), strict=True):
+                tensor.copy_(number)
+            resident.name, resident.config = None, resident.room
+            describe(gm, chosen)
+
+
+def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Tensor]:
+    """Full name -> what a free slot's tensor holds, but for targets whose base weight is not there."""
+    made: dict[str, torch.Tensor] = {}
+    with torch.random.fork_rng(devices=()):
+        for p in chosen:
+            if get_tensor(gm, p.target.name).is_meta:
+                continue
+            for name in p.tensors:
+                if name not in p.shared:
+                    tensor = torch.empty_like(get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"))
+                    fill(tensor, gm, p, name, None, made)
+                    made[p.state_name(name)] = tensor
+    return {f"{ADAPTERS}.{name}": tensor for name, tensor in made.items()}
+
+
+def emptied(resident: Resident) -> Resident:
+    """A free slot for what fits into this one."""
+    return Resident(resident.room, resident.lowering, None, resident.room)
+
+
+def allocate_slot(gm: fx.GraphModule, state: State, slot: str) -> None:
+    """Registers the tensors of a free slot."""
+    gm.peft_fx.adapters._modules.pop(slot, None)
+    for placement in placements(state, slot):
+        allocate(gm, placement, None, trainable=False)
+
+
+def set_gate(gm: fx.GraphModule, slot: str, weight: float) -> None:
+    """Registers a gate of the graph module's own."""
+    set_tensor(gm, f"{GATES}.{slot}", torch.tensor(float(weight), device=gm.peft_fx.device()))
+
+
+def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
+    """The graph without an adapter; its tensors go when no other graph holds them.
+
+    Of a graph with slots: a graph in which its slot is free and has tensors and a gate of its own, so that `tuned` goes on
+    as it is. `release` frees the slot in place. Raises GraphError for a name that is not resident, or a merged graph.
+    """
+    state = state_of(tuned, "delete_adapter")
+    refuse_merged(state, "delete_adapter")
+    (place,) = names_of(state, name)
+    if not state.gated:
+        new = derived(tuned, without(state, place))
+        new.peft_fx.adapters._modules.pop(place, None)
+        return new
+    state = state.update(recipe={**state.recipe, place: emptied(state.recipe[place])})
+    new = derive(tuned, fx.Graph(), state)
+    allocate_slot(new, state, place)
+    set_gate(new, place, 0)
+    return derived(new, state)
+
+
+def rename(tuned: fx.GraphModule, name: str, new_name: str) -> None:
+    """Gives an adapter in a slot another name, in place; nothing is computed. tuned: as for `switch`.
+
+    Raises GraphError for a graph without slots, a name that is not resident, or a new name that another adapter has.
+    """
+    gm, _ = with_slots(tuned, "rename")
+    with gm.peft_fx.sharing.swapping():
+        state = state_of(gm)
+        (slot,) = names_of(state, name)
+        check_adapter_name(new_name)
+        if state.residents.get(new_name, slot) != slot:
+            raise GraphError(
+                f"there is an adapter {new_name!r} already: release it, or choose another name for {name!r}"
+            )
+        state.recipe[slot].name = new_name
+
+
+def with_slots(tuned: fx.GraphModule, verb: str) -> tuple[fx.GraphModule, State]:
+    """The graph module and its state. Raises GraphError if it has no slots."""
+    gm = getattr(tuned, "_orig_mod", tuned)
+    state = state_of(gm, verb)
+    if not state.gated:
+        raise GraphError(
+            f"{verb}: this graph has no slots: make one with peft_fx.reserve(tuned, slots=...) before compiling"
+        )
+    return gm, state
+
+
+def slot_for(state: State, name: str) -> str:
+    """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
+    if not state.gated or name in state.residents:
+        return names_of(state, name)[0]
+    check_adapter_name(name)
+    free = next((slot for slot, resident in state.recipe.items() if resident.name is None), None)
+    if free is None:
+        raise HotswapError(
+            f"no slot is free for adapter {name!r}; taken: {', '.join(state.residents)}. Free one with "
+            "peft_fx.release(graph, name), or swap into one of these names"
+        )
+    return free
+
+
+def refuse_taken(state: State, slot: str, name: str) -> None:
+    """Raises HotswapError if the slot that a swap was prepared for holds another adapter by now, or its name is elsewhere."""
+    now = state.recipe[slot].name
+    if state.gated and (now not in (None, name) or state.residents.get(name, slot) != slot):
+        raise HotswapError(
+            f"adapter {name!r}: the slot that this swap was prepared for holds {now!r} now, resident: "
+            f"{', '.join(state.residents)}; prepare it again"
+        )
