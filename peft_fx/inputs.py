@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .errors import GraphError
+from .target import sizes
 
 
 class FixedInputs(nn.Module):
@@ -34,11 +35,11 @@ class FixedInputs(nn.Module):
 def misfit(name: str, expected, value) -> str:
     """What was captured, what came, which axes of a tensor differ, and what to do."""
     if not isinstance(value, torch.Tensor) or not isinstance(expected, tuple):
-        given = tuple(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+        given = sizes(value.shape) if isinstance(value, torch.Tensor) else repr(value)
         return f"captured with {name} = {expected!r}, called with {given}: capture the model with this input"
-    shape = tuple("any" if size is None else size for size in expected)
-    text = f"captured with {name} = {shape}, called with {tuple(value.shape)}"
-    if len(shape) != value.dim():
+    shape = sizes("any" if size is None else size for size in expected)
+    text = f"captured with {name} = {shape}, called with {sizes(value.shape)}"
+    if len(expected) != value.dim():
         return f"{text}: capture the model with this input"
     axes = [axis for axis, size in enumerate(expected) if size not in (None, value.shape[axis])]
     ones = [axis for axis in axes if expected[axis] == 1]

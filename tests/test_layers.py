@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "atomic", "inputs", "notices", "operators", "progress", "suggestions", "missing"},
-    {"checks", "fields", "config", "folding", "target", "kernels", "lazy", "sharing", "summary", "tables"},
+    {"errors", "atomic", "notices", "operators", "progress", "suggestions", "missing"},
+    {"checks", "fields", "config", "folding", "inputs", "target", "kernels", "lazy", "sharing", "summary", "tables"},
     {"methods", "recipe"},
     {"planning", "resident", "store"},
     {"files"},

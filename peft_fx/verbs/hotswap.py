@@ -23,6 +23,7 @@ from ..methods.inits import number_of
 from ..methods.padding import crop_to, pad_to
 from ..planning.plan import Placement, Plan
 from ..store import State, state_of
+from ..target import sizes
 from .adapters import fill
 from .derive import planned as plan_of
 from .placed import describe
@@ -200,7 +201,7 @@ def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: 
             newer[state_name] = value
             fits = fitted(value, slot, spec.pad)
             if fits is None:
-                fault = f"{p.target.name}.{name}: shape {tuple(spec.shape)} does not fit the slot {tuple(slot.shape)}"
+                fault = f"{p.target.name}.{name}: shape {sizes(spec.shape)} does not fit the slot {sizes(slot.shape)}"
                 reason = get_method(p.method).one_size
                 fixed = f"; with {p.method} a smaller adapter does not fit a larger slot: {reason}" if reason else ""
                 faults.append(fault + (WIDEN if spec.pad else fixed))

@@ -11,6 +11,7 @@ from ..config import AdapterConfig
 from ..errors import HotswapError
 from ..resident import adapter_of
 from ..store import State, derive, state_of
+from ..target import sizes
 from .derive import derived, placements, refuse_merged
 from .hotswap import by_place, fitted, planned, slots_of
 from .placed import put
@@ -47,7 +48,7 @@ def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.Gra
                 padded = fitted(tensor.detach(), torch.empty(shape, device="meta"), spec.pad)
                 if padded is None:
                     raise HotswapError(
-                        f"{p.target.name}.{name}: shape {tuple(tensor.shape)} is larger than max_rank={max_rank}"
+                        f"{p.target.name}.{name}: shape {sizes(tensor.shape)} is larger than max_rank={max_rank}"
                     )
                 own = padded.clone()
                 if isinstance(tensor, nn.Parameter):

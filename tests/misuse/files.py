@@ -80,7 +80,7 @@ REFUSED = {
     "hotswap_adapter: another method": (one, hotswap(method=ia3), "the resident adapter has no IA3 there"),
     "hotswap_adapter: dropout": (one, hotswap(lora_dropout=0.5), "dropout differ from the resident adapter's"),
     "hotswap_adapter: DoRA": (one, hotswap(use_dora=True), "the resident adapter has no DORA there"),
-    "prepare: smaller": (one, prepare(target_rank=2), "shape (4, 8) is larger than max_rank=2"),
+    "prepare: smaller": (one, prepare(target_rank=2), "shape [4, 8] is larger than max_rank=2"),
     "prepare: compiled": (compiled, prepare(target_rank=8), "before compiling the model"),
     "prepare: check_compiled": (compiled, prepare(target_rank=8, check_compiled="x"), "got 'x'"),
     # AutoPeftModel
@@ -128,5 +128,5 @@ STRICTER = {
     "config.from_pretrained: another method's": (
         NONE, lambda lib, m, t: lib.IA3Config.from_pretrained(saved(t)), "expected a IA3Config, got a LoraConfig",
     ),
-    "hotswap_adapter: a larger rank": (one, hotswap(r=8), "shape (8, 8) does not fit the slot (4, 8); widen it before compiling"),
+    "hotswap_adapter: a larger rank": (one, hotswap(r=8), "shape [8, 8] does not fit the slot [4, 8]; widen it before compiling"),
 }  # fmt: skip
