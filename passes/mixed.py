@@ -69,7 +69,7 @@ class RowIds(nn.Module):
 
     def forward(self, ids, x):
         if not isinstance(ids, torch.Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
-            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+            given = f"{ids.dtype} {sizes(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise GraphError(f"{IDS}: expected a tensor of int64 (rows,), given {given}")
         if ids.shape[0] != x.shape[0]:
             raise GraphError(f"{IDS}: expected one per row, {x.shape[0]} for this batch, given {ids.shape[0]}")

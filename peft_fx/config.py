@@ -12,12 +12,12 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .atomic import write_files
 from .checks import check_names, check_type
 from .errors import NotAFolderError, RecipeError, UnknownFieldError, UnsupportedError, WrongTypeError
 from .fields import Begun, begun
@@ -170,15 +170,11 @@ class AdapterConfig:
         return [f"{type(self).__name__}, {self.peft_type}", Table(("field", "value", "default"), changed + others)]
 
     def save_pretrained(self, save_directory) -> None:
-        """Writes `adapter_config.json`, whole or not at all."""
-        path = Path(save_directory) / CONFIG_FILE
-        if path.parent.is_file():
-            raise NotAFolderError(f"{path.parent} is a file, expected a folder to write {CONFIG_FILE} into")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            whole = Path(temporary) / CONFIG_FILE
-            whole.write_text(self.to_json(), encoding="utf-8")
-            os.replace(whole, path)
+        """Writes `adapter_config.json`, whole or not at all. Raises AdapterFileError."""
+        folder, text = Path(save_directory), self.to_json()
+        if os.path.isfile(folder):
+            raise NotAFolderError(f"{folder} is a file, expected a folder to write {CONFIG_FILE} into")
+        write_files(folder, {CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8")})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **hub):

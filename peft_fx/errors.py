@@ -53,7 +53,7 @@ class NoAdaptersError(PeftFxError, TypeError, ValueError, AttributeError):
     """A model without adapters where one with some is expected."""
 
 
-class NotAFolderError(PeftFxError, ValueError, AssertionError):
+class NotAFolderError(PeftFxError, ValueError, AssertionError, FileExistsError):
     """A file where a folder is to be written."""
 
 

@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
+from .atomic import current
 from .config import CONFIG_FILE, AdapterConfig, default_of
 from .errors import RecipeError, UnknownMethodError, WrongTypeError
 from .methods import get_config
@@ -120,7 +121,7 @@ def plain_value(value):
 
 
 def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
-    file = path / CONFIG_FILE if path.is_dir() else path
+    file = current(path, CONFIG_FILE) if path.is_dir() else path
     if file.suffix not in READERS:
         raise RecipeError(
             f"{path}: expected one of {', '.join(READERS)}, a folder with {CONFIG_FILE}, or a config, e.g. "

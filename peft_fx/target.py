@@ -37,11 +37,24 @@ class ModuleRecord:
 
 
 @dataclass(frozen=True)
+class Renaming:
+    """How checkpoints called modules otherwise than the model does: a regex, and what the first match of it is now.
+
+    scopes: only behind the first of these that a name begins with; ("",): everywhere.
+    """
+
+    pattern: str
+    to: str
+    scopes: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
 class ModuleTable:
     """All modules of a model, in `named_modules` order, and what selection needs to know about the model.
 
     tied: groups of parameter names (module path + "." + parameter) that are one tensor.
     output_head / input_embedding: module paths of `get_output_embeddings()` / `get_input_embeddings()`, if any.
+    renamings: from names in older checkpoints to those of the records, in order.
     """
 
     records: tuple[ModuleRecord, ...]
@@ -51,6 +64,7 @@ class ModuleTable:
     output_head: str | None = None
     input_embedding: str | None = None
     tied: tuple[tuple[str, ...], ...] = ()
+    renamings: tuple[Renaming, ...] = ()
 
     @cached_property
     def by_path(self) -> dict[str, ModuleRecord]:
@@ -89,7 +103,8 @@ class ModuleTable:
             )
             for r in data["records"]
         )
-        return cls(**{**data, "records": records, "tied": tuple(map(tuple, data["tied"]))})
+        renamings = tuple(Renaming(**{**r, "scopes": tuple(r["scopes"])}) for r in data.get("renamings", ()))
+        return cls(**{**data, "records": records, "tied": tuple(map(tuple, data["tied"])), "renamings": renamings})
 
 
 @dataclass(frozen=True)

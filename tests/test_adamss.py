@@ -77,12 +77,12 @@ def test_without_scikit_learn_it_is_refused_with_the_remedy(monkeypatch):
     [
         (lambda t: t.pop(f"{LAYER}.adamss_B.1"), "missing: base_model.model.layer.adamss_B.1"),
         (lambda t: t.update({f"{LAYER}.adamss_A.3": torch.ones(2, 6)}), "not expected: base_model.model.layer.adamss_A.3"),
-        (lambda t: t.update({f"{LAYER}.adamss_A.0": torch.ones(2, 5)}), "piece 0: expected numbers of shape (at most 2, 6), got (2, 5)"),
-        (lambda t: t.update({f"{LAYER}.adamss_A.1": torch.ones(3, 6)}), "piece 1: expected numbers of shape (at most 2, 6), got (3, 6)"),
+        (lambda t: t.update({f"{LAYER}.adamss_A.0": torch.ones(2, 5)}), "piece 0: expected numbers of shape [at most 2, 6], got [2, 5]"),
+        (lambda t: t.update({f"{LAYER}.adamss_A.1": torch.ones(3, 6)}), "piece 1: expected numbers of shape [at most 2, 6], got [3, 6]"),
         (lambda t: t.update({f"{LAYER}.adamss_A.0": torch.ones(1, 6)}), "adamss_B: piece 0: expected numbers of shape"),
         (lambda t: t.update({f"{LAYER}.adamss_B.2": torch.ones(9, 2)}), "the file was trained on another base"),
         (lambda t: t.update({f"{LAYER}.adamss_B.2": torch.ones(4, 2, dtype=torch.int8)}), "torch.int8"),
-        (lambda t: t.update({f"{LAYER}.adamss_newB": torch.ones(6, 8)}), "expected shape (6, 9), got (6, 8)"),
+        (lambda t: t.update({f"{LAYER}.adamss_newB": torch.ones(6, 8)}), "expected shape [6, 9], got [6, 8]"),
     ],
     ids=range(8),
 )  # fmt: skip

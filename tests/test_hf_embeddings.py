@@ -15,7 +15,7 @@ import peft_fx
 from peft_fx.errors import AdapterFileError
 from peft_fx.files.read import read_config, read_tensors
 from peft_fx.files.write import write_adapter
-from peft_fx.hf.embeddings import embedding_tensors, load_embeddings
+from peft_fx.hf.embeddings import embedding_tensors, loaded_embeddings
 from peft_fx.verbs.adapters import adapter_files
 
 
@@ -55,8 +55,8 @@ def save(model, folder, mode="auto"):
 def load(base, folder):
     """What from_pretrained is to do."""
     config = read_config(folder)
-    own = load_embeddings(base, config, read_tensors(folder), str(folder))
-    return peft_fx.PeftModel(base, config, source=(own, str(folder)), trainable=False).eval()
+    with loaded_embeddings(base, config, read_tensors(folder), str(folder)) as own:
+        return peft_fx.PeftModel(base, config, source=(own, str(folder)), trainable=False).eval()
 
 
 def warned(call):

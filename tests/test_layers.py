@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "inputs", "notices", "operators", "progress", "suggestions", "missing"},
+    {"errors", "atomic", "inputs", "notices", "operators", "progress", "suggestions", "missing"},
     {"checks", "fields", "config", "folding", "target", "kernels", "lazy", "sharing", "summary", "tables"},
     {"methods", "recipe"},
     {"planning", "resident", "store"},

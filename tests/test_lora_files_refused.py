@@ -24,7 +24,7 @@ REFUSED = {
     "an unknown tensor": ("unet", {**PAIR, f"unet.{Q}.diff_b": (16,)}, f"unet.{Q}.diff_b"),
     "PEFT's keys": ("unet", {f"{PREFIX}{Q}.lora_A.weight": (2, 16)}, "give the folder with both files"),
     "a factor missing": ("unet", dict([next(iter(PAIR.items()))]), f"missing: {PREFIX}{Q}.lora_B.weight"),
-    "another shape": ("unet", {**PAIR, f"unet.{Q}.lora_B.weight": (8, 2)}, "expected shape (16, 2), got (8, 2)"),
+    "another shape": ("unet", {**PAIR, f"unet.{Q}.lora_B.weight": (8, 2)}, "expected shape [16, 2], got [8, 2]"),
     "an alpha alone": ("unet", {f"unet.{Q}.alpha": ()}, "alphas alone"),
     "alphas": ("unet", {**PAIR, f"unet.{Q}.alpha": (2,)}, "expected alpha to be one finite number"),
     "no rank": ("unet", {f"unet.{Q}.lora_B.weight": (16, 2)}, "no factor that tells the rank"),

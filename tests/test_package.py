@@ -234,6 +234,7 @@ def no_compiler(monkeypatch):
     def compile(program, package_path, inductor_configs):
         with zipfile.ZipFile(package_path, "w") as archive:
             archive.writestr("model/archive_format", "pt2")
+            archive.writestr("model/.data/version", "6")
             archive.writestr("model/data/aotinductor/model/model.so", "")
         constants[:] = [s.target for s in program.graph_signature.input_specs if s.target]
         constants.append(len(program.graph_signature.user_outputs))

@@ -27,7 +27,7 @@ from ..planning.moe import FILE_NAMES, STACKED, converted, former, stacks, with_
 from ..planning.plan import PREFIX
 from ..planning.selection import completed, last_parts, select
 from ..planning.wrappers import BASE
-from ..target import ModuleTable, Target
+from ..target import ModuleTable, Target, sizes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -47,7 +47,7 @@ def stacked(config: AdapterConfig, tensors: Tensors, table: ModuleTable, where: 
     names = FILE_NAMES.get(table.model_type)
     if config.peft_type != "LORA" or not names:
         return config, tensors
-    tensors = {key.replace(FORMERLY, TODAY): tensor for key, tensor in tensors.items()}
+    tensors = dict(tensors)
     paths = {m["path"] for m in filter(None, map(MODULE.fullmatch, tensors))}
     matches = filter(None, map(EXPERT.fullmatch, paths))
     found = {f"{m['stack']}.{names[m['old']]}" for m in matches if m["old"] in names}.intersection(stacks(table))
@@ -103,7 +103,7 @@ def join(tensors: Tensors, target: Target, old: AdapterConfig, new: AdapterConfi
     }
     wanted = {key: expected[factor] for factor, experts in keys.items() for own in experts for key in own}
     faults = [f"missing: {key}" for key in wanted if key not in tensors] or [
-        f"{key}: expected shape {shape}, got {tuple(tensors[key].shape)}"
+        f"{key}: expected shape {sizes(shape)}, got {sizes(tensors[key].shape)}"
         for key, shape in wanted.items() if tensors[key].shape != shape
     ]  # fmt: skip
     if faults:

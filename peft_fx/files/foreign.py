@@ -19,7 +19,7 @@ from ..notices import warn
 from ..planning.plan import PREFIX, make_plan
 from ..recipe import config_from_dict
 from ..suggestions import lookalikes
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 from .inferred import ALPHA, Tensors, inferred
 from .match import match_tensors
 from .names import Names, Place
@@ -135,15 +135,15 @@ def parts_of(name: str, tensor: torch.Tensor, tensor_name: str, method: str | No
         )
     if tensor_name not in BY_ROWS.get(method, ()):
         return [(path, tensor) for path in place.paths]
-    sizes = [table[path].parameters["weight"][0] for path in place.paths]
-    if tensor.dim() == 0 or len(tensor) != sum(sizes):
+    rows = [table[path].parameters["weight"][0] for path in place.paths]
+    if tensor.dim() == 0 or len(tensor) != sum(rows):
         raise AdapterFileError(
-            f"{name}: {tensor_name} has shape {tuple(tensor.shape)}, expected {sum(sizes)} rows, those of "
+            f"{name}: {tensor_name} has shape {sizes(tensor.shape)}, expected {sum(rows)} rows, those of "
             f"{', '.join(place.paths)}"
         )
     if place.swapped:
         return [(place.paths[0], torch.cat(tensor.chunk(2)[::-1]))]
-    return zip(place.paths, tensor.split(sizes), strict=True)
+    return zip(place.paths, tensor.split(rows), strict=True)
 
 
 def as_peft(key: str, tensor: torch.Tensor, end: str) -> torch.Tensor:
@@ -151,7 +151,7 @@ def as_peft(key: str, tensor: torch.Tensor, end: str) -> torch.Tensor:
     if end != ".dora_scale":
         return tensor
     if tensor.dim() < 2 or tensor.numel() != len(tensor):
-        raise AdapterFileError(f"{key}: has shape {tuple(tensor.shape)}: DoRA is done with a magnitude per output feature, "
+        raise AdapterFileError(f"{key}: has shape {sizes(tensor.shape)}: DoRA is done with a magnitude per output feature, "
                                "(out, 1, ...), not per input feature")  # fmt: skip
     return tensor.flatten() if tensor.dim() == 2 else tensor.transpose(0, 1)
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import AdapterFileError
 from ..methods.shapes import factorization
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,7 +52,7 @@ def scaled(found: Tensors) -> bool:
 def number(path: str, alpha: torch.Tensor) -> float:
     if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(value := alpha.item()):
         raise AdapterFileError(
-            f"{path}: expected alpha to be one finite number, got {alpha.flatten()[:3].tolist()} of shape {tuple(alpha.shape)}"
+            f"{path}: expected alpha to be one finite number, got {alpha.flatten()[:3].tolist()} of shape {sizes(alpha.shape)}"
         )
     return int(value) if value == int(value) else value
 

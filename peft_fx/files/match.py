@@ -10,6 +10,7 @@ from ..errors import AdapterFileError
 from ..planning.kinds import stored_shape
 from ..planning.plan import PREFIX, ROOT_KEY, Placement, Plan
 from ..suggestions import lookalikes
+from ..target import sizes
 
 SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
@@ -62,7 +63,7 @@ def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
 def faults_of(key: str, tensor: torch.Tensor, placement: Placement, name: str) -> list[str]:
     spec, faults = placement.tensors[name], []
     if spec.pieces is None and tensor.shape != tuple(spec.shape):
-        faults.append(f"{key}: expected shape {tuple(spec.shape)}, got {tuple(tensor.shape)}")
+        faults.append(f"{key}: expected shape {sizes(spec.shape)}, got {sizes(tensor.shape)}")
     if spec.pieces is None and spec.trainable and not tensor.is_floating_point():
         faults.append(f"{key}: expected floating-point numbers, got {tensor.dtype}")
     if spec.below is not None and not faults:

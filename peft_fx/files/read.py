@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..atomic import current
 from ..config import CONFIG_FILE as CONFIG
 from ..config import AdapterConfig
 from ..errors import AdapterFileError, RecipeError
@@ -22,35 +24,75 @@ from ..recipe import config_from_dict
 from ..target import ModuleTable
 from .experts import stacked
 from .foreign import from_foreign
+from .keys import RENAMED, mapped, of_method, of_model
 from .paths import as_path
+from .pickles import read_pickle
 
 TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 MAX_CONFIG_BYTES = 16 * 2**20
-# methods that PEFT has renamed: old peft_type -> new one, and the part of the keys that changed with it
-RENAMED = {"BONE": ("MISS", ".bone_", ".miss_")}
+TRIES = 100
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that most adapters have
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_adapter(
-    source, table: ModuleTable, config: AdapterConfig | None = None
+    source, table: ModuleTable, config: AdapterConfig | None = None, key_mapping: dict[str, str] | None = None
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """Config, and PEFT's keys -> tensors, of an adapter for the model of `table`. Raises AdapterFileError.
 
     source: an adapter folder or hub id, or a LoRA file of another program's, or the folder of one (`foreign.py`).
-    config: in place of the one that is there.
+    config: in place of the one that is there. key_mapping: regex -> replacement, for modules that are called otherwise there.
     """
     if (file := foreign_file(source)) is not None:
         found, tensors = from_foreign(read_safetensors(file), metadata_of(file), table, where=str(source))
-        config = config or found
+        config, tensors = config or found, mapped(tensors, key_mapping)
     else:
         folder = local_folder(source)
-        config, tensors = stacked(config or read_config(folder), read_tensors(folder), table, where=str(source))
+        found, tensors = of_one_save(folder, lambda: (config or config_in(folder), tensors_in(folder)))
+        config, tensors = stacked(found, of_model(mapped(tensors, key_mapping), table), table, where=str(source))
     if text := config.missing_base():
         warn(f"{source}: {text}")
     return config, tensors
+
+
+def of_one_save(folder: Path, read):
+    """What `read` gives of a folder's files, all of them of one save: once more where somebody saved meanwhile."""
+    for _ in range(TRIES):
+        with ExitStack() as held:  # open files, whose numbers no others get
+            try:
+                files = [path and held.enter_context(path.open("rb")) for path in adapter_paths(folder)]
+                before = [file and os.fstat(file.fileno()) for file in files]
+            except FileNotFoundError:  # moved to its place since it was looked for
+                continue
+            except OSError as error:
+                raise AdapterFileError(f"{error.filename}: cannot be read: {error.strerror}") from error
+            try:
+                found = read()
+            except AdapterFileError:
+                if same_files(before, adapter_paths(folder)):
+                    raise
+                continue
+            if same_files(before, adapter_paths(folder)):
+                return found
+    raise AdapterFileError(
+        f"{folder}: somebody writes it all the time, {TRIES} readings were each of two different saves"
+    )
+
+
+def adapter_paths(folder: Path) -> list[Path | None]:
+    return [file_in(folder, name) for name in (CONFIG, TENSORS, PICKLE)]
+
+
+def same_files(stats: list, paths: list[Path | None]) -> bool:
+    """Whether the files at these paths are still those of `stats`, as they were."""
+    try:
+        now = [path and path.stat() for path in paths]
+    except FileNotFoundError:
+        return False
+    before, after = ([s and (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in found] for found in (stats, now))
+    return before == after
 
 
 def foreign_file(source) -> Path | None:
@@ -62,7 +104,7 @@ def foreign_file(source) -> Path | None:
                                    "convert it to safetensors")  # fmt: skip
         return path
     folder = local_folder(source)
-    if any((folder / name).exists() for name in (CONFIG, TENSORS, PICKLE)):
+    if any(adapter_paths(folder)):
         return None
     names = [DIFFUSERS] if (folder / DIFFUSERS).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
     if len(names) > 1:
@@ -74,23 +116,39 @@ def foreign_file(source) -> Path | None:
 
 def read_config(folder, subfolder: str | None = None, **hub) -> AdapterConfig:
     """The config in `folder` (a local folder, or a hub id "org/name"). hub: as for `located`. Raises AdapterFileError."""
-    path = file_in(local_folder(folder, subfolder, **hub), CONFIG)
-    if path is None:
+    local = local_folder(folder, subfolder, **hub)
+    return of_one_save(local, lambda: config_in(local))
+
+
+def config_in(folder: Path) -> AdapterConfig:
+    data = config_data(folder)
+    if data is None:
         raise AdapterFileError(f"{folder}: has no {CONFIG}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterFileError(f"{path}: {path.stat().st_size} bytes are no config")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise AdapterFileError(f"{path}: expected a JSON object, got {type(data).__name__}")
     if (old := str(data.get("peft_type"))) in RENAMED:
         data = {**data, "peft_type": RENAMED[old][0]}
     try:
-        return config_from_dict(data, str(path))
+        return config_from_dict(data, str(folder / CONFIG))
     except RecipeError as error:
-        raise AdapterFileError(f"{path}: {error}") from error
+        raise AdapterFileError(f"{folder / CONFIG}: {error}") from error
+
+
+def config_data(folder: Path) -> dict | None:
+    """What a folder's config says; None if there is none. Raises AdapterFileError."""
+    path = file_in(folder, CONFIG)
+    if path is None:
+        return None
+    try:
+        size = path.stat().st_size
+        data = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_CONFIG_BYTES else None
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path}: not valid JSON: {error}") from error
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"{path}: {size} bytes are no config")
+    if not isinstance(data, dict):
+        raise AdapterFileError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
 
 
 AdapterConfig.reader = staticmethod(read_config)
@@ -99,17 +157,17 @@ AdapterConfig.reader = staticmethod(read_config)
 def read_tensors(folder) -> dict[str, torch.Tensor]:
     """File key -> tensor, on the CPU; safetensors are mapped, not copied. Raises AdapterFileError."""
     local = local_folder(folder)
+    return of_one_save(local, lambda: tensors_in(local))
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
     for name, read in ((TENSORS, read_safetensors), (PICKLE, read_pickle)):
-        if (path := file_in(local, name)) is not None:
-            return {new_key(key): tensor for key, tensor in read(path).items()}
+        if (path := file_in(folder, name)) is not None:
+            tensors = read(path)
+            if any(key.endswith(old) for key in tensors for _, old, _ in RENAMED.values()):
+                tensors = of_method(tensors, str((config_data(folder) or {}).get("peft_type")))
+            return tensors
     raise AdapterFileError(f"{folder}: has neither {TENSORS} nor {PICKLE}")
-
-
-def new_key(key: str) -> str:
-    """The key as PEFT writes it today."""
-    for _, old, new in RENAMED.values():
-        key = key.replace(old, new)
-    return key
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -151,24 +209,12 @@ def metadata_of(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """PEFT's older format, restricted to tensors: code in it is refused, never run."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise AdapterFileError(f"{path}: not a file of tensors only: {reason}; ask for a safetensors file") from error
-    if not isinstance(data, dict) or not all(isinstance(v, torch.Tensor) for v in data.values()):
-        raise AdapterFileError(f"{path}: expected a dict of tensors")
-    return data
-
-
 def file_in(folder: Path, name: str) -> Path | None:
     """The file if it exists. Raises AdapterFileError if it is a link that leaves the folder.
 
     The hub's cache keeps a snapshot's files as links into the `blobs` folder beside `snapshots`: those may be followed.
     """
-    path = folder / name
+    path = current(folder, name)
     if not path.is_file():
         return None
     real = path.resolve()
@@ -195,7 +241,7 @@ def located(source, subfolder: str | None = None, **hub) -> Path:
     Raises AdapterFileError.
     """
     path = as_path(source, "a folder or a hub id")
-    if path.exists():
+    if os.path.exists(path):
         return path / subfolder if subfolder else path
     if not HUB_ID.fullmatch(str(source)):
         raise AdapterFileError(f"{source}: no such folder, and no hub id of the form org/name")

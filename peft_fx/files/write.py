@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..atomic import Writers, write_files
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
 from ..planning.plan import Plan
@@ -24,7 +24,10 @@ PEFT_VERSION = "0.21.2"  # the release of PEFT whose files these are
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file with our own version in its header: PEFT warns of any key in the config that it does not know."""
     metadata = {"format": "pt", "peft_fx": version("peft-fx")}
-    save_file(tensors, path, metadata=metadata)
+    try:
+        save_file(plain(tensors), path, metadata=metadata)
+    except SafetensorError as error:  # what it makes of the system's errors
+        raise OSError(str(error)) from error
     # safetensors writes them in either order; equal adapters are to be equal files
     one, other = (json.dumps(dict(m), separators=(",", ":")).encode() for m in (metadata, reversed(metadata.items())))
     with path.open("r+b") as file:
@@ -33,27 +36,21 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(header.replace(other, one, 1))
 
 
-def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor]) -> Path:
+def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor],
+                  others: Writers | None = None) -> Path:  # fmt: skip
     """Writes config and tensors (file key -> tensor) into `folder`, made if need be; other files in it stay.
 
-    Both files are complete before the first one is moved into place, and a failure brings the old ones back.
-    Returns the folder. Raises AdapterFileError.
+    others: name -> function that writes one more file. All come into place as one: a failure, or a kill at any moment, leaves
+    the old ones or the new ones. Returns the folder. Raises AdapterFileError.
     """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
+    folder, text = Path(folder), config_json(config)
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise AdapterFileError(f"{folder}: is a file, expected a folder to write the adapter to")
-    new, text = not folder.exists(), config_json(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            write_tensors(plain(tensors), Path(temporary) / TENSORS)
-            (Path(temporary) / CONFIG).write_text(text, encoding="utf-8")
-            move_into_place(Path(temporary), folder, (TENSORS, CONFIG))
-    except OSError as error:
-        if new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise AdapterFileError(f"{folder}: cannot be written: {error}") from error
-    return folder
+    own = {
+        TENSORS: lambda path: write_tensors(tensors, path),
+        CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    return write_files(folder, own | dict(others or {}))
 
 
 def config_json(config: AdapterConfig) -> str:
@@ -81,19 +78,3 @@ def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result[key] = tensor if whole and storage not in seen else tensor.clone()
         seen.add(storage)
     return result
-
-
-def move_into_place(source: Path, folder: Path, names: tuple[str, ...]) -> None:
-    """Replaces the files one after the other; if one cannot be, those before it are put back."""
-    done = []
-    try:
-        for name in names:
-            old = source / f"old-{name}"
-            if (folder / name).exists():
-                shutil.copy2(folder / name, old)
-            os.replace(source / name, folder / name)
-            done.append((folder / name, old))
-    except OSError:
-        for path, old in done:
-            os.replace(old, path) if old.exists() else path.unlink()
-        raise

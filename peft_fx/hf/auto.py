@@ -44,7 +44,7 @@ class AutoPeftModel:
         hub = {"revision": revision, "subfolder": kwargs.pop("subfolder", None)}
         hub |= {name: kwargs[name] for name in HUB if name in kwargs}
         folder = local_folder(source, **hub)
-        config = read_config(folder) if config is None else config
+        given, config = config, read_config(folder) if config is None else config
         if not config.base_model_name_or_path:
             raise AdapterFileError(f"{folder}: adapter_config.json has no base_model_name_or_path: load the model, and "
                                    "PeftModel.from_pretrained(model, folder)")  # fmt: skip
@@ -62,7 +62,7 @@ class AutoPeftModel:
             vocabulary = len(transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **where))
             if vocabulary > base.get_input_embeddings().num_embeddings:
                 base.resize_token_embeddings(vocabulary)
-        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config)
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, given)
 
     @classmethod
     def base_class(cls, config, allowed: Sequence[str]) -> type:

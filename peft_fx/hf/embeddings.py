@@ -8,7 +8,8 @@ tell how PEFT wraps the module. Loading writes them into the base model.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from ..planning.modules import module_table
 from ..planning.plan import PREFIX
 from ..planning.selection import choose_saved
 from ..store import get_tensor
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 from ..verbs.derive import placements
 from .constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .tuner import Tuner
@@ -98,11 +99,33 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
     return size != before
 
 
-def load_embeddings(model: nn.Module, config: AdapterConfig, tensors: dict, where: str) -> dict[str, torch.Tensor]:
-    """Writes what a file has of the base's embedding and head into `model`; returns the adapter's own tensors.
+@contextmanager
+def loaded_embeddings(
+    model: nn.Module, config: AdapterConfig, tensors: dict, where: str
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside the block, and after it, `model` has what a file says of the base's embedding and head; yields the other tensors.
 
-    Raises AdapterFileError, and has changed nothing, for a tensor of another shape than the model's.
+    An error in the block puts the numbers from before back: what is left of the file may not fit. Raises AdapterFileError,
+    and has changed nothing, for a tensor of another shape than the model's.
     """
+    rest, new = base_tensors(model, config, tensors, where)
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in new]
+    try:
+        write(new)
+        yield rest
+    except BaseException:
+        write(before)
+        raise
+
+
+@torch.no_grad()
+def write(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for parameter, tensor in pairs:
+        parameter.copy_(tensor)
+
+
+def base_tensors(model: nn.Module, config: AdapterConfig, tensors: dict, where: str) -> tuple[dict, list]:
+    """A file's tensors that are not the base's, and (parameter of the model, what the file has for it)."""
     table, rest, new = module_table(model), dict(tensors), []
     saved = {s.path for s in choose_saved(table, config)[0]}
     for path in embedding_paths(table):
@@ -115,11 +138,8 @@ def load_embeddings(model: nn.Module, config: AdapterConfig, tensors: dict, wher
                 tensor = rest.pop(key)
                 if tensor.shape != parameter.shape:
                     raise AdapterFileError(
-                        f"{where}: {key}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}: "
+                        f"{where}: {key}: expected shape {sizes(parameter.shape)}, got {sizes(tensor.shape)}: "
                         f"model.resize_token_embeddings({tensor.shape[0]}) before loading"
                     )
                 new.append((parameter, tensor))
-    with torch.no_grad():
-        for parameter, tensor in new:
-            parameter.copy_(tensor)
-    return rest
+    return rest, new

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..files.keys import of_model
 from ..files.match import needless
 from ..methods.base import HALF
 from ..notices import warn
@@ -20,7 +21,7 @@ from ..verbs.derive import planned
 from ..verbs.swaps import SwapReport
 from .constants import UPCAST_DTYPES, PeftWarning
 from .contents import adapter_contents
-from .embeddings import load_embeddings
+from .embeddings import loaded_embeddings
 from .model import DEFAULT
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tensors import parameters_of
@@ -65,6 +66,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
     bare = is_injected(model)
     keyed = {PREFIX + k.removeprefix(PREFIX) if bare and k not in wanted else k: k for k in peft_model_state_dict}
+    keyed = of_model(keyed, state_of(gm).table)
     found = {key: peft_model_state_dict[k] for key, k in keyed.items()}
     given = {key: t for key, t in found.items() if key in wanted}
     if ignore_mismatched_sizes:
@@ -76,8 +78,9 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
             given = {k: t for k, t in given.items() if k not in others}
     kept = adapter_files(gm, adapter_name)[1]
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
-    tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
-    rest = load_embeddings(tuner.model, config, {k: t for k, t in found.items() if k not in wanted}, "the state dict")
+    others = {k: t for k, t in found.items() if k not in wanted}
+    with loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+        tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
     return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
 

@@ -5,34 +5,28 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers.utils import SAFE_WEIGHTS_NAME, PushToHubMixin
+from transformers.utils import PushToHubMixin
 
 from ..config import AdapterConfig
-from ..errors import NotAFolderError
 from ..files.read import located, read_adapter
-from ..files.write import plain, write_adapter
 from ..notices import warn
 from ..planning.modules import module_table
 from ..planning.saved import names_to_save
 from ..recipe import as_config
-from .card import write_card
-from .contents import adapter_contents
-from .embeddings import load_embeddings
+from .embeddings import loaded_embeddings
 from .guise import adopted, derived_from, seen, signed, unmade
 from .hub import push_to_hub
+from .saving import create_or_update_model_card, save_pretrained
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
 from .tuners import tuner_class
 from .types import PeftType, TaskType
-from .weights import renamed
 
 COUNTS = ("get_memory_footprint", "num_parameters")  # transformers', which go over the adapters too
 
@@ -177,20 +171,22 @@ class PeftModel(PushToHubMixin, nn.Module):
         fits is taken, tensors of other shapes are named in a warning, and what is missing starts as without files: its keys
         are returned.
         """
-        model = self.get_base_model()
-        config, tensors = read_adapter(located(model_id, **hub), self.base_model.backend.state.table)
-        tensors = load_embeddings(model, config, renamed(tensors, key_mapping), str(model_id))
+        table, result = self.base_model.backend.state.table, _IncompatibleKeys([], [])
+        config, tensors = read_adapter(located(model_id, **hub), table, key_mapping=key_mapping)
         config.inference_mode = not is_trainable
-        result = _IncompatibleKeys([], [])
-        if ignore_mismatched_sizes:
-            if adapter_name not in self.peft_config:
-                self.add(adapter_name, config, None, is_trainable, autocast_adapter_dtype)
-            result = self.load_fitting(tensors, adapter_name)
-        elif adapter_name in self.peft_config:
-            self.base_model.hotswap((config, tensors), adapter_name)
-        else:
-            source = (tensors, str(model_id), not low_cpu_mem_usage)
-            self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
+        with loaded_embeddings(self.get_base_model(), config, tensors, str(model_id)) as own:
+            if ignore_mismatched_sizes:
+                with ExitStack() as undo:
+                    if adapter_name not in self.peft_config:
+                        self.add(adapter_name, config, None, is_trainable, autocast_adapter_dtype)
+                        undo.callback(self.delete_adapter, adapter_name)
+                    result = self.load_fitting(own, adapter_name)
+                    undo.pop_all()
+            elif adapter_name in self.peft_config:
+                self.base_model.hotswap((config, own), adapter_name)
+            else:
+                source = (own, str(model_id), not low_cpu_mem_usage)
+                self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
         self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
@@ -250,56 +246,22 @@ class PeftModel(PushToHubMixin, nn.Module):
         The arguments are those of `load_adapter`.
         """
         given = None if config is None else as_config(config)
-        config, tensors = read_adapter(located(model_id, **hub), module_table(model), given)
+        config, tensors = read_adapter(located(model_id, **hub), module_table(model), given, key_mapping)
         chosen = class_of(config) if cls is PeftModel else cls
-        tensors = load_embeddings(model, config, renamed(tensors, key_mapping), str(model_id))
         config.inference_mode = not is_trainable
-        source = None if ignore_mismatched_sizes else (tensors, str(model_id), not low_cpu_mem_usage)
-        made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable, source=source)
-        if ignore_mismatched_sizes:
-            made.load_fitting(tensors, adapter_name)
-            made.base_model.set_requires_grad(adapter_name, is_trainable)
+        with loaded_embeddings(model, config, tensors, str(model_id)) as own:
+            source = None if ignore_mismatched_sizes else (own, str(model_id), not low_cpu_mem_usage)
+            made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable, source=source)
+            if ignore_mismatched_sizes:
+                with ExitStack() as undo:
+                    undo.callback(made.unload)
+                    made.load_fitting(own, adapter_name)
+                    undo.pop_all()
+                made.base_model.set_requires_grad(adapter_name, is_trainable)
         return made.train(is_trainable and made.training)
 
-    def save_pretrained(self, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-                        save_embedding_layers="auto", is_main_process: bool = True,
-                        path_initial_model_for_weight_conversion: str | None = None, **kwargs) -> None:  # fmt: skip
-        """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others to folders in it.
-
-        state_dict: of the whole model, where its own tensors are shards. A Trainer, which gives one, gets a file more: what
-        it loads when it resumes, all adapters by their names here.
-        """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise NotAFolderError(f"Provided path ({folder}) should be a directory, not a file")
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        if unknown := [n for n in names if n not in self.peft_config]:
-            raise ValueError(f"there is no adapter {unknown[0]!r} to save; there are: {', '.join(self.peft_config)}")
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion is for initialisations that change the base weight (PiSSA, CorDA, "
-                "OLoRA, LoRA-GA), which this version does not have: leave it out"
-            )
-        if not is_main_process:
-            return
-        given = kwargs.get("state_dict") or None
-        contents = [adapter_contents(self.base_model, name, save_embedding_layers, given) for name in names]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, files in zip(names, contents, strict=True):
-            write_adapter(folder if name == DEFAULT else folder / name, *files)
-        write_card(folder, [self.peft_config[n] for n in names], self.get_base_model())
-        if "state_dict" in kwargs:
-            ours = {k: t for k, t in (given or self.state_dict()).items() if k.startswith(IN_MODEL)}
-            save_file(plain(ours), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-
-    def create_or_update_model_card(self, output_dir) -> None:
-        """README.md, which `save_pretrained` writes too."""
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, list(self.peft_config.values()), self.get_base_model())
-
+    save_pretrained = save_pretrained
+    create_or_update_model_card = create_or_update_model_card
     push_to_hub = push_to_hub
 
     @property

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
+from ..files.keys import mapped
 from ..files.read import located, read_tensors
-from ..planning.plan import PREFIX, PREFIX_SHARED
 from .tuner import tuner_of
 
 
@@ -25,22 +23,9 @@ def load_peft_weights(model_id, device: str | torch.device | None = None, key_ma
     key_mapping: regex -> replacement for module paths, the first that matches. hub: what `snapshot_download` takes (revision,
     token, cache_dir, ...). Raises AdapterFileError.
     """
-    tensors = renamed(read_tensors(located(model_id, subfolder, **hub)), key_mapping)
+    tensors = mapped(read_tensors(located(model_id, subfolder, **hub)), key_mapping)
     device = infer_device() if device is None else device
     return {key: tensor.to(device) for key, tensor in tensors.items()}
-
-
-def renamed(tensors: dict[str, torch.Tensor], mapping: dict[str, str] | None) -> dict[str, torch.Tensor]:
-    """The tensors under keys in which, behind PEFT's prefix, the first regex that matches is replaced."""
-
-    def new(key: str) -> str:
-        prefix = next((p for p in (PREFIX, PREFIX_SHARED) if key.startswith(p)), "")
-        path = key[len(prefix) :]
-        return prefix + next(
-            (re.sub(old, to, path) for old, to in (mapping or {}).items() if re.search(old, path)), path
-        )
-
-    return {new(key): tensor for key, tensor in tensors.items()}
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..target import sizes
 from .decompositions import sketched_svd
 
 
@@ -76,7 +77,7 @@ def join_A(A, pieces, rows):
     _, R, q = A.shape
     for i, piece in enumerate(pieces):
         if not piece.is_floating_point() or piece.dim() != 2 or len(piece) > R or piece.shape[1] != q:
-            return f"piece {i}: expected numbers of shape (at most {R}, {q}), got {tuple(piece.shape)}, {piece.dtype}"
+            return f"piece {i}: expected numbers of shape [at most {R}, {q}], got {sizes(piece.shape)}, {piece.dtype}"
         A[i, : len(piece)] = piece
     return None
 
@@ -87,8 +88,8 @@ def join_B(B, pieces, rows, components):
         expected = int(C_i.sum()), int(used.sum())
         if not piece.is_floating_point() or tuple(piece.shape) != expected:
             return (
-                f"piece {i}: expected numbers of shape {expected}, cluster {i}'s rows of the base weight and rows of "
-                f"adamss_A.{i}, got {tuple(piece.shape)}, {piece.dtype}: the file was trained on another base, or clustered "
+                f"piece {i}: expected numbers of shape {sizes(expected)}, cluster {i}'s rows of the base weight and rows of "
+                f"adamss_A.{i}, got {sizes(piece.shape)}, {piece.dtype}: the file was trained on another base, or clustered "
                 "by another scikit-learn"
             )
         B[C_i, : piece.shape[1]] = piece.to(B)

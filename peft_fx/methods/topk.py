@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from ..target import sizes
 from .base import Pieces
 
 # PEFT's types for the numbers of fewer rows than this
@@ -30,7 +31,10 @@ def logits_of(logits, pieces) -> str | None:
     """The inverse of `chosen`."""
     (rows, weights), (*blocks, N) = pieces, logits.shape
     if [*rows.shape[:-1]] != blocks or weights.shape != (*blocks, rows.shape[-1] - 1):
-        return f"expected rows {(*blocks, 'k')} and weights {(*blocks, 'k - 1')}, got {rows.shape} and {weights.shape}"
+        return (
+            f"expected rows {sizes((*blocks, 'k'))} and weights {sizes((*blocks, 'k - 1'))}, got {sizes(rows.shape)} and "
+            f"{sizes(weights.shape)}"
+        )
     if rows.is_floating_point() or rows.min() < 0 or rows.max() >= N:
         return f"expected numbers of rows from 0 to {N - 1}"
     weights = torch.cat([weights, (1 - weights.sum(-1, keepdim=True)).clamp(min=0)], dim=-1)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..target import ModuleRecord, ModuleTable
+from .renamings import renamings
 
 # The literals that change what a weight means or how its operator reads it.
 ATTRIBUTES = (
@@ -30,6 +31,7 @@ def module_table(model: nn.Module) -> ModuleTable:
         output_head=_path_of(paths, _embeddings(model, "get_output_embeddings")),
         input_embedding=_path_of(paths, _embeddings(model, "get_input_embeddings")),
         tied=tied_parameters(paths),
+        renamings=renamings(model),
     )
 
 

@@ -30,6 +30,7 @@ __all__ = ["Placement", "Plan", "Refusal", "Shared", "Unmatched", "check_adapter
 PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every key in its files
 PREFIX_SHARED = "base_model."  # of tensors that the whole adapter shares
 ROOT_KEY = "/"  # marks their keys
+MAX_NAME_BYTES, SHOWN = 200, 40  # of an adapter's name; of these in a message
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,16 @@ def clashes(placements: Iterable[Placement]) -> list[Refusal]:
 
 
 def check_adapter_name(adapter: str) -> None:
-    """Raises RecipeError unless `adapter` can name a submodule."""
+    """Raises RecipeError unless `adapter` can name a submodule, and a folder of its own in the one it is saved to."""
     if not isinstance(adapter, str):
         raise WrongTypeError(f"adapter name {adapter!r}: expected a string, got {type(adapter).__name__}")
     if not adapter or "." in adapter:
         raise AdapterNameError(f"adapter name {adapter!r}: expected a non-empty string without a dot")
+    if not adapter.isprintable() or "/" in adapter or "\\" in adapter or len(adapter.encode()) > MAX_NAME_BYTES:
+        raise AdapterNameError(
+            f"adapter name {adapter[:SHOWN]!r}{'...' * (len(adapter) > SHOWN)}: it names a folder too: expected printable "
+            f"characters, no slash or backslash, and at most {MAX_NAME_BYTES} bytes"
+        )
     if adapter in METHODS or hasattr(nn.Module(), adapter):
         raise AdapterNameError(f"adapter name {adapter!r} is reserved: a method, or an attribute of torch.nn.Module")
 

@@ -6,12 +6,8 @@ for: module table, adapter configs, what is active and merged.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-import zipfile
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +25,7 @@ from ..passes.strip import StripSplices
 from ..recipe import config_from_dict
 from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
 from ..target import ModuleTable
+from .archive import archive_to, opened, replace_archive
 from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
 from .derive import names_of, placements
@@ -66,22 +63,8 @@ def traced_device(program: ExportedProgram) -> torch.device | None:
 
 def save(program: ExportedProgram, path: Path, state: State, training: bool) -> None:
     extra = {EXTRA: json.dumps(to_json(state, training))}
-    with replacing(path) as complete:
-        torch.export.save(program, complete, extra_files=extra)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, moved there in the end: a failure leaves the old one."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise AdapterFileError(f"{path}: expected a file path in an existing folder")
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            complete = Path(temporary) / f"{path.stem}.pt2"
-            yield complete
-            os.replace(complete, path)
-    except OSError as error:
-        raise AdapterFileError(f"{path}: cannot be written: {error}") from error
+    write = partial(torch.export.save, program, extra_files=extra)
+    replace_archive(path, lambda complete: archive_to(complete, write))
 
 
 def to_json(state: State, training: bool) -> dict:
@@ -120,7 +103,8 @@ def load(path) -> fx.GraphModule:
     """Reads a `.pt2` written by `export`: a graph that can be run, inspected, hot-swapped, merged and exported again.
 
     Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises
-    AdapterFileError for files that are no program. A program is code: load files of people you trust only.
+    AdapterFileError for files that are no program, and for those that would run code when they are loaded. What a program
+    computes is its author's: run files of people you trust only.
     """
     path = as_path(path, "a .pt2 file")
     program, extra = read_program(path)
@@ -147,19 +131,6 @@ def read_program(path: Path) -> tuple[ExportedProgram, str]:
         return torch.export.load(str(path), extra_files=extra), extra[EXTRA]
     except Exception as error:
         raise AdapterFileError(f"{path}: is no torch.export program: {type(error).__name__}: {error}") from error
-
-
-def opened(path: Path) -> zipfile.ZipFile:
-    """A `.pt2` as an archive."""
-    if not path.is_file():
-        raise AdapterFileError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise AdapterFileError(f"{path}: is no .pt2 file, or cut off")
-    archive = zipfile.ZipFile(path)
-    if not any(name.endswith("/archive_format") for name in archive.namelist()):
-        archive.close()
-        raise AdapterFileError(f"{path}: is a zip file, but holds no torch.export program")
-    return archive
 
 
 def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule:

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..errors import HotswapError, MergeError, RecipeError
+from ..files.keys import of_model
 from ..files.match import match_tensors
 from ..files.read import read_adapter
 from ..methods import get_method
@@ -98,6 +99,7 @@ def read(gm: fx.GraphModule, state: State, slot: str, path) -> tuple[AdapterConf
     """An adapter's config, what it puts where, and its numbers by state name."""
     if isinstance(path, tuple):
         (config, tensors), where = path, "what was given"
+        tensors = of_model(tensors, state.table)
     else:
         (config, tensors), where = read_adapter(path, state.table), str(path)
     config, tensors = on_whole_base(gm, slot, config, tensors, where)

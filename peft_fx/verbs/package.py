@@ -11,6 +11,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -40,10 +41,11 @@ from ..store import (
     set_tensor,
     state_of,
 )
-from ..target import ModuleTable
+from ..target import ModuleTable, sizes
 from .adapters import base_weight, values_of
+from .archive import archive_to, opened, replace_archive
 from .derive import placements
-from .export import EXTRA, FORMAT, export, opened, replacing, residents, to_json
+from .export import EXTRA, FORMAT, export, residents, to_json
 from .placed import adopt
 from .registrations import register_named
 
@@ -91,16 +93,18 @@ def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
         "base": {name: form(t) for name, t in named.items() if not name.startswith(f"{ROOT}.")},
         "operators": sorted({f"torch.ops.{n.target}" for n in program.graph.nodes if n.op == "call_function"}),
     }
-    with replacing(path) as complete:
-        compiled = complete.with_name("model.pt2")
-        compile_to(compiled, program, KEEP_CONSTANTS if swappable else FOLD_CONSTANTS)
+
+    def write(compiled: Path) -> None:
+        options = KEEP_CONSTANTS if swappable else FOLD_CONSTANTS
+        archive_to(compiled, lambda file: compile_to(file, program, options))
         if tensors:
             refuse_folded(program, tensors, torch._inductor.aoti_load_package(str(compiled)).get_constant_fqns())
         with zipfile.ZipFile(compiled, "a") as archive:
             root = archive.namelist()[0].partition("/")[0]
             archive.writestr(f"{root}/{STATE}", json.dumps(data))
             archive.writestr(f"{root}/{TENSORS}", safetensors.torch.save(tensors))
-        compiled.rename(complete)
+
+    replace_archive(path, write)
     return path
 
 
@@ -190,7 +194,7 @@ def needed(tuned: fx.GraphModule, p: Placement) -> set[str]:
     return found
 
 
-def compile_to(path: Path, program: ExportedProgram, options: dict) -> None:
+def compile_to(file: IO[bytes], program: ExportedProgram, options: dict) -> None:
     """Compiles the program. Inputs are taken as contiguous, and adapter tensors as contiguous and unlike any other's memory."""
     for held in (program._state_dict, program._constants):
         for name, tensor in held.items():
@@ -207,7 +211,7 @@ def compile_to(path: Path, program: ExportedProgram, options: dict) -> None:
             flat.append(node.meta.get("val"))
     program._example_inputs = pytree.tree_unflatten(flat, program.call_spec.in_spec)
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(options))
+        torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=dict(options))
 
 
 def refuse_folded(program: ExportedProgram, tensors: dict, compiled: list[str]) -> None:
@@ -275,7 +279,7 @@ def told(expected: dict) -> str:
 
 def seen(value) -> str:
     return (
-        f"{dtype_name(value)} {tuple(value.shape)} on {value.device}"
+        f"{dtype_name(value)} {sizes(value.shape)} on {value.device}"
         if isinstance(value, torch.Tensor)
         else repr(value)
     )

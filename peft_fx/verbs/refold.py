@@ -22,7 +22,7 @@ from ..passes.inject import lower
 from ..planning.kinds import one_line_each
 from ..planning.plan import clashes
 from ..store import REPLACED, ROOT, Resident, State, get_tensor, set_tensor, shell, state_of
-from ..target import ModuleTable, Target
+from ..target import ModuleTable, Target, sizes
 from .adapters import allocate, only_one_with_biases
 from .derive import placements
 from .merge import by_target, equal, folded, refuse_no_weight, restored, shelve, stays_tied
@@ -194,4 +194,4 @@ def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, targ
         raise MergeError(
             f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}"
         )
-    raise MergeError(f"{name}: shape {tuple(final.shape)} does not fit the folded tensor {tuple(now.shape)}; {anew}")
+    raise MergeError(f"{name}: shape {sizes(final.shape)} does not fit the folded tensor {sizes(now.shape)}; {anew}")

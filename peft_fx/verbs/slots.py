@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from ..errors import AdapterNameError, GraphError, HotswapError
-from ..planning.plan import Placement
+from ..errors import GraphError, HotswapError
+from ..planning.plan import Placement, check_adapter_name
 from ..store import ADAPTERS, GATES, Resident, State, derive, get_tensor, set_tensor, state_of
 from .adapters import allocate, fill, without
 from .derive import derived, names_of, placements, refuse_merged
@@ -139,7 +139,7 @@ def rename(tuned: fx.GraphModule, name: str, new_name: str) -> None:
     with gm.peft_fx.sharing.swapping():
         state = state_of(gm)
         (slot,) = names_of(state, name)
-        refuse_no_name(new_name)
+        check_adapter_name(new_name)
         if state.residents.get(new_name, slot) != slot:
             raise GraphError(
                 f"there is an adapter {new_name!r} already: release it, or choose another name for {name!r}"
@@ -162,7 +162,7 @@ def slot_for(state: State, name: str) -> str:
     """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
     if not state.gated or name in state.residents:
         return names_of(state, name)[0]
-    refuse_no_name(name)
+    check_adapter_name(name)
     free = next((slot for slot, resident in state.recipe.items() if resident.name is None), None)
     if free is None:
         raise HotswapError(
@@ -170,11 +170,6 @@ def slot_for(state: State, name: str) -> str:
             "peft_fx.release(graph, name), or swap into one of these names"
         )
     return free
-
-
-def refuse_no_name(name: str) -> None:
-    if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"adapter name {name!r}: expected a non-empty string")
 
 
 def refuse_taken(state: State, slot: str, name: str) -> None:

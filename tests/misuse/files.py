@@ -48,12 +48,12 @@ REFUSED = {
     "from_pretrained: a file": (NONE, load(lambda t: saved(t) / "adapter_config.json"), "expected an adapter folder or"),
     "from_pretrained: no JSON": (NONE, load(lambda t: edited(t, text="{")), "not valid JSON"),
     "from_pretrained: task_type": (NONE, load(lambda t: edited(t, task_type="NOPE")), "task_type='NOPE'"),
-    "from_pretrained: shapes": (NONE, load(lambda t: edited(t, r=2)), "expected shape (2, 8), got (4, 8)"),
+    "from_pretrained: shapes": (NONE, load(lambda t: edited(t, r=2)), "expected shape [2, 8], got [4, 8]"),
     "from_pretrained: no such targets": (NONE, load(lambda t: edited(t, target_modules=["nope"])), "matches nothing"),
     "from_pretrained: no config object": (NONE, load(saved, config="x"), "expected a config"),
     "from_pretrained: no model": (NONE, lambda lib, m, t: lib.PeftModel.from_pretrained(saved(t)), "model_id"),
     "load_adapter: no folder": (one, add(lambda t: t / "nope"), "no such folder, and no hub id"),
-    "load_adapter: shapes": (one, add(lambda t: edited(t, r=2)), "expected shape (2, 8), got (4, 8)"),
+    "load_adapter: shapes": (one, add(lambda t: edited(t, r=2)), "expected shape [2, 8], got [4, 8]"),
     "load_adapter: another method": (one, add(lambda t: saved(t, ia3)), "Cannot combine adapters with different peft types"),
     "load_adapter: no name": (one, lambda lib, m, t: m.load_adapter(saved(t)), "adapter_name"),
     "save_pretrained: a file": (one, lambda lib, m, t: m.save_pretrained(saved(t) / "README.md"), "directory, not a file"),
@@ -66,7 +66,7 @@ REFUSED = {
     "set_peft_model_state_dict: shapes": (
         one,
         lambda lib, m, t: lib.set_peft_model_state_dict(m, {k: v[:1] for k, v in lib.get_peft_model_state_dict(m).items()}),
-        "expected shape (4, 8), got (1, 8)",
+        "expected shape [4, 8], got [1, 8]",
     ),
     "create_or_update_model_card: a file": (
         one, lambda lib, m, t: m.create_or_update_model_card(saved(t) / "README.md"), "File exists",
