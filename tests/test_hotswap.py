@@ -420,6 +420,15 @@ def test_fewer_token_rows_are_refused_without_a_useless_remedy(tmp_path):
     assert "prepare_hotswap" not in str(info.value) and same_bits(bits(graph), before)
 
 
+def test_equal_layers_are_refused_in_one_line(tmp_path):
+    wide = folder_of(tmp_path / "a", captured("llama"), {"target_modules": ["q_proj"], "r": 8})
+    with pytest.raises(HotswapError) as info:
+        peft_fx.hotswap(tuned(captured("llama"), {"target_modules": ["q_proj"], "r": 4}), wide)
+    _, *lines = str(info.value).splitlines()
+    names = [f"  model.layers.{{0..1}}.self_attn.q_proj.weight.lora_{f}: shape [" for f in "AB"]
+    assert len(lines) == 2 and all(map(str.startswith, lines, names))
+
+
 def test_an_adapter_tied_otherwise_is_refused(tmp_path):
     config = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "r": 4}
     tied = tuned(captured("tied_llama"), {**config, "ensure_weight_tying": True})

@@ -21,6 +21,7 @@ from ..files.read import read_adapter
 from ..methods import get_method
 from ..methods.inits import number_of
 from ..methods.padding import crop_to, pad_to
+from ..planning.kinds import Refusal, one_line_each
 from ..planning.plan import Placement, Plan
 from ..store import State, state_of
 from ..target import sizes
@@ -115,13 +116,14 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
     """
     config, plan, values = read(gm, state, slot, path)
     old, new = by_place(planned(state, slot, state.recipe[slot].config).placements), by_place(plan.placements)
-    faults = [f"{p.target.name}: the resident adapter has no {p.method} there" for k, p in new.items() if k not in old]
+    faults = [
+        Refusal(p.target.name, f"the resident adapter has no {p.method} there") for k, p in new.items() if k not in old
+    ]
     left_out = [k for k in old if k not in new]
     for p in (old[k] for k in left_out):
         if neutral(p) is None:
-            faults.append(
-                f"{p.target.name}: the new adapter leaves it out, and {p.method} has no neutral value to put there"
-            )
+            reason = f"the new adapter leaves it out, and {p.method} has no neutral value to put there"
+            faults.append(Refusal(p.target.name, reason))
     refuse_faults(name, faults)
     if left_out:
         config = with_targets_of(state.recipe[slot].config, config)
@@ -172,15 +174,16 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
 
 def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: dict, left_out: list) -> tuple:
     """(names, values, number padded) that make the slots of `old` hold `new`. Raises HotswapError where that cannot be."""
-    faults = [f"{old[k].target.name}: the new config has no place for it" for k in old if k not in new]
+    faults = [Refusal(old[k].target.name, "the new config has no place for it") for k in old if k not in new]
     names, writes, padded, newer, numbers = [], [], 0, {}, {}
     for place, p in new.items():
         was = old[place]
         if p is not was and shape_of(p) != shape_of(was):
-            faults.append(f"{p.target.name}: tensors, ties or dropout differ from the resident adapter's")
+            faults.append(Refusal(p.target.name, "tensors, ties or dropout differ from the resident adapter's"))
             continue
         if p is not was and literals(p) != literals(was):
-            faults.append(f"{p.target.name}: the resident graph was made for {literals(was)}, not for {literals(p)}")
+            reason = f"the resident graph was made for {literals(was)}, not for {literals(p)}"
+            faults.append(Refusal(p.target.name, reason))
             continue
         for name, spec in p.tensors.items():
             if name in p.shared:
@@ -201,10 +204,10 @@ def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: 
             newer[state_name] = value
             fits = fitted(value, slot, spec.pad)
             if fits is None:
-                fault = f"{p.target.name}.{name}: shape {sizes(spec.shape)} does not fit the slot {sizes(slot.shape)}"
+                fault = f"shape {sizes(spec.shape)} does not fit the slot {sizes(slot.shape)}"
                 reason = get_method(p.method).one_size
                 fixed = f"; with {p.method} a smaller adapter does not fit a larger slot: {reason}" if reason else ""
-                faults.append(fault + (WIDEN if spec.pad else fixed))
+                faults.append(Refusal(f"{p.target.name}.{name}", fault + (WIDEN if spec.pad else fixed)))
                 continue
             names.append(state_name)
             writes.append(fits)
@@ -213,10 +216,11 @@ def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: 
     return tuple(names), tuple(writes), padded
 
 
-def refuse_faults(adapter: str, faults: list[str]) -> None:
+def refuse_faults(adapter: str, faults: list[Refusal]) -> None:
     if faults:
-        more = [f"... and {len(faults) - 5} more"] if len(faults) > 5 else []
-        lines = [f"adapter {adapter!r} cannot be swapped in place, nothing was changed:", *faults[:5], *more]
+        found = one_line_each(faults)
+        more = [f"... and {len(found) - 5} more"] if len(found) > 5 else []
+        lines = [f"adapter {adapter!r} cannot be swapped in place, nothing was changed:", *found[:5], *more]
         raise HotswapError("\n  ".join(lines))
 
 
