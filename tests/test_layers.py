@@ -1,8 +1,9 @@
-"""The layers of the house: imports go down only."""
+"""The layers of the house: imports go down only, and in no circle."""
 
 import ast
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +52,31 @@ def test_a_file_imports_from_its_own_layer_and_below(path):
     mine = layer(module_of(path))
     above = [".".join(n) for n in imported(path) if RANK[layer(n)] > RANK[mine]]
     assert not above, f"{path.relative_to(ROOT)} is in layer {mine!r} and imports from above: {above}"
+
+
+def at_the_top(tree: ast.AST):
+    """The nodes that run when a file is imported."""
+    for node in ast.iter_child_nodes(tree):
+        for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not for_checkers and not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            yield node
+            yield from at_the_top(node)
+
+
+def test_no_files_import_one_another_in_a_circle():
+    """Imports inside functions, which wait until something is needed, may."""
+    files = {".".join(module_of(path)).removesuffix(".__init__"): path for path in FILES}
+    circles = networkx.DiGraph()
+    for name, path in files.items():
+        package = module_of(path)[:-1]
+        for node in at_the_top(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                source = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).rstrip(
+                    "."
+                )
+                for alias in node.names:
+                    found = next((n for n in (f"{source}.{alias.name}", source) if n in files), None)
+                    if found not in (None, name):
+                        circles.add_edge(name, found)
+    assert circles.number_of_edges() > len(files)
+    assert not [sorted(c) for c in networkx.strongly_connected_components(circles) if len(c) > 1]

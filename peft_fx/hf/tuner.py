@@ -1,7 +1,7 @@
-"""`Tuner`: a model whose calls go through the Dynamo front end, and its adapters; what PEFT calls `base_model`.
+"""`Tuner`: a model and its adapters; what PEFT calls `base_model`.
 
-The model stays the object that it was: `model.compile(backend=...)` makes its own calls run adapted, those of `generate` too.
-Merging writes into its parameters, and keeps what was there, so that unmerging changes no bit.
+The model stays the object that it was: its adapted modules run graphs of their own (`hosts.py`), whoever calls them. Merging
+writes into its parameters, and keeps what was there, so that unmerging changes no bit.
 """
 
 from __future__ import annotations
