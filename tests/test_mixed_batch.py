@@ -269,7 +269,7 @@ def test_ids_that_do_not_fit_and_misuse_are_refused():
         (torch.tensor([0, -2, 1]), "-2 is no adapter"),
         (torch.tensor([0, 1]), "one per row, 3 for this batch, given 2"),
         (torch.tensor([0.0, 1.0, 1.0]), r"expected a tensor of int64 \(rows,\), given torch.float32"),
-        (torch.tensor([[0, 1, 1]]), r"given torch.int64 \(1, 3\)"),
+        (torch.tensor([[0, 1, 1]]), r"given torch.int64 \[1, 3\]"),
         ([0, 1, 1], "given list"),
     ):
         with pytest.raises(fx.GraphError, match=reason):

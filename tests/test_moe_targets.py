@@ -288,9 +288,9 @@ def changed(folder, change):
 EXPERT = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w3"
 FAULTS = {
     "missing: .*experts.1.w3.lora_A": lambda t: t.pop(f"{EXPERT}.lora_A.weight"),
-    r"experts.1.w3.lora_B.*expected shape \(24, 4\), got \(23, 4\)":
+    r"experts.1.w3.lora_B.*expected shape \[24, 4\], got \[23, 4\]":
         lambda t: t.update({f"{EXPERT}.lora_B.weight": torch.zeros(23, 4)}),
-    r"experts.1.w3.lora_A.*expected shape \(4, 16\), got \(2, 16\)":
+    r"experts.1.w3.lora_A.*expected shape \[4, 16\], got \[2, 16\]":
         lambda t: t.update({f"{EXPERT}.lora_A.weight": torch.zeros(2, 16)}),
     "not expected: .*experts.3.w3.lora_A":
         lambda t: t.update({f"{EXPERT}.lora_A.weight".replace("1.w3", "3.w3"): torch.zeros(4, 16)}),
