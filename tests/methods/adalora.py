@@ -21,7 +21,11 @@ REFUSED = [
     (BASE, "wide_norm", "matrices"),
     ({}, "wide", "total_step"),
     (BASE | {"tinit": 9, "tfinal": 1}, "wide", "nearest valid tinit: 8"),
-    (BASE | {"init_lora_weights": "gaussian"}, "wide", "AdaLoRA that begins with 'gaussian' is not in this version yet"),
+    (
+        BASE | {"init_lora_weights": "gaussian"},
+        "wide",
+        "AdaLoRA that begins with 'gaussian' is not in this version yet",
+    ),
     (BASE | {"orth_reg_weight": -1}, "wide", "orth_reg_weight: expected 0 or more"),
     (BASE | {"alpha_pattern": {"layer": 2}}, "wide", "no use"),
 ]
