@@ -23,7 +23,7 @@ VARIANTS = {
     "alora_invocation_tokens": "Activated LoRA",
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
-    "megatron_config": "Megatron's parallel layers",
+    "megatron_config": "Megatron's parallelism",
     "monteclora_config": "MonteCLoRA",
     "runtime_config": "a runtime config (offloading to the CPU)",
     "use_bdlora": "BD-LoRA",

@@ -20,11 +20,14 @@ peft_fx.apply(graph, {"peft_type": "ADAMSS", "target_modules": ["0"]})'
 )
 
 in_environment() { # NAME COMMAND...: in the environment of one extra, made when it is first asked for
-    local name="$1"
-    shift
-    local extras=()
-    [ "$name" = plain ] || extras=(--extras "$name")
-    (PEFT_FX_VENV="$scratch/$name" && export PEFT_FX_VENV && . tools/env.sh "${extras[@]}" && "$@")
+    local name="$1" command=("${@:2}")
+    (
+        export PEFT_FX_VENV="$scratch/$name"
+        set -- # a script that is sourced without arguments gets the function's
+        [ "$name" = plain ] || set -- --extras "$name"
+        . tools/env.sh "$@"
+        "${command[@]}"
+    )
 }
 
 readme_commands() { # the first bash block under the heading
