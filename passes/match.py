@@ -35,11 +35,6 @@ class Site:
         return expects_in_out != swapped
 
 
-def parameter_node(graph: fx.Graph, name: str) -> fx.Node | None:
-    """The get_attr node of a parameter, or None if the graph does not read it."""
-    return next((n for n in graph.nodes if n.op == "get_attr" and n.target == name), None)
-
-
 def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
     return {n.target: n for n in graph.nodes if n.op == "get_attr"}
 
