@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from .hf.submodules import SUBMODULES, make_submodules
+from .hf.compat.submodules import SUBMODULES, make_submodules
 from .methods import METHODS
 from .missing import NAMES as MISSING
 from .missing import not_yet
@@ -47,26 +47,26 @@ _NAMES = {
 
 # module -> its names that are PEFT's
 _HF = {
-    "hf.types": ("PeftType", "TaskType"),
-    "hf.model": (
+    "hf.compat.types": ("PeftType", "TaskType"),
+    "hf.model.model": (
         "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ),
-    "hf.functional": (
+    "hf.model.functional": (
         "get_layer_status", "get_model_status", "get_peft_model_state_dict", "hotswap_adapter",
         "hotswap_adapter_from_state_dict", "set_peft_model_state_dict",
     ),
-    "hf.hotswap": ("prepare_model_for_compiled_hotswap",),
-    "hf.injection": ("inject_adapter_in_model",),
-    "hf.constants": (
+    "hf.model.hotswap": ("prepare_model_for_compiled_hotswap",),
+    "hf.model.injection": ("inject_adapter_in_model",),
+    "hf.compat.constants": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING",
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftError", "PeftWarning",
     ),
-    "hf.helpers": ("get_peft_config", "shift_tokens_right"),
-    "hf.kappa": ("find_kappa_target_modules",),
-    "hf.kbit": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
-    "hf.weights": ("get_base_model_state_dict", "load_peft_weights", "set_base_model_state_dict"),
-    "hf.auto": (
+    "hf.compat.helpers": ("get_peft_config", "shift_tokens_right"),
+    "hf.compat.kappa": ("find_kappa_target_modules",),
+    "hf.compat.kbit": ("cast_mixed_precision_params", "prepare_model_for_kbit_training"),
+    "hf.model.weights": ("get_base_model_state_dict", "load_peft_weights", "set_base_model_state_dict"),
+    "hf.files.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
@@ -76,16 +76,7 @@ _HF = {
 if TYPE_CHECKING:
     from .config import AdapterConfig, PeftConfig
     from .errors import AdapterFileError, CaptureError, GraphError, HotswapError, MergeError, PeftFxError, RecipeError
-    from .hf.auto import (
-        AutoPeftModel,
-        AutoPeftModelForCausalLM,
-        AutoPeftModelForFeatureExtraction,
-        AutoPeftModelForQuestionAnswering,
-        AutoPeftModelForSeq2SeqLM,
-        AutoPeftModelForSequenceClassification,
-        AutoPeftModelForTokenClassification,
-    )
-    from .hf.constants import (
+    from .hf.compat.constants import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -94,7 +85,20 @@ if TYPE_CHECKING:
         PeftError,
         PeftWarning,
     )
-    from .hf.functional import (
+    from .hf.compat.helpers import get_peft_config, shift_tokens_right
+    from .hf.compat.kappa import find_kappa_target_modules
+    from .hf.compat.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from .hf.compat.types import PeftType, TaskType
+    from .hf.files.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from .hf.model.functional import (
         get_layer_status,
         get_model_status,
         get_peft_model_state_dict,
@@ -102,12 +106,9 @@ if TYPE_CHECKING:
         hotswap_adapter_from_state_dict,
         set_peft_model_state_dict,
     )
-    from .hf.helpers import get_peft_config, shift_tokens_right
-    from .hf.hotswap import prepare_model_for_compiled_hotswap
-    from .hf.injection import inject_adapter_in_model
-    from .hf.kappa import find_kappa_target_modules
-    from .hf.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-    from .hf.model import (
+    from .hf.model.hotswap import prepare_model_for_compiled_hotswap
+    from .hf.model.injection import inject_adapter_in_model
+    from .hf.model.model import (
         PeftMixedModel,
         PeftModel,
         PeftModelForCausalLM,
@@ -118,8 +119,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
         get_peft_model,
     )
-    from .hf.types import PeftType, TaskType
-    from .hf.weights import get_base_model_state_dict, load_peft_weights, set_base_model_state_dict
+    from .hf.model.weights import get_base_model_state_dict, load_peft_weights, set_base_model_state_dict
     from .methods.adalora import AdaLoraConfig
     from .methods.adamss import AdamssConfig
     from .methods.beft import BeftConfig
@@ -180,7 +180,7 @@ _PLACES = {name: module for module, names in {**_NAMES, **_HF}.items() for name 
 for _module, _, *_config in (entry for entry in METHODS.values() if isinstance(entry, tuple)):
     for _name in _config:
         _PLACES[_name] = f"methods.{_module}"
-        _PLACES[f"{_name.removesuffix('Config')}Model"] = "hf.tuners"
+        _PLACES[f"{_name.removesuffix('Config')}Model"] = "hf.model.tuners"
 
 
 def __getattr__(name: str):

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from peft_fx.passes import inject
+from peft_fx.passes.inject import inject
 
 COUNTED = inject.CHEAPER
 # At the sizes of most tests a count says nothing about real ones: what has an activation form takes it.

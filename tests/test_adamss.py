@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import peft_fx as fx
 from peft_fx.methods import adamss
-from peft_fx.store import get_tensor
+from peft_fx.store.tensors import get_tensor
 from peft_fx.training.adamss import SubspaceAllocator
 
 pytestmark = pytest.mark.slow

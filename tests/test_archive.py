@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import peft_fx
 from peft_fx.cli import app
 from peft_fx.errors import AdapterFileError
-from peft_fx.verbs.archive import is_arithmetic
+from peft_fx.files.archive import is_arithmetic
 
 
 class Scaled(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from marks import quick
-from peft_fx.passes.outline import Block
+from peft_fx.passes.dynamo.outline import Block
 from torch._dynamo.utils import counters
 from torch.utils import _pytree as pytree
 

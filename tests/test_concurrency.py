@@ -11,7 +11,7 @@ import torch
 from marks import quick
 
 import peft_fx as fx
-from peft_fx.sharing import Sharing
+from peft_fx.store.sharing import Sharing
 
 CONFIG = {"peft_type": "LORA", "r": 2, "init_lora_weights": False, "target_modules": "all-linear"}
 READERS, SWAPS = 4, 200

@@ -4,8 +4,8 @@ import conformance as c
 import pytest
 import torch
 from marks import quick
-from peft_fx.passes.inject import tag_of, tagged
-from peft_fx.passes.operators import schema_name
+from peft_fx.passes.inject.inject import tag_of, tagged
+from peft_fx.passes.match.operators import schema_name
 from torch import nn
 
 import peft_fx as fx

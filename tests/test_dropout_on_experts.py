@@ -7,9 +7,10 @@ from methods import MODULES
 from torch.func import functional_call
 
 import peft_fx as fx
-from peft_fx.store import get_tensor, state_of
+from peft_fx.engine.derive import placements
+from peft_fx.store.state import state_of
+from peft_fx.store.tensors import get_tensor
 from peft_fx.training.adalora import RankAllocator, orthogonality
-from peft_fx.verbs.derive import placements
 
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 P = 0.4

@@ -26,7 +26,7 @@ from marks import quick
 
 import peft_fx
 from peft_fx.errors import AdapterFileError, GraphError, MergeError
-from peft_fx.store import state_of
+from peft_fx.store.state import state_of
 
 # model, config, what it is there for
 CASES = {

@@ -10,7 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from words import tokenizer
 
 import peft_fx
-from peft_fx.hf import auto
+from peft_fx.hf.files import auto
 
 pytestmark = pytest.mark.slow
 

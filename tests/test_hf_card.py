@@ -17,8 +17,8 @@ from safetensors import safe_open
 from tiny import build
 
 import peft_fx
-from peft_fx.hf.card import is_hub_id
-from peft_fx.hf.hub import push_to_hub
+from peft_fx.hf.files.card import is_hub_id
+from peft_fx.hf.files.hub import push_to_hub
 
 BASE = "someone/tiny-llama"
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

@@ -12,11 +12,11 @@ from tiny import build
 from torch import nn
 
 import peft_fx
+from peft_fx.engine.filing import adapter_files
 from peft_fx.errors import AdapterFileError
 from peft_fx.files.read import read_config, read_tensors
 from peft_fx.files.write import write_adapter
-from peft_fx.hf.embeddings import embedding_tensors, loaded_embeddings
-from peft_fx.verbs.adapters import adapter_files
+from peft_fx.hf.files.embeddings import embedding_tensors, loaded_embeddings
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from graphs import captured, inputs, model_of
-from peft_fx.passes.base import op_counts
+from peft_fx.passes.core.base import op_counts
 
 import peft_fx
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import peft_fx
 from peft_fx.errors import AdapterFileError, GraphError, HotswapError, PeftFxError
-from peft_fx.store import state_of
+from peft_fx.store.state import state_of
 
 RANK = 8
 LINEARS = ["q_proj", "v_proj", "down_proj"]

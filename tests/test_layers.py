@@ -10,11 +10,12 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
     {"errors", "atomic", "notices", "operators", "progress", "suggestions", "missing"},
-    {"checks", "fields", "config", "folding", "inputs", "target", "kernels", "lazy", "sharing", "summary", "tables"},
+    {"checks", "fields", "config", "folding", "target", "kernels", "tables"},
     {"methods", "recipe"},
-    {"planning", "resident", "store"},
+    {"planning", "store"},
     {"files"},
     {"passes"},
+    {"engine"},
     {"verbs"},
     {"hf", "training"},
     {"", "cli"},

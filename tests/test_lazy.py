@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from graphs import bits, captured, inputs, model_of, output, same_bits, tuned
-from peft_fx.passes.base import settings
+from peft_fx.passes.core.base import settings
 
 import peft_fx
-from peft_fx.store import state_of
-from peft_fx.verbs import memory
-from peft_fx.verbs.memory import Memory
+from peft_fx.engine import memory
+from peft_fx.engine.memory import Memory
+from peft_fx.store.state import state_of
 
 TARGETS = {"target_modules": ["embed", "conv", "plain"], "r": 4}
 PLAIN = {"target_modules": ["turned", "plain", "head"], "r": 4}  # folded weights of the shapes that they replace

@@ -6,14 +6,14 @@ import conformance as c
 import pytest
 import torch
 from methods import cells, label
-from peft_fx.passes.cost import BALANCE, LAUNCH, cost
-from peft_fx.passes.inject import tag_of
-from peft_fx.passes.lowering import forms_of
+from peft_fx.passes.forms.cost import BALANCE, LAUNCH, cost
+from peft_fx.passes.forms.lowering import forms_of
+from peft_fx.passes.inject.inject import tag_of
 from torch import nn
 
 import peft_fx as fx
-from peft_fx.store import state_of
-from peft_fx.verbs.derive import placements
+from peft_fx.engine.derive import placements
+from peft_fx.store.state import state_of
 
 
 class Layer(nn.Module):

@@ -9,7 +9,7 @@ from methods import MODULES, cells, label
 
 import peft_fx as fx
 from peft_fx.methods import get_method
-from peft_fx.store import state_of
+from peft_fx.store.state import state_of
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import peft_fx as fx
-from peft_fx.store import get_tensor
+from peft_fx.store.tensors import get_tensor
 
 pytestmark = pytest.mark.slow
 

@@ -4,11 +4,12 @@ import conformance as c
 import pytest
 import torch
 from methods import MODULES
-from peft_fx.passes.lowering import from_canonical, to_canonical
+from peft_fx.passes.forms.lowering import from_canonical, to_canonical
 
 import peft_fx as fx
-from peft_fx.store import get_tensor, state_of
-from peft_fx.verbs.derive import placements
+from peft_fx.engine.derive import placements
+from peft_fx.store.state import state_of
+from peft_fx.store.tensors import get_tensor
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_fx
 from peft_fx.errors import AdapterFileError, RecipeError
-from peft_fx.hf.serving import save_for_serving
+from peft_fx.hf.files.serving import save_for_serving
 from peft_fx.planning import moe
 
 pytestmark = pytest.mark.slow

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from graphs import captured, model_of, tuned
-from peft_fx.passes.base import Pass, op_counts, run, settings
-from peft_fx.passes.fakes import fake_mode_of
-from peft_fx.passes.inject import tag_of
-from peft_fx.passes.splice import Splicer
+from peft_fx.passes.core.base import Pass, op_counts, run, settings
+from peft_fx.passes.core.fakes import fake_mode_of
+from peft_fx.passes.core.splice import Splicer
+from peft_fx.passes.inject.inject import tag_of
 from tiny import build
 
 import peft_fx
 from peft_fx.errors import GraphError
-from peft_fx.store import copy_graph, derive, state_of
+from peft_fx.store.lazy import copy_graph
+from peft_fx.store.modules import derive
+from peft_fx.store.state import state_of
 
 aten = torch.ops.aten
 
@@ -148,7 +150,7 @@ def test_the_verbs_run_under_the_settings_and_keep_their_reports():
 def test_a_failing_pass_leaves_the_caller_s_graph_alone(monkeypatch):
     graph = tuned(captured("mixed"), {"target_modules": ["plain"]})
     code, nodes = graph.code, len(graph.graph.nodes)
-    monkeypatch.setattr("peft_fx.passes.inject.Inject.ensures", Boastful.ensures)
+    monkeypatch.setattr("peft_fx.passes.inject.inject.Inject.ensures", Boastful.ensures)
     with pytest.raises(GraphError, match="pass Inject left an invalid graph"):
         peft_fx.apply(graph, {"peft_type": "LORA", "target_modules": ["head"]}, "second")
     assert graph.code == code and len(graph.graph.nodes) == nodes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft_fx.passes.products import Products, options_with
+from peft_fx.passes.dynamo.products import Products, options_with
 from torch._inductor.utils import fresh_cache
 
 import peft_fx as fx

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import peft_fx as fx
-from peft_fx.store import copy_graph, derive, state_of
+from peft_fx.store.lazy import copy_graph
+from peft_fx.store.modules import derive
+from peft_fx.store.state import state_of
 from peft_fx.verbs.capture.proof import modes_agree, refuse_difference
 
 aten = torch.ops.aten

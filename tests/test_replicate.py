@@ -44,7 +44,7 @@ def test_outputs_and_gradients_equal_pefts(case):
         parameter.requires_grad_(True)
     expected.square().sum().backward()
     gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
-    from peft_fx.verbs.derive import placements
+    from peft_fx.engine.derive import placements
 
     state = tuned.meta["peft_fx"]
     for placement in placements(state, "default"):

@@ -17,7 +17,7 @@ from tiny import SMALL, build
 
 import peft_fx
 from peft_fx.errors import RecipeError
-from peft_fx.hf.serving import save_for_serving
+from peft_fx.hf.files.serving import save_for_serving
 
 # Rules
 

@@ -67,7 +67,7 @@ def test_the_names_are_what_type_checkers_read_and_every_one_is_there():
     tree = ast.parse((ROOT / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     read = {alias.name: node.module for node in block.body for alias in node.names}
-    listed = {name: place for name, place in peft_fx._PLACES.items() if place != "hf.tuners"}
+    listed = {name: place for name, place in peft_fx._PLACES.items() if place != "hf.model.tuners"}
     assert read == listed and set(peft_fx.__all__) <= listed.keys()
     for name in dir(peft_fx):
         assert getattr(peft_fx, name) is not None
@@ -85,4 +85,6 @@ def test_a_name_that_there_is_not_is_an_attribute_error_that_python_can_mend():
     with pytest.raises(AttributeError, match="module 'peft_fx' has no attribute 'aply'") as info:
         peft_fx.aply  # noqa: B018
     assert info.value.name == "aply" and info.value.obj is peft_fx
-    assert not hasattr(peft_fx, "__wrapped__") and peft_fx.store.ROOT == "peft_fx"  # its own modules are found too
+    assert (
+        not hasattr(peft_fx, "__wrapped__") and peft_fx.store.tensors.ROOT == "peft_fx"
+    )  # its own modules are found too

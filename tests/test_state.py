@@ -24,7 +24,7 @@ from marks import quick
 
 import peft_fx
 from peft_fx.errors import GraphError, MergeError, RecipeError
-from peft_fx.store import state_of
+from peft_fx.store.state import state_of
 
 TARGETS = {"mixed": ["embed", "conv", "plain"], "llama": ["q_proj", "down_proj"]}
 

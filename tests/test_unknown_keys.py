@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import peft_fx
 from peft_fx import RecipeError
 from peft_fx.files.read import read_adapter
-from peft_fx.hf.helpers import check_if_peft_model
+from peft_fx.hf.compat.helpers import check_if_peft_model
 from peft_fx.recipe import as_config, as_recipe
 
 NAME = "biased_llama"

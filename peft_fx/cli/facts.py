@@ -11,9 +11,10 @@ from torch import fx
 from ..errors import RecipeError
 from ..files.read import local_folder, read_config
 from ..methods import INTERNAL, METHODS
-from ..passes.base import Report, op_counts, settings
+from ..passes.core.base import Report, op_counts, settings
 from ..recipe import READERS, Recipe, as_recipe
-from ..store import ROOT, state_of
+from ..store.state import state_of
+from ..store.tensors import ROOT
 from ..suggestions import did_you_mean
 from ..verbs.explain import Row, explain, possible_targets
 from ..verbs.preview import preview

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from ..config import AdapterConfig, default_of
+from ..engine.adding import allocate
+from ..engine.merging import theta_of
 from ..errors import RecipeError
 from ..methods import INTERNAL, METHODS, get_method
 from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrite, Substitute, Tensor
-from ..passes.lowering import forms_of, to_canonical
+from ..passes.forms.lowering import forms_of, to_canonical
 from ..planning.kinds import stored_shape
 from ..planning.plan import ROOT_KEY, Placement, make_plan
 from ..target import ModuleRecord, ModuleTable
-from ..verbs.adapters import allocate
-from ..verbs.merge import theta_of
 
 SIZE = 256  # features of the targets that methods are asked about: what default block sizes divide
 KINDS = {

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from ..errors import PeftFxError
-from ..passes.inject import tag_of
-from ..passes.match import parameter_nodes, sites
+from ..passes.inject.inject import tag_of
+from ..passes.match.readers import parameter_nodes, sites
 from ..planning.matching import matcher, nearest
-from ..store import ADAPTERS
+from ..store.tensors import ADAPTERS
 from ..target import ModuleTable, sizes
 
 

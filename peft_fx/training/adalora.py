@@ -18,11 +18,12 @@ import torch
 from torch import fx
 
 from ..config import AdapterConfig
+from ..engine.derive import placements
 from ..errors import RecipeError
 from ..files.write import file_config, write_adapter
 from ..planning.plan import make_plan
-from ..store import ADAPTERS, get_tensor, state_of
-from ..verbs.derive import placements
+from ..store.state import state_of
+from ..store.tensors import ADAPTERS, get_tensor
 
 COMPONENTS = {"lora_A": -2, "lora_E": -2, "lora_B": -1}  # tensor -> the axis of its components
 

@@ -19,9 +19,10 @@ from functools import partial
 import torch
 from torch import fx
 
+from ..engine.derive import placements
 from ..errors import RecipeError
-from ..store import ADAPTERS, get_tensor, state_of
-from ..verbs.derive import placements
+from ..store.state import state_of
+from ..store.tensors import ADAPTERS, get_tensor
 
 NAMES = ("adamss_A", "adamss_B", "rows", "components")
 

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..config import AdapterConfig
-from ..store import state_of
+from ..store.state import state_of
 from .adalora import RankAllocator, orthogonality
 from .adamss import SubspaceAllocator
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from ..hf.tuner import tuner_of
+from ..hf.model.tuner import tuner_of
 
 
 class AllocatorCallback(TrainerCallback):

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from ..hf.tensors import Owned, adapters_of, parameters_of
-from ..store import state_of
+from ..hf.model.tensors import Owned, adapters_of, parameters_of
+from ..store.state import state_of
 from ..target import ModuleRecord, ModuleTable
 
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")

@@ -17,23 +17,26 @@ from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
+from ..engine.adding import with_adapter, without
+from ..engine.derive import names_of, placements
+from ..engine.python_parts import as_written, compiled_module, give_frames, of_torch, used_by
+from ..engine.swaps import SwapReport
 from ..errors import GraphError, RecipeError
 from ..files.read import read_adapter
 from ..notices import warn
-from ..passes.base import regions
-from ..passes.dynamo import CHECKPOINT, adapt
-from ..passes.products import options_with
-from ..passes.splice import signature
+from ..passes.core.base import regions
+from ..passes.core.splice import signature
+from ..passes.dynamo.adapt import CHECKPOINT, adapt
+from ..passes.dynamo.products import options_with
 from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
-from ..store import ROOT, BaseGraph, ByDevice, ByMode, Resident, State, Store, build, get_tensor, state_of
-from .adapters import save_adapter, with_adapter, without
+from ..store.modules import ByDevice, ByMode, Store, build
+from ..store.state import BaseGraph, Resident, State, state_of
+from ..store.tensors import ROOT, get_tensor
+from .adapters import save_adapter
 from .capture.model import skeleton
-from .derive import names_of, placements
 from .hotswap import hotswap
-from .python_parts import as_written, compiled_module, give_frames, of_torch, used_by
-from .swaps import SwapReport
 
 RECIPE_FILES = (".json", ".yaml", ".yml")
 

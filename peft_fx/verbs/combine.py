@@ -24,15 +24,17 @@ import torch
 from torch import fx
 
 from ..config import AdapterConfig
+from ..engine.adding import base_weight, with_adapter
+from ..engine.derive import derived, names_of, placements, planned
+from ..engine.filing import adapter_files
+from ..engine.merging import theta_of
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from ..planning.plan import Placement
-from ..store import Resident, State, get_tensor, state_of
-from .adapters import adapter_files, base_weight, with_adapter
-from .derive import derived, names_of, placements, planned
-from .merge import theta_of
+from ..store.state import Resident, State, state_of
+from ..store.tensors import get_tensor
 
 # name -> (how entries are pruned, whether signs are elected)
 RULES = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..passes.base import run
-from ..passes.outline import Outline, block_classes
-from ..passes.products import options_with
-from ..store import copy_graph, derive, state_of
-from .derive import derived
+from ..engine.derive import derived
+from ..passes.core.base import run
+from ..passes.dynamo.outline import Outline, block_classes
+from ..passes.dynamo.products import options_with
+from ..store.lazy import copy_graph
+from ..store.modules import derive
+from ..store.state import state_of
 
 
 def outline(tuned: fx.GraphModule) -> fx.GraphModule:

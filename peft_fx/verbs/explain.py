@@ -8,16 +8,16 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from ..config import AdapterConfig
+from ..engine.derive import acting, placements, planned
 from ..errors import GraphError
-from ..passes.inject import Lowering, lower
-from ..passes.match import describe, parameter_nodes, sites
+from ..passes.inject.inject import Lowering, lower
+from ..passes.match.readers import describe, parameter_nodes, sites
 from ..planning.kinds import Refusal, module_targets, parameter_target
 from ..planning.plan import Placement, Plan, make_plan
 from ..recipe import as_recipe
-from ..store import State, state_of
+from ..store.state import State, state_of
 from ..tables import Table, as_html
 from ..target import ModuleRecord, Target
-from .derive import acting, placements, planned
 from .explanation import Explanation
 from .rows import Row
 

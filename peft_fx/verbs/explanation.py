@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..methods import get_method
-from ..passes.lowering import forms_of
+from ..passes.forms.lowering import forms_of
 from ..tables import Cell, Shown, Table, counted
 from ..target import sizes
 from .rows import Group, Row, folded

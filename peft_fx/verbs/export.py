@@ -14,23 +14,25 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from ..engine.derive import names_of, placements
+from ..engine.placed import adopt
 from ..errors import AdapterFileError, GraphError
+from ..files.archive import archive_to, opened, replace_archive
 from ..files.paths import as_path
-from ..passes.base import run
-from ..passes.inline import InlineGradRegions
-from ..passes.lift import lift
-from ..passes.literals import BakeLiterals
-from ..passes.mixed import drop_input
-from ..passes.strip import StripSplices
+from ..files.registrations import register_for
+from ..passes.capture.inline import InlineGradRegions
+from ..passes.capture.literals import BakeLiterals
+from ..passes.core.base import run
+from ..passes.export.lift import lift
+from ..passes.inject.mixed import drop_input
+from ..passes.inject.strip import StripSplices
 from ..recipe import config_from_dict
-from ..store import BaseGraph, ByMode, Resident, State, copy_graph, derive, state_of
+from ..store.lazy import copy_graph
+from ..store.modules import ByMode, derive
+from ..store.state import BaseGraph, Resident, State, state_of
 from ..target import ModuleTable
-from .archive import archive_to, opened, replace_archive
 from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
-from .derive import names_of, placements
-from .placed import adopt
-from .registrations import register_for
 
 EXTRA = "peft_fx.json"
 FORMAT = 1

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from ..engine.derive import derived, names_of, refuse_merged
 from ..errors import GraphError
-from ..store import state_of
-from .derive import derived, names_of, refuse_merged
+from ..store.state import state_of
 
 
 def mixed_batch(tuned: fx.GraphModule, names: Sequence[str] | None = None) -> fx.GraphModule:

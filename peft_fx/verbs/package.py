@@ -21,33 +21,21 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from ..engine.adding import base_weight, values_of
+from ..engine.derive import placements
+from ..engine.placed import adopt
 from ..errors import AdapterFileError, GraphError, HotswapError
+from ..files.archive import archive_to, opened, replace_archive
 from ..files.paths import as_path
+from ..files.registrations import register_named
 from ..planning.plan import Placement
 from ..recipe import Recipe
-from ..store import (
-    ADAPTERS,
-    GATES,
-    ROOT,
-    BaseGraph,
-    ByDevice,
-    ByMode,
-    State,
-    Store,
-    build,
-    copy_graph,
-    derive,
-    get_tensor,
-    set_tensor,
-    state_of,
-)
+from ..store.lazy import copy_graph
+from ..store.modules import ByDevice, ByMode, Store, build, derive
+from ..store.state import BaseGraph, State, state_of
+from ..store.tensors import ADAPTERS, GATES, ROOT, get_tensor, set_tensor
 from ..target import ModuleTable, sizes
-from .adapters import base_weight, values_of
-from .archive import archive_to, opened, replace_archive
-from .derive import placements
 from .export import EXTRA, FORMAT, export, residents, to_json
-from .placed import adopt
-from .registrations import register_named
 
 STATE, TENSORS = f"extra/{EXTRA}", f"data/{ROOT}/adapters.safetensors"
 COMPILED = f"{ROOT}.compiled"

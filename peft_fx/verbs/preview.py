@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from ..engine.adding import empty_tensor
+from ..engine.derive import placements, refuse_merged, replicated
 from ..errors import RecipeError
-from ..passes.base import run
-from ..passes.inject import Inject, lower
+from ..passes.core.base import run
+from ..passes.inject.inject import Inject, lower
 from ..planning.plan import Placement, make_plan
 from ..recipe import as_recipe
-from ..store import ADAPTERS, Resident, copy_graph, derive, get_tensor, set_tensor, state_of
-from .adapters import empty_tensor
-from .derive import placements, refuse_merged, replicated
+from ..store.lazy import copy_graph
+from ..store.modules import derive
+from ..store.state import Resident, state_of
+from ..store.tensors import ADAPTERS, get_tensor, set_tensor
 
 
 def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:

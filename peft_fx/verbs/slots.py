@@ -5,18 +5,20 @@ A slot's name and config belong to its tensors, so that all graphs over these te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from ..errors import GraphError, HotswapError
-from ..planning.plan import Placement, check_adapter_name
-from ..store import ADAPTERS, GATES, Resident, State, derive, get_tensor, set_tensor, state_of
-from .adapters import allocate, fill, without
-from .derive import derived, names_of, placements, refuse_merged
-from .placed import describe
+from ..engine.adding import without
+from ..engine.derive import derived, names_of, placements, refuse_merged
+from ..engine.placed import describe
+from ..engine.slots import allocate_slot, emptied, fresh, set_gate, with_slots
+from ..errors import GraphError
+from ..planning.plan import check_adapter_name
+from ..store.modules import derive
+from ..store.state import state_of
+from ..store.tensors import GATES, get_tensor
 
 
 class Slot(NamedTuple):
@@ -78,38 +80,6 @@ def release(tuned: fx.GraphModule, name: str) -> None:
             describe(gm, chosen)
 
 
-def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Tensor]:
-    """Full name -> what a free slot's tensor holds, but for targets whose base weight is not there."""
-    made: dict[str, torch.Tensor] = {}
-    with torch.random.fork_rng(devices=()):
-        for p in chosen:
-            if get_tensor(gm, p.target.name).is_meta:
-                continue
-            for name in p.tensors:
-                if name not in p.shared:
-                    tensor = torch.empty_like(get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"))
-                    fill(tensor, gm, p, name, None, made)
-                    made[p.state_name(name)] = tensor
-    return {f"{ADAPTERS}.{name}": tensor for name, tensor in made.items()}
-
-
-def emptied(resident: Resident) -> Resident:
-    """A free slot for what fits into this one."""
-    return Resident(resident.room, resident.lowering, None, resident.room)
-
-
-def allocate_slot(gm: fx.GraphModule, state: State, slot: str) -> None:
-    """Registers the tensors of a free slot."""
-    gm.peft_fx.adapters._modules.pop(slot, None)
-    for placement in placements(state, slot):
-        allocate(gm, placement, None, trainable=False)
-
-
-def set_gate(gm: fx.GraphModule, slot: str, weight: float) -> None:
-    """Registers a gate of the graph module's own."""
-    set_tensor(gm, f"{GATES}.{slot}", torch.tensor(float(weight), device=gm.peft_fx.device()))
-
-
 def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
     """The graph without an adapter; its tensors go when no other graph holds them.
 
@@ -145,38 +115,3 @@ def rename(tuned: fx.GraphModule, name: str, new_name: str) -> None:
                 f"there is an adapter {new_name!r} already: release it, or choose another name for {name!r}"
             )
         state.recipe[slot].name = new_name
-
-
-def with_slots(tuned: fx.GraphModule, verb: str) -> tuple[fx.GraphModule, State]:
-    """The graph module and its state. Raises GraphError if it has no slots."""
-    gm = getattr(tuned, "_orig_mod", tuned)
-    state = state_of(gm, verb)
-    if not state.gated:
-        raise GraphError(
-            f"{verb}: this graph has no slots: make one with peft_fx.reserve(tuned, slots=...) before compiling"
-        )
-    return gm, state
-
-
-def slot_for(state: State, name: str) -> str:
-    """The resident adapter whose tensors a swap overwrites: of that name, or a free slot for a new name."""
-    if not state.gated or name in state.residents:
-        return names_of(state, name)[0]
-    check_adapter_name(name)
-    free = next((slot for slot, resident in state.recipe.items() if resident.name is None), None)
-    if free is None:
-        raise HotswapError(
-            f"no slot is free for adapter {name!r}; taken: {', '.join(state.residents)}. Free one with "
-            "peft_fx.release(graph, name), or swap into one of these names"
-        )
-    return free
-
-
-def refuse_taken(state: State, slot: str, name: str) -> None:
-    """Raises HotswapError if the slot that a swap was prepared for holds another adapter by now, or its name is elsewhere."""
-    now = state.recipe[slot].name
-    if state.gated and (now not in (None, name) or state.residents.get(name, slot) != slot):
-        raise HotswapError(
-            f"adapter {name!r}: the slot that this swap was prepared for holds {now!r} now, resident: "
-            f"{', '.join(state.residents)}; prepare it again"
-        )

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ..engine.derive import acting, derived, names_of, refuse_merged, refuse_slots
+from ..engine.slots import allocate_slot, emptied, set_gate, with_slots
+from ..engine.widening import wide, widened
 from ..errors import GraphError
-from ..store import GATES, get_tensor, state_of
-from .derive import acting, derived, names_of, refuse_merged, refuse_slots
-from .slots import allocate_slot, emptied, set_gate, with_slots
-from .widen import wide, widened
+from ..store.state import state_of
+from ..store.tensors import GATES, get_tensor
 
 
 def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -> fx.GraphModule:

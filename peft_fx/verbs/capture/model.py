@@ -16,28 +16,19 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ...errors import CaptureError, GraphError
-from ...passes.base import run
-from ...passes.inline import InlineGradRegions
-from ...passes.inputs import CheckInputs
-from ...passes.linearise import Linearise
-from ...passes.literals import MarkDevice, MarkModes, lock
-from ...passes.match import observed_kinds
-from ...passes.names import NameParameters
+from ...passes.capture.inline import InlineGradRegions
+from ...passes.capture.inputs import CheckInputs
+from ...passes.capture.linearise import Linearise
+from ...passes.capture.literals import MarkDevice, MarkModes, lock
+from ...passes.capture.names import NameParameters
+from ...passes.core.base import run
+from ...passes.match.readers import observed_kinds
 from ...planning.modules import module_table
 from ...progress import step, working
-from ...store import (
-    ROOT,
-    BaseGraph,
-    ByDevice,
-    ByMode,
-    State,
-    Store,
-    build,
-    copy_graph,
-    get_tensor,
-    set_graph,
-    set_tensor,
-)
+from ...store.lazy import copy_graph
+from ...store.modules import ByDevice, ByMode, Store, build, set_graph
+from ...store.state import BaseGraph, State
+from ...store.tensors import ROOT, get_tensor, set_tensor
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face, refuse_no_call
 from .ones import wider

@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 
 from ...errors import GraphError, RecipeError
-from ...passes.base import Report, run
-from ...passes.outline import Part, key_of, list_paths
-from ...passes.replicate import ReplicateLayers
+from ...passes.capture.replicate import ReplicateLayers
+from ...passes.core.base import Report, run
+from ...passes.dynamo.outline import Part, key_of, list_paths
 
 TRACED = 3
 LEAST = 5  # with fewer layers stamping saves nothing

@@ -1,0 +1,200 @@
+"""A hotswap where the adapter is merged: fold the kept base weights anew, copy the results into the folded tensors.
+
+    kept base weights, the other merged adapters, the new one -> `folded` target by target -> checks -> copy_
+
+Everything is computed before the first write. The results wait where the kept base weights do, so the peak is one weight on
+the graph's device for keep_base="cpu", and the folded weights once more for "device". The bits are those of merging anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from ..errors import MergeError, RecipeError
+from ..methods.base import block_diagonal
+from ..passes.inject.inject import lower
+from ..planning.kinds import one_line_each
+from ..planning.plan import clashes
+from ..store.modules import shell
+from ..store.state import Resident, State, state_of
+from ..store.tensors import REPLACED, ROOT, get_tensor, set_tensor
+from ..target import ModuleTable, Target, sizes
+from .adding import allocate, only_one_with_biases
+from .derive import placements
+from .merging import by_target, folded, refuse_no_weight
+from .replaced import equal, restored, shelve, stays_tied
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a swap is going to change in every graph over the same folded tensors.
+
+    writes: (folded tensor, what it becomes). first: name of a tensor that no merge has replaced yet -> (the base's, where
+    it is kept; the folded one). padded: how many results are less than their tensor holds. adapter: the new one's tensors.
+    """
+
+    writes: list[tuple[torch.Tensor, torch.Tensor]]
+    first: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    padded: int
+    adapter: nn.Module
+    resident: Resident
+    report: tuple[dict, ...]
+
+
+def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict) -> tuple[list, int, tuple[str, ...]]:
+    """Puts another adapter in the place of a merged one: `config`, and `values` as `match_tensors` gives them.
+
+    Returns the tensors written, how many of them hold less than they could, and the targets that the new adapter leaves out.
+    Raises MergeError or RecipeError, and has changed nothing then.
+    """
+    old = {p.target.name for p in placements(state, adapter)}
+    fold = computed(gm, state, adapter, config, values)
+    sharing = gm.peft_fx.sharing
+    graphs = [g for g in {gm, *sharing.all()} if state_of(g).merge_report is state.merge_report]
+    written = [t for t, _ in fold.writes] + [t for _, t in fold.first.values()]
+    with sharing.writing(written), torch.no_grad():
+        for tensor, value in fold.writes:
+            tensor.copy_(value)
+        for graph in graphs:
+            for name, (kept, value) in fold.first.items():
+                set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
+                set_tensor(graph, name, value)
+            graph.peft_fx.adapters._modules[adapter] = shell(fold.adapter)
+            shelve(graph, (adapter,))
+            own = state_of(graph)
+            recipe = {**own.recipe, adapter: fold.resident}
+            graph.meta[ROOT] = own.update(recipe=recipe, merge_report=fold.report)
+    new = {p.target.name for p in placements(state_of(gm), adapter)}
+    return written, fold.padded, tuple(sorted(old - new))
+
+
+def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dict) -> Fold:
+    """All results, checked, in a graph module of their own."""
+    old = state.recipe[adapter]
+    if config.layer_replication != old.config.layer_replication:
+        raise RecipeError("layer_replication changes the base model: load this adapter into a graph of its own")
+    others = {name: r for name, r in state.recipe.items() if name != adapter}
+    only_one_with_biases(state.update(recipe=others), adapter, config)
+    lowering = old.lowering if config.peft_type == old.config.peft_type else "auto"
+    resident = dataclasses.replace(old, config=config, lowering=lowering, room=old.room and config)
+    new = state.update(recipe={**state.recipe, adapter: resident})
+    chosen = [p for name in state.merged for p in placements(new, name)]
+    refuse_no_weight(chosen)
+    if refused := clashes(chosen):
+        raise MergeError("\n".join(one_line_each(refused)))
+    refuse_what_cannot_be_unmerged(new)
+
+    scratch = restored(gm, state, move=False)
+    trainable = any(t.requires_grad for t in scratch.peft_fx.adapters._modules[adapter].parameters())
+    scratch.peft_fx.adapters._modules[adapter] = nn.Module()
+    for p in placements(new, adapter):
+        read = {t.tensor_name for spec in p.tensors.values() for t in (p.target, *spec.sources)}
+        with brought(scratch, gm, read):
+            allocate(scratch, p, values, trainable)
+    waits = waiting_device(gm)
+    names, report, groups = dict.fromkeys(shelved(gm)), [], by_target(chosen)
+    for group in groups.values():
+        target = group[0].target
+        with brought(scratch, gm, (target.name, target.bias_name)):
+            results, line = folded(scratch, group, check_finite=True)
+        for name, result in results.items():
+            set_tensor(scratch, name, result if waits is None else result.to(waits))
+        names |= dict.fromkeys(results)
+        report.append(line)
+
+    finals = {name: get_tensor(scratch, name) for name in names}
+    keep_ties(gm, scratch, finals, groups, state.table)
+    targets = {p.target.name: p.target for name in state.merged for p in (*placements(state, name), *chosen)}
+    writes, first, padded, seen = [], {}, 0, {}
+    for name, final in finals.items():
+        now = get_tensor(gm, name)
+        value = fitted(name, final, now, targets.get(name))
+        padded += final is None or value.shape != final.shape
+        if name in shelved(gm):
+            if id(now) not in seen:
+                writes.append((now, value))
+            seen[id(now)] = now
+        else:
+            if id(now) not in seen:
+                kept, own = (now if waits is None else now.to(waits)), value.to(now.device)
+                seen[id(now)] = kept, nn.Parameter(own, requires_grad=False) if isinstance(now, nn.Parameter) else own
+            first[name] = seen[id(now)]
+    return Fold(writes, first, padded, scratch.peft_fx.adapters._modules[adapter], resident, tuple(report))
+
+
+def refuse_what_cannot_be_unmerged(state: State) -> None:
+    """An adapter whose dropout, say, has no form in the graph could be folded, and never come back."""
+    back = [p for name in state.before_merge for p in placements(state, name)]
+    refused = [x for x in lower(state.base.graph, back, state.base.traces) if x.form == "refused"]
+    if refused:
+        raise RecipeError(
+            f"{refused[0].placement.target.name}: refused, since unmerge could not bring it: {refused[0].reason}"
+        )
+
+
+def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Tensor name -> what a merge replaced there."""
+    return dict(gm.peft_fx.replaced.named_buffers(remove_duplicate=False))
+
+
+def waiting_device(gm: fx.GraphModule) -> torch.device | None:
+    """Where replaced weights wait, if not on the graph's device."""
+    devices = ((kept.device, get_tensor(gm, name).device) for name, kept in shelved(gm).items() if kept.numel())
+    return next((kept for kept, now in devices if kept != now), None)
+
+
+@contextlib.contextmanager
+def brought(scratch: fx.GraphModule, gm: fx.GraphModule, names: Iterable[str]) -> Iterator[None]:
+    """Inside the block the weights are on the device of `gm`."""
+    away = {}
+    for name in names:
+        kept, now = get_tensor(scratch, name), get_tensor(gm, name)
+        if kept is not None and now is not None and kept.device != now.device:
+            away[name] = kept
+            set_tensor(scratch, name, kept.detach().to(now.device))
+    yield
+    for name, kept in away.items():
+        set_tensor(scratch, name, kept)
+
+
+def keep_ties(gm, scratch, finals: dict[str, torch.Tensor | None], groups: dict, table: ModuleTable) -> None:
+    """Names that share one tensor now get equal numbers. Raises MergeError where they would differ."""
+    for tie in table.tied:
+        owners: dict[int, str] = {}
+        for name in sorted((n for n in tie if get_tensor(gm, n) is not None), key=lambda n: n not in finals):
+            now = get_tensor(gm, name)
+            owner = owners.setdefault(id(now), name)
+            if owner == name or owner not in finals:
+                continue
+            if name in finals and stays_tied(scratch, groups, owner, name):
+                finals[name] = finals[owner]
+            elif not equal(finals[owner], finals.get(name, now)):
+                raise MergeError(
+                    f"{owner}: refused: the folded weight is tied to {name}, which would change with it; "
+                    "merge this adapter from the unmerged graph, with untie=True"
+                )
+
+
+def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, target: Target | None) -> torch.Tensor:
+    """`final` as the folded operator's tensor `now` holds it: zeros for a bias that is no more, or between groups."""
+    anew = "merge this adapter from the unmerged graph"
+    if now is None:
+        raise MergeError(f"{name}: the folded operator has no bias to write to, and the new adapter brings one; {anew}")
+    if final is None:
+        return torch.zeros_like(now)
+    if final.shape == now.shape:
+        return final
+    dense = (target.out_features, target.in_features) if target is not None and target.groups > 1 else None
+    if dense == tuple(now.shape[:2]):
+        return block_diagonal(final, target.groups)
+    if dense == tuple(final.shape[:2]):
+        raise MergeError(
+            f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}"
+        )
+    raise MergeError(f"{name}: shape {sizes(final.shape)} does not fit the folded tensor {sizes(now.shape)}; {anew}")

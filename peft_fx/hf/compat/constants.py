@@ -1,0 +1,56 @@
+"""PEFT's constants. What config classes, default targets and files are called stands elsewhere, here is how PEFT calls it."""
+
+from __future__ import annotations
+
+import torch
+
+from ...config import CONFIG_FILE as CONFIG_NAME
+from ...errors import NothingToAdaptError as NoMatchingPeftModuleError  # noqa: F401
+from ...errors import PeftFxError
+from ...files.read import PICKLE as WEIGHTS_NAME
+from ...files.read import TENSORS as SAFETENSORS_WEIGHTS_NAME
+from ...methods import get_config
+from ...planning.defaults import ALL_LINEAR, DEFAULT_NAMES, DEFAULT_TARGETS, NO_TARGETS, TASK_HEADS
+from .types import PeftType
+
+__all__ = ["CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
+
+INCLUDE_LINEAR_LAYERS_SHORTHAND = ALL_LINEAR
+DUMMY_TARGET_MODULES = NO_TARGETS
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = sorted(TASK_HEADS["SEQ_CLS"], reverse=True)
+ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+PeftError = PeftFxError
+
+
+class PeftWarning(UserWarning):
+    """Warnings about adapters."""
+
+
+# model type -> target_modules, under PEFT's name for each method
+TARGET_TABLES = {
+    f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": targets
+    for method, targets in DEFAULT_TARGETS.items()
+}
+TARGET_TABLES |= {
+    f"TRANSFORMERS_MODELS_TO_{method}_{field.upper()}_MAPPING": by_type
+    for method, fields in DEFAULT_NAMES.items() for field, by_type in fields.items()
+}  # fmt: skip
+globals().update(TARGET_TABLES)
+
+
+def __getattr__(name: str):
+    if name == "PEFT_TYPE_TO_CONFIG_MAPPING":  # imports every method
+        return {peft_type: get_config(peft_type) for peft_type in PeftType}
+    if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
+        from ..model.tuners import tuner_class
+
+        return {peft_type: tuner_class(peft_type) for peft_type in PeftType}
+    if name == "MODEL_TYPE_TO_PEFT_MODEL_MAPPING":
+        from ..model.model import CLASSES  # whoever asks for another name need not wait for transformers
+
+        return CLASSES
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

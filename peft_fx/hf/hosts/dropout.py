@@ -1,0 +1,40 @@
+"""Adapters' dropout as modules: tools that set `p` of every nn.Dropout in a model, as TRL's trainers do, find them there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ...methods import get_method
+
+if TYPE_CHECKING:
+    from ..model.tuner import Tuner
+
+
+class InputDropout(nn.Dropout):
+    """An adapter's dropout on the inputs of its updates. It does not run: its `p` is read and set in the adapter's config."""
+
+    def __init__(self, tuner: Tuner, adapter: str, field: str):
+        nn.Module.__init__(self)
+        self.inplace, self.adapter, self.field = False, adapter, field
+        self.__dict__["tuner"] = tuner  # holds this module: no child
+
+    @property
+    def p(self) -> float:
+        return getattr(self.tuner.peft_config[self.adapter], self.field)
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.tuner.backend.configure(self.adapter, **{self.field: float(value)})
+        self.tuner.refresh()
+
+
+def dropouts(tuner: Tuner, there: Iterable[InputDropout]) -> Iterator[InputDropout]:
+    """One for each adapter that drops out, or has one already: what was set to 0 can be set again."""
+    known = {d.adapter: d for d in there}
+    for adapter, config in tuner.peft_config.items():
+        field = get_method(config.peft_type).drops
+        if field and (adapter in known or getattr(config, field)):
+            yield known.get(adapter) or InputDropout(tuner, adapter, field)

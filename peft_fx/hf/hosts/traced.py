@@ -1,0 +1,217 @@
+"""What a host runs: the graph of a module's forward, with adapters in it. One for all modules and adapters that are alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental import _config as symbolic
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from ...engine.python_parts import of_torch
+from ...methods import get_method
+from ...passes.core.fakes import fake_of
+from ...passes.dynamo.adapt import adapt
+from ...passes.inject.inject import bare
+from ...planning.kinds import Refusal, module_targets
+from ...planning.plan import Placement
+from ...store.state import BaseGraph, State
+from ...store.tensors import ADAPTERS, owner_of
+from ...target import ModuleRecord
+from ...verbs.backend import Backend
+
+LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
+# operator kind -> sizes before and behind the features, of inputs that are usual
+INPUTS = {
+    "linear": ([(256,), (2, 128)], ()),
+    "embedding": ([(2, 128)], ()),
+    "norm": ([(2, 128)], ()),
+    "conv1d": ([(2,)], (256,)),
+    "conv2d": ([(2,)], (64, 64)),
+    "conv3d": ([(2,)], (16, 64, 64)),
+}
+
+
+class Held(NamedTuple):
+    """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there.
+
+    shadow: the module's `__dict__`, whose attributes hide these: while a forward runs, FSDP 1 keeps the gathered tensors there.
+    """
+
+    shadow: dict
+    place: dict
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self.shadow[self.name] if self.name in self.shadow else self.place[self.name]
+
+
+class Ready(NamedTuple):
+    """What a host runs for one kind of call: a function of the call's arguments and of these tensors.
+
+    complete: whether it has all adapters in it that it was made with.
+    """
+
+    run: Callable
+    tensors: tuple[Held, ...]
+    complete: bool = True
+
+
+class Untraceable(Exception):
+    """No single graph describes the module's forward."""
+
+
+class Traced:
+    """The graphs of modules that are alike, for one kind of call.
+
+    adapted: adapters that are alike -> what runs, and whose tensors it takes.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.names = list(own_tensors(module))
+        self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
+
+    def ready(
+        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], args: Sequence
+    ) -> Ready:
+        """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
+        own = [held(module, name) for name in self.names]
+        key = tuple(map(likeness, chosen))
+        if key not in self.adapted:
+            gm, further = sizeless(lambda fakes: adapted(backend, module, path, chosen, fakes, own), module, args)
+            where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
+            self.adapted[key] = gm.forward, [where[name] for name in further]
+        run, further = self.adapted[key]
+        ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
+        return Ready(run, (*own, *ours), {i for i, _ in further} == {*range(len(chosen))})
+
+
+def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
+    """What `make` makes of fakes of the arguments, for arguments of any sizes.
+
+    Symbolic sizes take sympy, whose import alone is most of a first call. Forwards of torch's do not look at sizes: if two
+    examples give the same code, it holds none of theirs.
+    """
+    if of_torch(module):
+        with suppress(Untraceable):  # a size that has to be what it was
+            one, other = (make(larger_fakes(args, by)) for by in (0, 1))
+            if one[0].code == other[0].code:
+                return one
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with symbolic.patch(backed_size_oblivious=True):
+        return make([symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)])
+
+
+def adapted(
+    backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], fakes: list, own: list[Held]
+):
+    """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
+    store = backend.adapters.peft_fx
+    store.mode.training = module.training
+    names = [f"{path}.{one.name}" if path else one.name for one in own]
+    inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
+    return adapt(traced(module, fakes), inputs, chosen, State(backend.state.table, BaseGraph(fx.Graph())), store)
+
+
+def likeness(p: Placement) -> tuple:
+    """Equal for placements whose graphs differ in nothing but the names of their tensors."""
+    shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
+    shared = tuple((name, p.resolve(name)) for name in p.shared)
+    return p.adapter, type(get_method(p.method)), repr(p.config), bare(p), p.target.has_bias, shapes, shared, p.lowering
+
+
+def attributes(module: nn.Module) -> Iterator[tuple]:
+    """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
+    own = own_tensors(module)
+    yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in own.items())
+    for name, value in module.__dict__.items():
+        if not name.startswith("_") and name != "forward" and name not in own:
+            yield name, value if isinstance(value, LITERALS) else id(value)
+
+
+def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers, as its forward sees them."""
+    names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
+    return {name: held(module, name).tensor for name in names}
+
+
+def held(root: nn.Module, name: str) -> Held:
+    owner, leaf = owner_of(root, name)
+    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+
+
+def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
+    """A graph as Dynamo gives it, with one call in it: of the module's forward, on fakes of its arguments and of its tensors.
+
+    Raises Untraceable if the forward depends on values or sizes.
+    """
+    mode, count = fakes[0].fake_mode, len(fakes)
+    # frozen or not is the user's business here, as in PEFT
+    own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
+
+    def forward(*values):
+        twin = copy.copy(module)
+        for name in ("forward", *own):
+            twin.__dict__.pop(name, None)
+        given = dict(zip(own, values[count:], strict=True))
+        for kind in ("_parameters", "_buffers"):
+            twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}
+        return twin.forward(*values[:count])
+
+    fakes = [*fakes, *own.values()]
+    try:
+        with mode:
+            result = forward(*fakes)
+    except Exception as error:
+        raise Untraceable from error
+    if mode.shape_env is not None and mode.shape_env.guards and not of_torch(module):
+        raise Untraceable
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"x{i}") for i in range(len(fakes))]
+    for node, fake in zip(nodes, fakes, strict=True):
+        node.meta["example_value"] = fake
+    call = graph.call_function(forward, tuple(nodes))
+    call.meta["example_value"] = result
+    graph.output(call)
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def larger_fakes(args: Sequence[torch.Tensor], by: int) -> list[torch.Tensor]:
+    """Fakes of fixed sizes, larger in every dimension but that of features, the last."""
+    mode = FakeTensorMode()
+    sizes = [
+        [s + by for s in x.shape[:-1]] + [s + by * (not x.is_floating_point()) for s in x.shape[-1:]] for x in args
+    ]
+    with mode:
+        return [torch.empty(s, dtype=x.dtype, device=x.device) for s, x in zip(sizes, args, strict=True)]
+
+
+def symbolic_fake(mode: FakeTensorMode, x: torch.Tensor, name: str) -> torch.Tensor:
+    """A fake of any size but in the last dimension, in which modules fit their inputs."""
+    sizes = [DimDynamic.DYNAMIC] * (x.dim() - 1) + [DimDynamic.STATIC] * (x.dim() > 0 and x.is_floating_point())
+    sizes += [DimDynamic.DYNAMIC] * (x.dim() - len(sizes))
+    return mode.from_tensor(
+        x, source=ConstantSource(name), symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)
+    )
+
+
+def usual_inputs(module: nn.Module, record: ModuleRecord) -> Iterator[torch.Tensor]:
+    """What such a module is usually called with; nothing for one that is not known."""
+    if isinstance(targets := module_targets(record), Refusal):
+        return
+    for target in targets:
+        W = module._parameters[target.parameter]
+        outer, inner = INPUTS[target.kind]
+        for sizes in outer:
+            if target.kind == "embedding":
+                yield W.new_empty(sizes, dtype=torch.long)
+            else:
+                features = target.shape[0] if target.kind == "norm" else target.shape[1] * target.groups
+                yield W.new_empty(*sizes, features, *inner)

@@ -1,0 +1,142 @@
+"""PEFT's free functions over a `PeftModel`, or a model that adapters were injected into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ...engine.derive import planned
+from ...engine.filing import adapter_files
+from ...engine.swaps import SwapReport
+from ...files.keys import of_model
+from ...files.match import needless
+from ...methods.base import HALF
+from ...notices import warn
+from ...planning.plan import PREFIX
+from ...recipe import as_config
+from ...store.state import state_of
+from ..compat.constants import UPCAST_DTYPES, PeftWarning
+from ..files.contents import adapter_contents
+from ..files.embeddings import loaded_embeddings
+from .model import DEFAULT
+from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
+from .tensors import parameters_of
+from .tuner import INJECTED, tuner_of
+
+LOW = HALF | {getattr(torch, name) for name in UPCAST_DTYPES if hasattr(torch, name)}
+
+
+# Numbers
+
+
+def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: str = DEFAULT, unwrap_compiled: bool = False,
+                              save_embedding_layers="auto") -> dict[str, torch.Tensor]:  # fmt: skip
+    """File key -> tensor of one adapter; the tensors are the model's own, or those of a state dict of the whole model.
+
+    The keys of a model that adapters were injected into have no base_model.model. in front, as in PEFT. unwrap_compiled: `model`
+    is what torch.compile made of it. save_embedding_layers: whether the base's embedding and head are among them.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    tuner = tuner_of(model)
+    tuner.known((adapter_name,))
+    tensors = adapter_contents(tuner, adapter_name, save_embedding_layers, state_dict)[1]
+    return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if is_injected(model) else tensors
+
+
+def is_injected(model: nn.Module) -> bool:
+    return INJECTED in model.__dict__
+
+
+def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = DEFAULT,
+                              ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False):  # fmt: skip
+    """Writes file key -> tensor into a resident adapter, in place; what is missing keeps its numbers.
+
+    Returns missing_keys and unexpected_keys, as the file's keys, of this adapter alone. Raises AdapterFileError for a tensor
+    of another shape, which ignore_mismatched_sizes leaves out with a warning.
+    """
+    tuner = tuner_of(model)
+    tuner.known((adapter_name,))
+    gm = tuner.backend.adapters
+    config = tuner.peft_config[adapter_name]
+    plan = planned(state_of(gm), adapter_name, config)
+    wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
+    bare = is_injected(model)
+    keyed = {PREFIX + k.removeprefix(PREFIX) if bare and k not in wanted else k: k for k in peft_model_state_dict}
+    keyed = of_model(keyed, state_of(gm).table)
+    found = {key: peft_model_state_dict[k] for key, k in keyed.items()}
+    given = {key: t for key, t in found.items() if key in wanted}
+    if ignore_mismatched_sizes:
+        shapes = {k: (tuple(t.shape), tuple(p.tensors[name].shape))
+                  for k, t in given.items() for p, name in [wanted[k]] if p.tensors[name].pieces is None}  # fmt: skip
+        if others := {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}:
+            lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in others.items()]
+            warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning)
+            given = {k: t for k, t in given.items() if k not in others}
+    kept = adapter_files(gm, adapter_name)[1]
+    missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
+    others = {k: t for k, t in found.items() if k not in wanted}
+    with loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+        tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
+    unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
+    return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
+
+
+def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, torch_device: str | None = None,
+                    **kwargs) -> SwapReport:  # fmt: skip
+    """Another adapter's numbers, of any method that the resident one has, in its place: nothing is compiled again."""
+    return tuner_of(model).hotswap(model_name_or_path, adapter_name)
+
+
+def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
+                                    parameter_prefix: str = "") -> SwapReport:  # fmt: skip
+    """`hotswap_adapter` from memory. Scales follow the config, its patterns included."""
+    return tuner_of(model).hotswap((as_config(config), dict(state_dict)), adapter_name)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Parameters of an adapter in half precision or less become float32, as they are from the start: new Parameters."""
+    tuner = tuner_of(model)
+    tuner.known((adapter_name,))
+    owned = [t.tensor for t in parameters_of(model) if t.placement.adapter == adapter_name]
+    if autocast_adapter_dtype and any(t.dtype in LOW for t in owned):
+        config, tensors = adapter_files(tuner.backend.adapters, adapter_name)
+        tuner.backend.delete(adapter_name)
+        tuner.add(adapter_name, config, (tensors, "the adapter"), any(t.requires_grad for t in owned))
+
+
+# Which adapters act and train
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Iterable[str], inference_mode: bool = False, layer_cls=None
+) -> None:
+    """The adapters that act from now on, in order, and are trainable unless inference_mode. layer_cls is not read."""
+    tuner_of(model).set_adapter(adapter_name, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    tuner_of(model).set_requires_grad(adapter_names, requires_grad)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls=None) -> list[str]:
+    """Returns the adapters that act then. prefix and layer_cls are not read."""
+    tuner = tuner_of(model)
+    tuner.delete_adapter(adapter_name)
+    return tuner.active_adapters
+
+
+# What there is
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """A record per adapted module. Raises TypeError for a model without adapters."""
+    found = layer_status(tuner_of(model))
+    return [replace(r, name=r.name.removeprefix("model.")) for r in found] if is_injected(model) else found
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    return model_status(tuner_of(model), "None" if is_injected(model) else type(model).__name__)

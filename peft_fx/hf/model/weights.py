@@ -1,0 +1,44 @@
+"""Weights in memory: those of an adapter's files, those of the model around which a PeftModel is. PEFT's names."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...files.keys import mapped
+from ...files.read import located, read_tensors
+from .tuner import tuner_of
+
+
+def infer_device() -> str:
+    """The accelerator of this machine, else "cpu"."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
+
+
+def load_peft_weights(model_id, device: str | torch.device | None = None, key_mapping: dict[str, str] | None = None,
+                      subfolder: str | None = None, **hub) -> dict[str, torch.Tensor]:  # fmt: skip
+    """File key -> tensor of an adapter's folder, or of a Hub repository, on `device`, by default the accelerator.
+
+    key_mapping: regex -> replacement for module paths, the first that matches. hub: what `snapshot_download` takes (revision,
+    token, cache_dir, ...). Raises AdapterFileError.
+    """
+    tensors = mapped(read_tensors(located(model_id, subfolder, **hub)), key_mapping)
+    device = infer_device() if device is None else device
+    return {key: tensor.to(device) for key, tensor in tensors.items()}
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the model itself, whose modules and names no adapter changes."""
+    return tuner_of(model).model.state_dict()
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
+    """Writes it; returns missing and unexpected keys, for which strict raises RuntimeError.
+
+    Raises ValueError while adapters are merged: unmerging would put the weights from before back.
+    """
+    tuner = tuner_of(model)
+    if tuner.merged_adapters:
+        raise ValueError(f"{', '.join(tuner.merged_adapters)} merged into the weights: call unmerge_adapter() first")
+    return tuner.model.load_state_dict(state_dict, strict=strict)
