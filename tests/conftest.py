@@ -8,12 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from peft_fx.passes.inject import inject
-
-COUNTED = inject.CHEAPER
-# At the sizes of most tests a count says nothing about real ones: what has an activation form takes it.
-inject.CHEAPER = 0.0
-
 
 # Files that take a minute or more. First, so that no worker begins one when the others are done.
 LONG = (
@@ -52,8 +46,10 @@ def smollm2():
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
-@pytest.fixture(autouse=True)
-def counted_forms(request, monkeypatch):
-    """Tests marked `counted` choose forms as users get them."""
-    if "counted" in request.keywords:
-        monkeypatch.setattr(inject, "CHEAPER", COUNTED)
+@pytest.fixture
+def activation_form(monkeypatch):
+    """What has an activation form takes it, whatever is counted: for tests of that form where nothing takes `lowering=`, as
+    `get_peft_model`. A test says why it needs it."""
+    from peft_fx.passes.inject import inject
+
+    monkeypatch.setattr(inject, "CHEAPER", 0.0)
