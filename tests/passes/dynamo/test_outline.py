@@ -1,5 +1,7 @@
 """A graph is cut into blocks, one class for those that are equal."""
 
+import itertools
+
 import pytest
 import torch
 from handmade import Hand, aten
@@ -13,7 +15,7 @@ from peft_fx.errors import GraphError
 class Stack(nn.Module):
     def __init__(self, widths):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
 
 def by_hand(*widths):
