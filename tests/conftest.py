@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import gc
+import math
 import os
 
 # Read when huggingface_hub is imported; a try without a network takes 20 s.
@@ -46,10 +47,24 @@ def smollm2():
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
-@pytest.fixture
-def activation_form(monkeypatch):
-    """What has an activation form takes it, whatever is counted: for tests of that form where nothing takes `lowering=`, as
-    `get_peft_model`. A test says why it needs it."""
+# The share of the activation form's cost below which the weight form is chosen, so that there is no choice.
+FORMS = {"activation": 0.0, "weight": math.inf}
+
+
+def choose(monkeypatch, form):
     from peft_fx.passes.inject import inject
 
-    monkeypatch.setattr(inject, "CHEAPER", 0.0)
+    monkeypatch.setattr(inject, "CHEAPER", FORMS[form])
+
+
+@pytest.fixture
+def activation_form(monkeypatch):
+    """What has an activation form takes it, whatever is counted: for tests of that form through `get_peft_model` and the like,
+    which take no `lowering=`. A test says why it needs it."""
+    choose(monkeypatch, "activation")
+
+
+@pytest.fixture(params=FORMS)
+def each_form(request, monkeypatch):
+    """The test runs once with each form, where there are both: for what does not take `lowering=`."""
+    choose(monkeypatch, request.param)
