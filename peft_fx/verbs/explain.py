@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from ..config import AdapterConfig
-from ..engine.derive import acting, placements, planned
+from ..engine.derive import acting
 from ..errors import GraphError
 from ..passes.inject.inject import Lowering, lower
 from ..passes.match.readers import describe, parameter_nodes, sites
@@ -59,21 +59,21 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     if recipe is not None:
         new = as_recipe(recipe, "default")
         plans = {name: make_plan(state.table, name, config, strict=False) for name, config in new.items()}
-        active = [p for name in state.active for p in placements(state, name)]
-        decided = decisions(state, [p for plan in plans.values() for p in plan.placements], active)
+        asked = [p for plan in plans.values() for p in plan.placements]
+        decided = decisions(state, asked, state.placed(state.acting))
         for name, plan in plans.items():
             rows += rows_of(state, plan, decided.get(name, ()), new[name], name, "planned")
         return Explanation(tuple(rows))
-    on = acting(graph, state) if state.gated else state.active
-    together = [] if state.mixed else [state.active, state.merged]
+    on = acting(graph, state) if state.gated else state.acting
+    together = [] if state.mixed else [state.acting, state.merged]
     together += [(place,) for place in state.recipe if not any(place in places for places in together)]
     decided = {}
     for places in together:
-        decided |= decisions(state, [p for place in places for p in placements(state, place)])
+        decided |= decisions(state, state.placed(places))
     for name, place in state.residents.items():
         status = "merged" if place in state.merged else "active" if place in on else "resident"
-        config = state.recipe[place].config
-        rows += rows_of(state, planned(state, place, config), decided.get(place, ()), config, name, status)
+        resident = state.recipe[place]
+        rows += rows_of(state, resident.plan, decided.get(place, ()), resident.config, name, status)
     return Explanation(tuple(rows))
 
 

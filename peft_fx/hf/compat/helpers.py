@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ...config import AdapterConfig
+from ...engine.placed import copy_all
 from ...errors import PeftFxError
 from ...files.read import read_config
 from ...recipe import as_config
@@ -55,7 +56,7 @@ def write(model, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> Non
     """When no call is going on."""
     sharing = adapters_of(model).peft_fx.sharing
     with sharing.swapping(), sharing.writing(tensors):
-        torch._foreach_copy_(tensors, values)
+        copy_all(zip(tensors, values, strict=True))
 
 
 @contextmanager

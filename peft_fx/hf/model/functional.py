@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ...engine.derive import planned
 from ...engine.filing import adapter_files
 from ...engine.swaps import SwapReport
+from ...engine.transitions import planned
 from ...files.keys import of_model
 from ...files.match import needless
 from ...methods.base import HALF

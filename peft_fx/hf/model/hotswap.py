@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...engine.widening import widened
 from ...notices import warn
-from ...verbs.widen import prepare_hotswap
 from .tuner import tuner_of
 
 
@@ -32,8 +32,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         warn(text)
     if target_rank is None:
         return
-    tuner.backend.set_adapter(())  # there is no graph to put any into
-    tuner.backend.keep(prepare_hotswap(tuner.backend.adapters, max_rank=target_rank))
+    tuner.backend.keep(widened(tuner.backend.adapters, tuner.state, target_rank))
     tuner.refresh()
     for given in config.values() if isinstance(config, dict) else () if config is None else (config,):
         given.r = target_rank

@@ -110,7 +110,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_adapter(self) -> str:
         """The one that acts, the first of several."""
-        return next(iter(self.base_model.chosen), DEFAULT)
+        return next(iter(self.base_model.state.active), DEFAULT)
 
     @property
     def active_adapters(self) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...engine.derive import placements
 from ...store.tensors import ADAPTERS, get_tensor
 from .tuner import Tuner
 
@@ -49,7 +48,7 @@ def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
     records: dict[str, TunerLayerStatus] = {}
     grads, devices = defaultdict(list), defaultdict(set)
     for adapter in tuner.peft_config:
-        for p in placements(tuner.backend.state, adapter):
+        for p in tuner.backend.state.recipe[adapter].placements:
             path = p.target.path
             if path not in records:
                 kind = type(tuner.model.get_submodule(path)).__name__
