@@ -12,14 +12,13 @@ from ..engine.derive import acting
 from ..errors import GraphError
 from ..passes.inject.inject import Lowering, lower
 from ..passes.match.readers import describe, parameter_nodes, sites
-from ..planning.kinds import Refusal, module_targets, parameter_target
 from ..planning.plan import Placement, Plan, make_plan
+from ..planning.possible import possible_targets
 from ..recipe import as_recipe
 from ..store.state import State, state_of
 from ..tables import Table, as_html
-from ..target import ModuleRecord, Target
 from .explanation import Explanation
-from .rows import Row
+from .rows import Row, possible_row
 
 
 class ParameterCount(NamedTuple):
@@ -85,26 +84,15 @@ def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placem
     return decided
 
 
-def possible_targets(graph: fx.GraphModule) -> Explanation:
+def possible(graph: fx.GraphModule) -> Explanation:
     """Every parameter that an adapter could take, and the lowering that an additive method would get there."""
     state = state_of(graph, "explain")
     nodes, rows = parameter_nodes(state.base.graph), []
-    for target in (t for record in state.table.records for t in readable(record) if t.name in nodes):
+    for target in (t for t in possible_targets(state.table) if t.name in nodes):
         found, reason = sites(nodes[target.name])
         if found or target.kind != "norm":
-            lowering = "weight" if reason else "activation"
-            rows.append(Row("", target.name, target.kind, target.shape, "dense", "", lowering, 0, "possible",
-                            describe(found, reason)))  # fmt: skip
+            rows.append(possible_row(target, "weight" if reason else "activation", describe(found, reason)))
     return Explanation(tuple(rows))
-
-
-def readable(record: ModuleRecord) -> list[Target]:
-    """The targets of a module, and those of its parameters that only `target_parameters` can name."""
-    read = module_targets(record)
-    targets = [] if isinstance(read, Refusal) else list(read)
-    others = record.attributes.get("kinds", {}).keys() - {t.parameter for t in targets if t.path == record.path}
-    by_name = (parameter_target(record, name) for name in record.parameters if name in others)
-    return targets + [t for t in by_name if isinstance(t, Target)]
 
 
 def rows_of(
