@@ -33,7 +33,6 @@ def placed(graph):
     return {(t["adapter"], t["form"]) for t in map(tag_of, graph.graph.nodes) if t.get("role")}
 
 
-@pytest.mark.counted
 def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     graph = fx.capture(Layer(), kwargs={"x": torch.randn(32, 128, 256)})
     lora = {"peft_type": "LORA", "target_modules": ["layer"]}
@@ -47,7 +46,6 @@ def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     assert rows(fx.apply(graph, lora, lowering="weight")) == {("LORA", "weight")}
 
 
-@pytest.mark.counted
 def test_few_rows_are_cheaper_by_the_activation_form_and_many_by_the_weight_form():
     wide_rank = {"peft_type": "LORA", "r": 200, "target_modules": ["layer"]}
     for batch, form in ((1, "activation"), (64, "weight")):

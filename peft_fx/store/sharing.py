@@ -173,6 +173,10 @@ class Shared(Lazy):
         with self.peft_fx.sharing.forward():
             return super().__deepcopy__(memo)
 
+    def train(self, mode: bool = True):
+        self.peft_fx.train(mode)  # first, since it may refuse
+        return super().train(mode)
+
     def __str__(self) -> str:
         return summary(self) if OURS in self.meta else super().__repr__()
 
