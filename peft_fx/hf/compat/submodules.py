@@ -30,7 +30,7 @@ SUBMODULES = {
     **{f"tuners.{entry[0]}": ("",) for name, entry in METHODS.items() if name not in INTERNAL},
     "utils": (
         "hf.compat.constants",
-        "hf.compat.types",
+        "peft_types",
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
@@ -45,7 +45,7 @@ SUBMODULES = {
         "hf.model.weights",
         "hf.compat.sharding",
     ),
-    "utils.peft_types": ("hf.compat.types",),
+    "utils.peft_types": ("peft_types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
 }
 

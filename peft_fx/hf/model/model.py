@@ -16,10 +16,10 @@ from transformers.utils import PushToHubMixin
 from ...config import AdapterConfig
 from ...files.read import located, read_adapter
 from ...notices import warn
+from ...peft_types import PeftType, TaskType
 from ...planning.modules import module_table
 from ...planning.saved import names_to_save
 from ...recipe import as_config
-from ..compat.types import PeftType, TaskType
 from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained

@@ -39,7 +39,8 @@ from ..hosts.replication import deeper, is_deeper, shallow
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-IN_MODEL = "base_model.adapters."  # where the state dict of a PeftModel has them
+PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
+IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
 
 
 class Tuner(nn.Module):
@@ -50,6 +51,7 @@ class Tuner(nn.Module):
     """
 
     peft_type: str | None = None  # of its adapters; None: any
+    prefix = PREFIX
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
                  source: tuple | None = None, trainable: bool = True):  # fmt: skip
