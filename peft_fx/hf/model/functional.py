@@ -61,7 +61,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     tuner = tuner_of(model)
     tuner.known((adapter_name,))
     gm = tuner.backend.adapters
-    config = tuner.peft_config[adapter_name]
+    config = state_of(gm).recipe[adapter_name].config
     plan = planned(state_of(gm), adapter_name, config)
     wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
     bare = is_injected(model)
