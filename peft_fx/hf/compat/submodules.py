@@ -16,7 +16,7 @@ from ...methods import INTERNAL, METHODS
 # PEFT's submodule -> where its names are found, below this package; "": in the package itself
 SUBMODULES = {
     "auto": ("hf.files.auto",),
-    "functional": ("hf.model.functional", "hf.model.injection"),
+    "functional": ("hf.model.functional", "hf.model.hotswap", "hf.model.injection"),
     "helpers": ("hf.compat.helpers", "hf.compat.signatures", "hf.compat.kappa"),
     "mapping": ("hf.compat.constants", "hf.compat.helpers", "hf.model.injection"),
     "mapping_func": ("hf.model.model",),
@@ -34,10 +34,11 @@ SUBMODULES = {
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
+        "hf.model.hotswap",
         "hf.model.weights",
     ),
     "utils.constants": ("hf.compat.constants",),
-    "utils.hotswap": ("hf.model.functional", "hf.model.hotswap"),
+    "utils.hotswap": ("hf.model.hotswap",),
     "utils.other": (
         "hf.compat.constants",
         "hf.compat.kbit",

@@ -229,7 +229,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return layer_status(self.base_model)
 
     def get_model_status(self) -> TunerModelStatus:
-        return model_status(self.base_model, type(self).__name__)
+        return model_status(self.base_model, type(self.get_base_model()).__name__, self.base_model._get_name())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all)."""

@@ -25,6 +25,7 @@ from ...planning.plan import clashes
 from ...recipe import as_config
 from ...store.state import Resident, state_of
 from ...store.tensors import ADAPTERS, get_tensor
+from ...store.unwrap import unwrapped
 from ...suggestions import did_you_mean
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
@@ -428,6 +429,7 @@ def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
 
 def tuner_of(model: nn.Module) -> Tuner:
     """The adapters of a PeftModel, or of a model that they were injected into. Raises NoAdaptersError for any other."""
+    model = unwrapped(model)
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
