@@ -11,6 +11,7 @@ from ..errors import GraphError, HotswapError
 from ..planning.plan import Placement, check_adapter_name
 from ..store.state import State, state_of
 from ..store.tensors import ADAPTERS, GATES, get_tensor, set_tensor
+from ..store.unwrap import unwrapped
 from .adding import allocate, fill
 from .transitions import names_of
 
@@ -44,7 +45,7 @@ def set_gate(gm: fx.GraphModule, slot: str, weight: float) -> None:
 
 def with_slots(tuned: fx.GraphModule, verb: str) -> tuple[fx.GraphModule, State]:
     """The graph module and its state. Raises GraphError if it has no slots."""
-    gm = getattr(tuned, "_orig_mod", tuned)
+    gm = unwrapped(tuned)
     state = state_of(gm, verb)
     if not state.gated:
         raise GraphError(

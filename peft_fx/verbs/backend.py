@@ -36,6 +36,7 @@ from ..recipe import Recipe, as_recipe
 from ..store.modules import ByDevice, ByMode, Store, build
 from ..store.state import BaseGraph, State, state_of
 from ..store.tensors import ROOT, get_tensor
+from ..store.unwrap import unwrapped
 from .adapters import save_adapter
 from .capture.model import skeleton
 from .hotswap import hotswap
@@ -94,7 +95,7 @@ class Backend:
         frames: give torch's modules with targets frames that Dynamo can compile (`give_frames`). deeper: the model has the layers
         of the configs' layer_replication already.
         """
-        model = getattr(model, "_orig_mod", model)
+        model = unwrapped(model)
         if ROOT in model._modules:
             raise GraphError("this is a captured graph: peft_fx.apply(graph, recipe) puts adapters in")
         if self.model is not None and self.model is not model:

@@ -19,6 +19,7 @@ from ..engine.swapping import read, refolded, swap_of, write
 from ..engine.swaps import Swap, SwapReport
 from ..errors import HotswapError
 from ..store.state import state_of
+from ..store.unwrap import unwrapped
 
 
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
@@ -38,7 +39,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     new adapter needs other operators: a bias more, no groups, a tie undone.
     """
     start = time.perf_counter()
-    gm = getattr(tuned, "_orig_mod", tuned)
+    gm = unwrapped(tuned)
     state_of(gm, "hotswap")
     with gm.peft_fx.sharing.swapping():
         state = state_of(gm)
@@ -68,7 +69,7 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
 
     Raises what `hotswap` raises, and HotswapError for a merged adapter, whose weights are folded when they are swapped.
     """
-    gm = getattr(tuned, "_orig_mod", tuned)
+    gm = unwrapped(tuned)
     state = state_of(gm, "prepare_swap")
     slot = slot_for(state, adapter_name)
     if slot in state.merged:

@@ -16,7 +16,7 @@ from ...methods import INTERNAL, METHODS
 # PEFT's submodule -> where its names are found, below this package; "": in the package itself
 SUBMODULES = {
     "auto": ("hf.files.auto",),
-    "functional": ("hf.model.functional", "hf.model.injection"),
+    "functional": ("hf.model.functional", "hf.model.hotswap", "hf.model.injection"),
     "helpers": ("hf.compat.helpers", "hf.compat.signatures", "hf.compat.kappa"),
     "mapping": ("hf.compat.constants", "hf.compat.helpers", "hf.model.injection"),
     "mapping_func": ("hf.model.model",),
@@ -30,14 +30,15 @@ SUBMODULES = {
     **{f"tuners.{entry[0]}": ("",) for name, entry in METHODS.items() if name not in INTERNAL},
     "utils": (
         "hf.compat.constants",
-        "hf.compat.types",
+        "peft_types",
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
+        "hf.model.hotswap",
         "hf.model.weights",
     ),
     "utils.constants": ("hf.compat.constants",),
-    "utils.hotswap": ("hf.model.functional", "hf.model.hotswap"),
+    "utils.hotswap": ("hf.model.hotswap",),
     "utils.other": (
         "hf.compat.constants",
         "hf.compat.kbit",
@@ -45,7 +46,7 @@ SUBMODULES = {
         "hf.model.weights",
         "hf.compat.sharding",
     ),
-    "utils.peft_types": ("hf.compat.types",),
+    "utils.peft_types": ("peft_types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
 }
 

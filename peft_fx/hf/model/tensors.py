@@ -10,6 +10,7 @@ from torch import fx, nn
 from ...planning.plan import Placement
 from ...store.state import state_of
 from ...store.tensors import ADAPTERS, get_tensor
+from ...store.unwrap import unwrapped
 from ...verbs.backend import Backend
 from .tuner import tuner_of
 
@@ -32,7 +33,7 @@ class Owned:
 
 def adapters_of(model) -> fx.GraphModule:
     """The graph module that holds the adapters. Raises GraphError or TypeError where there are none."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if isinstance(model, Backend):
         return model.adapters
     if isinstance(model, fx.GraphModule):

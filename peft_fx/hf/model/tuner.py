@@ -27,6 +27,7 @@ from ...notices import warn
 from ...recipe import as_config
 from ...store.state import State, state_of
 from ...store.tensors import ADAPTERS, get_tensor
+from ...store.unwrap import unwrapped
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
@@ -35,11 +36,13 @@ from ...verbs.combine import weighted
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
+from .configs import Configs
 
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-IN_MODEL = "base_model.adapters."  # where the state dict of a PeftModel has them
+PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
+IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
 
 
 class Tuner(nn.Module):
@@ -50,6 +53,7 @@ class Tuner(nn.Module):
     """
 
     peft_type: str | None = None  # of its adapters; None: any
+    prefix = PREFIX
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
                  source: tuple | None = None, trainable: bool = True):  # fmt: skip
@@ -69,6 +73,8 @@ class Tuner(nn.Module):
         self.model = model
         self.training = model.training
         self.__dict__["backend"] = backend  # holds the model: no child
+        self.configs = Configs()
+        self.peft_config.adopt(adapter_name, peft_config)
         self.dropouts = nn.ModuleList()
         self.forget_importance()
         self.__dict__["hosts"] = Hosts(model, backend)
@@ -100,6 +106,7 @@ class Tuner(nn.Module):
     def refresh(self, changed: Iterable[str] = ()) -> None:
         """After adapters came or went: their tensors are parameters of this module. changed: adapters whose graphs are others."""
         self.adapters = self.backend.adapters.peft_fx.adapters
+        self.configs.synced(self.backend.state)
         self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
         if INJECTED in self.model.__dict__:
             self.model.add_module(CHILD, self.adapters)
@@ -158,7 +165,7 @@ class Tuner(nn.Module):
 
     def __repr__(self) -> str:
         """The model, and a line per adapter."""
-        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.peft_config)]
+        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.names)]
         return f"{self._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
     def described(self, name: str) -> str:
@@ -174,7 +181,13 @@ class Tuner(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        return {name: resident.config for name, resident in self.backend.state.recipe.items()}
+        """Adapter name -> the config that its caller gave, filled in. Edits are for files, and change no call."""
+        return self.configs.synced(self.backend.state)
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the adapters, without those that somebody took out of `peft_config`."""
+        return [name for name in self.backend.state.recipe if name in self.peft_config]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -193,7 +206,7 @@ class Tuner(nn.Module):
     @property
     def targets(self) -> list[Target]:
         """What some adapter is on."""
-        return [p.target for p in self.state.placed(self.state.recipe)]
+        return [p.target for p in self.state.placed(self.names)]
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -220,6 +233,9 @@ class Tuner(nn.Module):
         """source: what `Source` takes, None for initial values. It does not act until `set_adapter`."""
         with self.changing():
             self.unmerge_first("added")  # it may start from the base's weights
+            if name in self.state.recipe and name not in self.peft_config:
+                self.backend.delete(name)  # nobody can name it any more
+                self.configs.synced(self.state)
             self.backend.add(name, config, source, trainable)
             self.refresh()
             if source is None and name not in self.state.active:
@@ -251,10 +267,11 @@ class Tuner(nn.Module):
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         with self.changing():
+            self.known(names)
             activated(unmerged(self.state) if self.state.merged else self.state, names)  # may refuse
             self.unmerge_first("set")
             self.become(activated(self.state, names))
-            for name in self.peft_config:
+            for name in self.names:
                 self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -271,8 +288,8 @@ class Tuner(nn.Module):
                 raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
             self.backend.delete(adapter_name)
             self.work.pop(adapter_name, None)
-            if not self.state.active and self.state.recipe:
-                new = min(self.state.recipe)  # PEFT's choice
+            if not self.state.active and (left := [name for name in self.names if name != adapter_name]):
+                new = min(left)  # PEFT's choice
                 self.backend.become(activated(self.state, new))
                 self.set_requires_grad(new)
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
@@ -280,7 +297,8 @@ class Tuner(nn.Module):
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
-        names_of(self.state, dict.fromkeys(names))
+        there = {name: self.state.recipe[name] for name in self.names}
+        names_of(self.state.update(recipe=there), dict.fromkeys(names))
 
     def unmerge_first(self, done: str) -> None:
         if self.merged_adapters:
@@ -410,6 +428,7 @@ def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
 
 def tuner_of(model: nn.Module) -> Tuner:
     """The adapters of a PeftModel, or of a model that they were injected into. Raises NoAdaptersError for any other."""
+    model = unwrapped(model)
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
