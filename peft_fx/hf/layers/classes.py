@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import sys
+from abc import ABCMeta
 from typing import NamedTuple
 
 from torch import nn
@@ -138,9 +139,22 @@ def made_from(kind: type) -> Recipe | None:
 
 
 def what_is_seen(self) -> type:
-    """What `isinstance` takes an adapted module for: PEFT's classes too."""
-    recipe = made_from(type(self))
-    return seen(type(self), tuple(filter(None, map(of_peft, recipe.markers))))
+    """What `isinstance` takes an adapted module for: what it is, and PEFT's wrappers, which take no other classes in.
+
+    PEFT's layers do; they learn of ours here, where every `isinstance` that knows them asks first. A class with their properties
+    in it, `weight` for one, would be another one to Dynamo.
+    """
+    kind = type(self)
+    known = [(marker, of_peft(marker)) for marker in made_from(kind).markers]
+    return seen(kind, tuple(pefts for marker, pefts in known if pefts is not None and not taken_in(marker, pefts)))
+
+
+@functools.cache
+def taken_in(marker: type, pefts: type) -> bool:
+    """Whether PEFT's class takes ours for a subclass, from now on at the latest."""
+    if isinstance(pefts, ABCMeta):
+        pefts.register(marker)
+    return issubclass(marker, pefts)
 
 
 def put_class(self, new: type) -> None:
