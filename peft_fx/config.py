@@ -37,8 +37,12 @@ NAME_FIELDS = {
 LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_parameters", "trainable_token_indices"})
 
 
+class Rebasable:
+    """What a class derives from whose bases may change: Python refuses to change those of a class that has `object` alone."""
+
+
 @dataclass
-class AdapterConfig:
+class AdapterConfig(Rebasable):
     """Fields that every method shares: which modules are adapted, which are trained whole, and the file's bookkeeping.
 
     target_modules: list of module names (exact or suffix), one regex that must match the whole name, "all-linear", or
