@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
-from . import absent, callers, installed
+from .absent import stand_in
+from .callers import CALLERS
 from .changes import Changes
+from .imports import when_imported
 from .version import Answers, answered
 
 
@@ -50,13 +52,17 @@ def as_peft() -> AsPeft:
     try:
         there = find_spec("peft") is not None
         changes.front(sys.meta_path, Answers(version))
-        if there:
-            installed.lead(import_module("peft"), changes)
-        else:
-            absent.stand_in(version, changes)
-        callers.lead(changes)
+        if not there:
+            stand_in(version, changes)
+        when_imported(CALLERS | ({"peft": lead} if there else {}), changes)
     except BaseException:
         changes.undo()
         raise
     standing = AsPeft(changes, version)
     return standing
+
+
+def lead(peft: ModuleType, changes: Changes) -> None:
+    from .installed import lead_all  # which is made of the whole face
+
+    lead_all(peft, changes)

@@ -1,4 +1,4 @@
-"""PEFT, installed: its names lead to us, for every method that we have; the others, and models that PEFT has adapted, stay its own.
+"""PEFT, installed: its names lead to us, for every method that we have; others, and models that PEFT has adapted, stay its own.
 
 Its classes stay what others compare with. What is made of them, and what they pass for, is ours: a `PeftModel(...)` or
 `PeftModel.from_pretrained(...)` is one of peft_fx's, and every config of ours is an instance of PEFT's class for the method.
@@ -27,7 +27,7 @@ from .changes import Changes, plain
 OURS = __name__.partition(".")[0]
 
 
-def lead(peft: ModuleType, changes: Changes) -> None:
+def lead_all(peft: ModuleType, changes: Changes) -> None:
     """PEFT's functions, models, tables and configs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -73,9 +73,9 @@ def functions(peft: ModuleType):
         theirs = import_module(f"{peft.__name__}.{submodule}".rstrip("."))
         own = import_module(f"{OURS}.{submodule}".rstrip("."))
         for name, value in list(vars(theirs).items()):
-            if isinstance(value, FunctionType) and value.__module__.partition(".")[0] == peft.__name__:
-                if isinstance(function := getattr(own, name, None), FunctionType):
-                    yield value, function
+            theirs_to_lead = isinstance(value, FunctionType) and value.__module__.partition(".")[0] == peft.__name__
+            if theirs_to_lead and isinstance(function := getattr(own, name, None), FunctionType):
+                yield value, function
 
 
 def led(theirs: Callable, function: Callable, ours: Callable[..., bool]) -> Callable:

@@ -7,7 +7,7 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...files.write import PEFT_VERSION
+from ...missing import PEFT_VERSION
 
 # where packages write which PEFT they take, which their metadata do not say
 ASKED = {
