@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pkgutil import resolve_name
 from types import ModuleType
 
 from ...methods import INTERNAL, METHODS
 
-# PEFT's submodule -> where its names are found, below this package; "": in the package itself
+FILES = [entry[0] for name, entry in METHODS.items() if name not in INTERNAL]
+# PEFT's submodule -> where its names are found, below this package; "": in the package itself; after a colon: in what a module
+# has under that name
 SUBMODULES = {
     "auto": ("hf.files.auto",),
     "functional": ("hf.model.functional", "hf.model.injection"),
@@ -27,7 +29,9 @@ SUBMODULES = {
     "optimizers.riemannian": ("training.riemannian",),
     "peft_model": ("hf.model.model", "hf.model.functional"),
     "tuners": ("",),
-    **{f"tuners.{entry[0]}": ("",) for name, entry in METHODS.items() if name not in INTERNAL},
+    **{f"tuners.{file}": ("", f"hf.layers.classes:{file}") for file in FILES},
+    **{f"tuners.{file}.layer": (f"hf.layers.classes:{file}",) for file in FILES},
+    "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",
         "hf.compat.types",
@@ -35,6 +39,7 @@ SUBMODULES = {
         "hf.compat.helpers",
         "hf.model.functional",
         "hf.model.weights",
+        "hf.layers.wrappers",
     ),
     "utils.constants": ("hf.compat.constants",),
     "utils.hotswap": ("hf.model.functional", "hf.model.hotswap"),
@@ -44,6 +49,7 @@ SUBMODULES = {
         "hf.compat.helpers",
         "hf.model.weights",
         "hf.compat.sharding",
+        "hf.layers.wrappers",
     ),
     "utils.peft_types": ("hf.compat.types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
@@ -54,7 +60,7 @@ def look_up(package: str, name: str, places: tuple[str, ...], attribute: str):
     """The attribute of the first place that has it."""
     if not attribute.startswith("__"):  # what Python and its tools ask of every module, which must not import anything
         for place in places:
-            module = import_module(f"{package}.{place}".rstrip("."))
+            module = resolve_name(f"{package}.{place}".rstrip("."))
             if hasattr(module, attribute):
                 return getattr(module, attribute)
     raise AttributeError(f"module {name!r} has no attribute {attribute!r}")

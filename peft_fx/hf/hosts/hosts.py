@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from ...engine.derive import placements
 from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
+from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...verbs.backend import Backend
+from .raw import raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
@@ -138,14 +140,15 @@ def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dic
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
     backend, host.used = host.hosts.backend, True
     if not host.hosts.placements(host, active):
-        return host.forward(*args, **kwargs)
+        with raw():
+            return host.forward(*args, **kwargs)
     if host.compiled is None:
         host.compiled = torch.compile(host.forward, backend=backend, recompile_limit=GRAPHS, isolate_recompiles=True)
     others = backend.active
     if active != others:
         backend.set_adapter(active)
     try:
-        with torch._dynamo.config.patch(LIMITS):
+        with torch._dynamo.config.patch(LIMITS), raw():
             return host.compiled(*args, **kwargs)
     finally:
         if active != others:
@@ -157,7 +160,7 @@ def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: 
     """Fills `table` for such arguments. False if no single graph does."""
     chosen = host.hosts.placements(host, active)
     if not chosen:
-        table[key] = Ready(host.forward, ())
+        table[key] = Ready(host.replaced or raw_forward(host.module), ())
         return True
     try:
         # what tracing saves for a backward is nothing to a checkpoint that this call is in
@@ -266,7 +269,7 @@ class Hosts:
 
     def traced(self, module: nn.Module, key: tuple) -> Traced:
         """The graphs of the module's forward for a kind of call: those of all modules that are alike."""
-        return self.graphs.setdefault((type(module), key, *attributes(module)), Traced(module))
+        return self.graphs.setdefault((own_class(module), key, *attributes(module)), Traced(module))
 
     def rows(self) -> Rows | None:
         """Of the call that this thread is in."""

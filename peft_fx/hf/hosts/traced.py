@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ...passes.core.fakes import fake_of
 from ...passes.dynamo.adapt import adapt
 from ...passes.inject.inject import bare
 from ...planning.kinds import Refusal, module_targets
+from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...store.state import BaseGraph, State
 from ...store.tensors import ADAPTERS, owner_of
@@ -157,7 +157,8 @@ def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
     own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
 
     def forward(*values):
-        twin = copy.copy(module)
+        twin = object.__new__(own_class(module))
+        twin.__dict__.update(module.__dict__)
         for name in ("forward", *own):
             twin.__dict__.pop(name, None)
         given = dict(zip(own, values[count:], strict=True))

@@ -35,6 +35,7 @@ from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replaced import Replaced
 from ..hosts.replication import deeper, is_deeper, shallow
+from ..layers.dress import dress, undress_all, undressed
 
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
@@ -95,6 +96,7 @@ class Tuner(nn.Module):
         acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
         self.backend.set_adapter(acting)
         self.hosts.refresh(acting)
+        dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
@@ -298,7 +300,7 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled(), self.hosts.away():
+        with self.disabled(), self.hosts.away(), undressed(self):
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)
@@ -376,6 +378,7 @@ class Tuner(nn.Module):
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
         self.hosts.close()
+        undress_all(self.model)
         shallow(self.model)
         return self.model
 

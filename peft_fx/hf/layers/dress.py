@@ -1,0 +1,92 @@
+"""Who is of which class: adapted modules are recognised by tools that ask for PEFT's layers and wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ...engine.derive import placements
+from ...planning.plan import Placement
+from ...planning.selection import choose_saved
+from .classes import put_on
+from .layer import ATTRIBUTE, Layer
+from .plain import PLAIN
+from .trained import TRAINED, Reading
+
+SUBSTITUTES = {"SAVED": None, "TOKENS": "tokens"}  # method -> what a module with it is besides, if anything
+
+
+def dress(tuner: nn.Module) -> None:
+    """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
+    layers = {tuner.model.get_submodule(path): layer for path, layer in layers_of(tuner).items()}
+    for module in tuner.model.modules():
+        if ATTRIBUTE in module.__dict__ and module not in layers:
+            undress(module)
+    for module, layer in layers.items():
+        module.__dict__[ATTRIBUTE] = layer
+        module.__dict__[TRAINED] = readings(layer)
+        put_on(module, on_it(layer), tuple(sorted({p.target.parameter for p in substitutes(layer)})))
+
+
+def undress(module: nn.Module) -> None:
+    """The module is of its own class again."""
+    for name in (ATTRIBUTE, TRAINED, PLAIN):
+        module.__dict__.pop(name, None)
+    put_on(module)
+
+
+def undress_all(model: nn.Module) -> None:
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            undress(module)
+
+
+@contextmanager
+def undressed(tuner: nn.Module) -> Iterator[None]:
+    """Inside the block modules are of their own classes: a capture sees no others."""
+    undress_all(tuner.model)
+    try:
+        yield
+    finally:
+        dress(tuner)
+
+
+def layers_of(tuner: nn.Module) -> dict[str, Layer]:
+    """Path -> what is on the module there, in the order of adapters and their targets."""
+    state, layers = tuner.backend.state, {}
+    for adapter, resident in state.recipe.items():
+        for p in placements(state, adapter):
+            layer = layers.setdefault(p.target.path, Layer(tuner, p.target.path))
+            layer.placed.setdefault(adapter, []).append(p)
+        for saved in choose_saved(state.table, resident.config)[0]:
+            layers.setdefault(saved.path, Layer(tuner, saved.path)).saved += (adapter,)
+    return layers
+
+
+def updates(layer: Layer) -> Iterator[Placement]:
+    """What changes the module's own numbers, not stands for them."""
+    return (p for found in layer.placed.values() for p in found if p.method not in SUBSTITUTES)
+
+
+def substitutes(layer: Layer) -> Iterator[Placement]:
+    return (p for found in layer.placed.values() for p in found if p.method in SUBSTITUTES)
+
+
+def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
+    """What `Recipe` takes."""
+    attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
+    found = [(p.config.peft_type, "attention" if attention else p.target.kind) for p in updates(layer)]
+    found += [("", SUBSTITUTES[p.method]) for p in substitutes(layer) if SUBSTITUTES[p.method]]
+    return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
+
+
+def readings(layer: Layer) -> dict[str, Reading]:
+    """Parameter name -> what is read in its place while the acting adapters act."""
+    found: dict[str, list[Placement]] = {}
+    for name in layer.acting:
+        for p in layer.placed.get(name, ()):
+            if p.method in SUBSTITUTES:
+                found.setdefault(p.target.parameter, []).append(p)
+    return {name: Reading(layer, tuple(group)) for name, group in found.items()}
