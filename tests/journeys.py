@@ -284,6 +284,7 @@ def of_diffusers(folder):
     found["fused adapters"] = [pipe.num_fused_loras]
     pipe.unfuse_lora()
     note("unfused")
+    pipe.set_adapters("second")
     pipe.fuse_lora(adapter_names=["second"])
     note("second fused")
     pipe.unfuse_lora()
@@ -312,9 +313,10 @@ def swaps_of_diffusers(folder):
     pipe, found = pipeline(), {}
     sample = {"sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), "timestep": torch.tensor([3, 500]),
               "encoder_hidden_states": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))}  # fmt: skip
+    files = {rank: lora_file(pipe, rank, rank, text=False) for rank in (4, 8, 2)}
     pipe.enable_lora_hotswap(target_rank=8)
-    for seed, rank in ((1, 4), (2, 8), (3, 2)):
-        pipe.load_lora_weights(lora_file(pipe, seed, rank, text=False), adapter_name="first", hotswap=seed > 1)
+    for rank, tensors in files.items():
+        pipe.load_lora_weights(tensors, adapter_name="first", hotswap=rank != 4)
         with torch.no_grad():
             found[f"rank {rank}"] = numbers(pipe.unet(**sample).sample)
     return found

@@ -83,6 +83,21 @@ class Sharing:
             yield
 
     @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Inside the block the thread's own forward does not count: what is written is what that forward asks for itself."""
+        thread = threading.get_ident()
+        with self.changed:
+            mine = self.forwards.pop(thread, 0)
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            if mine:
+                with self.changed:
+                    self.changed.wait_for(lambda: not self.is_written)
+                    self.forwards[thread] = mine
+
+    @contextlib.contextmanager
     def writing(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Nothing reads `tensors` inside the block, on their devices neither."""
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}

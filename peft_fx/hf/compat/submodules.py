@@ -34,7 +34,7 @@ SUBMODULES = {
     "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",
-        "hf.compat.types",
+        "peft_types",
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
@@ -51,7 +51,7 @@ SUBMODULES = {
         "hf.compat.sharding",
         "hf.layers.wrappers",
     ),
-    "utils.peft_types": ("hf.compat.types",),
+    "utils.peft_types": ("peft_types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
 }
 

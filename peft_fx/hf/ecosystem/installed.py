@@ -14,11 +14,10 @@ from types import FunctionType, ModuleType
 
 from torch import nn
 
-from ...config import AdapterConfig, Rebasable
+from ...config import AdapterConfig
 from ...errors import NoAdaptersError
 from ...methods import INTERNAL, METHODS, get_config
 from ..compat.submodules import SUBMODULES
-from ..compat.types import PeftType
 from ..model import model as models
 from ..model.tuner import tuner_of
 from ..model.tuners import tuner_class
@@ -45,11 +44,11 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
     for name in ("PeftModel", "PeftMixedModel"):
         lead_model(getattr(peft, name), ours, peft, changes)
     for table in (peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING):
-        for peft_type in PeftType:
+        for peft_type in here():
             if peft_type in table:
                 changes.item(table, peft.PeftType(peft_type), tuner_class(peft_type))
-    configs = [(get_config(peft_type), peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)) for peft_type in PeftType]
-    changes.bases(AdapterConfig, (Rebasable, peft.PeftConfig))
+    configs = [(get_config(peft_type), peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)) for peft_type in here()]
+    changes.bases(AdapterConfig, (*AdapterConfig.__bases__, peft.PeftConfig))
     for config, theirs in configs:
         if theirs is not None:
             changes.bases(config, (*config.__bases__, theirs))
@@ -62,9 +61,14 @@ def is_ours(model: nn.Module) -> bool:
         return False
 
 
+def here() -> set[str]:
+    """Methods that there are, a user's among them."""
+    return METHODS.keys() - INTERNAL
+
+
 def known(config) -> bool:
     """Whether a config of PEFT's is for a method that we have."""
-    return str(getattr(config.peft_type, "value", config.peft_type)) in METHODS.keys() - INTERNAL
+    return str(getattr(config.peft_type, "value", config.peft_type)) in here()
 
 
 def functions(peft: ModuleType):

@@ -7,11 +7,12 @@ from torch import nn
 
 from .layer import layer_of
 from .plain import plain
+from .verbs import Verbs
 from .view import viewed
 
 
 @viewed
-class BaseTunerLayer:
+class BaseTunerLayer(Verbs):
     """A module with adapters on it."""
 
     def get_base_layer(self) -> nn.Module:

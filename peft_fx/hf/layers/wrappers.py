@@ -6,11 +6,12 @@ from torch import nn
 
 from .layer import layer_of
 from .plain import plain
+from .verbs import Verbs
 from .view import viewed
 
 
 @viewed
-class AuxiliaryTrainingWrapper:
+class AuxiliaryTrainingWrapper(Verbs):
     """A module with numbers of an adapter's in place of its own."""
 
     @property
