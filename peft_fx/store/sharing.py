@@ -117,6 +117,13 @@ class Sharing:
                 self.waiting.clear()
                 self.changed.notify_all()
 
+    @torch.no_grad()
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into these tensors when no forward is going on, but for the thread's own, which asks for them."""
+        if values:
+            with self.between(), self.swapping(), self.writing(values):
+                torch._foreach_copy_(list(values), list(values.values()))
+
     def add(self, *graphs: fx.GraphModule) -> None:
         with self.changed:
             self.graphs.update(graphs)

@@ -41,26 +41,19 @@ def rescale_adapter_scale(model, multiplier: float) -> Iterator[None]:
     tensors = [s.tensor for s in scales(model)]
     if not tensors:
         raise ValueError("only LoRA's updates have a scale to change, and this model has no LoRA adapter")
-    before = [t.clone() for t in tensors]
-    write(model, tensors, [t * multiplier for t in tensors])
+    sharing = adapters_of(model).peft_fx.sharing
+    before = {t: t.clone() for t in tensors}
+    sharing.put({t: t * multiplier for t in tensors})
     try:
         yield
     finally:
-        write(model, tensors, before)
+        sharing.put(before)
 
 
 def scales(model) -> list[Owned]:
     """What LoRA's updates are multiplied by."""
     first = {a for a, _ in FACTORS}
     return [t for t in tensors_of(model) if t.name == "scaling" and first & t.placement.tensors.keys()]
-
-
-@torch.no_grad()
-def write(model, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """When no call is going on."""
-    sharing = adapters_of(model).peft_fx.sharing
-    with sharing.swapping(), sharing.writing(tensors):
-        torch._foreach_copy_(tensors, values)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ...planning.plan import Placement
@@ -33,6 +34,10 @@ class Layer:
     def place(self, p: Placement, name: str) -> tuple[nn.Module, str]:
         """The module that holds a placement's tensor, and the tensor's name in it."""
         return owner_of(self.tuner.backend.adapters, f"{ADAPTERS}.{p.resolve(name).name}")
+
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into tensors of adapters."""
+        self.tuner.backend.adapters.peft_fx.sharing.put(values)
 
 
 def layer_of(module: nn.Module) -> Layer:

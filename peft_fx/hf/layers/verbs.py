@@ -38,18 +38,18 @@ class Verbs:
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """This many times what the config says."""
-        write(layer_of(self), {t: scale * fresh(spec, t) for t, spec in scales(layer_of(self), (adapter,))})
+        layer_of(self).put({t: scale * fresh(spec, t) for t, spec in scales(layer_of(self), (adapter,))})
 
     def scale_layer(self, scale: float) -> None:
         """What acts counts this many times more."""
         layer = layer_of(self)
-        write(layer, {t: t * scale for t, _ in scales(layer, layer.tuner.active_adapters)})
+        layer.put({t: t * scale for t, _ in scales(layer, layer.tuner.active_adapters)})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Takes a `scale_layer` back; None: all of them."""
         layer = layer_of(self)
         found = scales(layer, layer.tuner.active_adapters)
-        write(layer, {t: fresh(spec, t) if scale is None else t / scale for t, spec in found})
+        layer.put({t: fresh(spec, t) if scale is None else t / scale for t, spec in found})
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused but where the model has it merged: a model merged in part is in no state that we have."""
@@ -68,10 +68,10 @@ class Verbs:
 
 
 def parameters(layer: Layer, names: Iterable[str]) -> Iterator[torch.Tensor]:
-    for p, tensor in ((p, name) for a in names for p in layer.placed.get(a, ()) for name in p.tensors):
-        owner, name = layer.place(p, tensor)
-        if p.tensors[tensor].trainable:
-            yield getattr(owner, name)
+    for p in (p for name in names for p in layer.placed.get(name, ())):
+        for name, spec in p.tensors.items():
+            if spec.trainable:
+                yield getattr(*layer.place(p, name))
 
 
 def scales(layer: Layer, names: Iterable[str]) -> list[tuple[torch.Tensor, object]]:
@@ -84,11 +84,3 @@ def fresh(spec, like: torch.Tensor) -> torch.Tensor:
     new = torch.empty_like(like)
     spec.init(new, None)
     return new
-
-
-@torch.no_grad()
-def write(layer: Layer, values: dict[torch.Tensor, torch.Tensor]) -> None:
-    """When no call is going on, but for the one, perhaps, that sets the scale for itself, as diffusers' models do."""
-    sharing = layer.tuner.backend.adapters.peft_fx.sharing
-    with sharing.between(), sharing.swapping(), sharing.writing(values.keys()):
-        torch._foreach_copy_(list(values), list(values.values()))

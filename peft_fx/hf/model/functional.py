@@ -93,7 +93,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, tor
 
 def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
                                     parameter_prefix: str = "") -> SwapReport:  # fmt: skip
-    """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may have the adapter's name in them."""
+    """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may name the adapter."""
     bare = {without(key, adapter_name): tensor for key, tensor in state_dict.items()}
     if is_injected(model):
         bare = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in bare.items()}

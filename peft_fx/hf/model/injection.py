@@ -56,6 +56,7 @@ def remove_all(model: nn.Module) -> nn.Module:
     """The model as it was before adapters were injected; what is merged stays merged."""
     injected(model).unload()
     del model.__dict__[INJECTED], model._modules[CHILD], model.peft_config
+    model.__dict__.pop("_hf_peft_config_loaded", None)  # a mark of transformers' and diffusers'
     return model
 
 
