@@ -26,6 +26,7 @@ _NAMES = {
     "errors": (
         "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "MergeError", "PeftFxError", "RecipeError",
     ),
+    "hf.ecosystem.as_peft": ("as_peft",),
     "methods.lora": ("LoraConfig",),
     "methods.own": ("method",),
     "recipe": ("Recipe",),
@@ -47,7 +48,7 @@ _NAMES = {
 
 # module -> its names that are PEFT's
 _HF = {
-    "hf.compat.types": ("PeftType", "TaskType"),
+    "peft_types": ("PeftType", "TaskType"),
     "hf.model.model": (
         "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
@@ -88,7 +89,7 @@ if TYPE_CHECKING:
     from .hf.compat.helpers import get_peft_config, shift_tokens_right
     from .hf.compat.kappa import find_kappa_target_modules
     from .hf.compat.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-    from .hf.compat.types import PeftType, TaskType
+    from .hf.ecosystem.as_peft import as_peft
     from .hf.files.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -156,6 +157,7 @@ if TYPE_CHECKING:
     from .methods.vblora import VBLoRAConfig
     from .methods.vera import VeraConfig
     from .methods.waveft import WaveFTConfig
+    from .peft_types import PeftType, TaskType
     from .recipe import Recipe
     from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
     from .verbs.backend import backend

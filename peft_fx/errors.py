@@ -73,5 +73,9 @@ class GraphError(PeftFxError, RuntimeError):
     """A graph that breaks a pass's `requires` or `ensures`, or an operation a captured graph cannot do."""
 
 
+class ImportOrderError(PeftFxError, ImportError):
+    """`as_peft` after the import of what has gone without PEFT."""
+
+
 class UnmatchedWarning(UserWarning, RuntimeWarning):
     """An entry of a config that matches nothing, beside others that do."""

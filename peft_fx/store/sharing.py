@@ -83,6 +83,21 @@ class Sharing:
             yield
 
     @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Inside the block the thread's own forward does not count: what is written is what that forward asks for itself."""
+        thread = threading.get_ident()
+        with self.changed:
+            mine = self.forwards.pop(thread, 0)
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            if mine:
+                with self.changed:
+                    self.changed.wait_for(lambda: not self.is_written)
+                    self.forwards[thread] = mine
+
+    @contextlib.contextmanager
     def writing(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
         """Nothing reads `tensors` inside the block, on their devices neither."""
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
@@ -101,6 +116,13 @@ class Sharing:
                 self.forwards |= dict.fromkeys(self.waiting, 1)  # ahead of the next writer
                 self.waiting.clear()
                 self.changed.notify_all()
+
+    @torch.no_grad()
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into these tensors when no forward is going on, but for the thread's own, which asks for them."""
+        if values:
+            with self.between(), self.swapping(), self.writing(values):
+                torch._foreach_copy_(list(values), list(values.values()))
 
     def add(self, *graphs: fx.GraphModule) -> None:
         with self.changed:

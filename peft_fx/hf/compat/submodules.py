@@ -34,7 +34,7 @@ SUBMODULES = {
     "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",
-        "hf.compat.types",
+        "peft_types",
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
@@ -51,7 +51,7 @@ SUBMODULES = {
         "hf.compat.sharding",
         "hf.layers.wrappers",
     ),
-    "utils.peft_types": ("hf.compat.types",),
+    "utils.peft_types": ("peft_types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
 }
 
@@ -66,10 +66,14 @@ def look_up(package: str, name: str, places: tuple[str, ...], attribute: str):
     raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
 
 
-def make_submodules(package: str) -> None:
-    """Puts them where `import` looks, and under their names into `package`. A reload of the package keeps them."""
+def make_submodules(package: str, under: str | None = None) -> list[str]:
+    """Puts them where `import` looks, and under their names into `package`; returns the names of those that were not there.
+
+    under: another package, whose submodules they become. A reload of the package keeps them.
+    """
+    made = []
     for submodule, places in SUBMODULES.items():
-        parent, _, leaf = f"{package}.{submodule}".rpartition(".")
+        parent, _, leaf = f"{under or package}.{submodule}".rpartition(".")
         name = f"{parent}.{leaf}"
         if name in sys.modules:
             continue
@@ -79,3 +83,5 @@ def make_submodules(package: str) -> None:
         module.__getattr__ = partial(look_up, package, name, places)
         sys.modules[name] = module
         setattr(sys.modules[parent], leaf, module)
+        made.append(name)
+    return made

@@ -11,7 +11,7 @@ from .fields import names
 from .layer import layer_of
 from .merging import merge, unmerge
 from .plain import plain
-from .scales import initial, scaled, write_scale
+from .scales import SCALE, initial, scale_of, scaled, write_scale
 from .view import viewed
 
 
@@ -37,7 +37,7 @@ class BaseTunerLayer(Acting):
         """Attributes with their other tensors, and with what their configs say."""
         layer = layer_of(self)
         fields = [name for p in (p for n in layer.placed for p in layer.updates(n)) for name in names(type(p.config))]
-        return tuple(dict.fromkeys((*containers(layer, False), *fields)))
+        return tuple(dict.fromkeys((*fields, *[SCALE] * bool(self.scaling), *containers(layer, False))))
 
     def get_base_weight(self) -> torch.Tensor:
         return plain(self).weight.data
@@ -59,17 +59,16 @@ class BaseTunerLayer(Acting):
     def set_scale(self, adapter: str, scale: float) -> None:
         """The adapter's scale becomes `scale` times what its config says. Nothing happens where it is not on this module."""
         for p in scaled(layer_of(self), [adapter]):
-            write_scale(layer_of(self), p, scale * initial(p))
+            write_scale(layer_of(self), p, scale * initial(p.tensors[SCALE]))
 
     def scale_layer(self, scale: float) -> None:
         """The scales of the acting adapters become `scale` times what they are."""
         layer = layer_of(self)
         for p in scaled(layer, self.active_adapters) if scale != 1 else ():
-            write_scale(layer, p, scale * float(layer.tensor(p, "scaling")))
+            write_scale(layer, p, scale * scale_of(layer, p))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undoes `scale_layer(scale)`; None: they become what the configs say."""
         layer = layer_of(self)
         for p in scaled(layer, self.active_adapters):
-            now = float(layer.tensor(p, "scaling"))
-            write_scale(layer, p, initial(p) if scale is None else now / scale)
+            write_scale(layer, p, initial(p.tensors[SCALE]) if scale is None else scale_of(layer, p) / scale)

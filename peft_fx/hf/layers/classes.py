@@ -22,8 +22,8 @@ from torch import nn
 
 from ...methods import INTERNAL, METHODS, get_config, get_method
 from ...planning.modules import ADAPTED, own_class
-from ..model.guise import derived_from, seen
 from ...target import Target
+from ..model.guise import derived_from, seen
 from .base import BaseTunerLayer
 from .containers import container, parts
 from .fields import by_adapter, names
@@ -78,7 +78,9 @@ def of_layer(function: Callable, name: str, module: nn.Module):
 def tensor_names(peft_type: str) -> list[str]:
     """Names of the containers of a method's tensors, on whatever it can be put on."""
     config = get_config(peft_type)
-    methods = [get_method(name) for name in (peft_type, *INTERNAL) if getattr(get_method(name), "Config", None) is config]
+    methods = [
+        get_method(name) for name in (peft_type, *INTERNAL) if getattr(get_method(name), "Config", None) is config
+    ]
     found = []
     for method, target in product(methods, EXAMPLES):
         with suppress(Exception):  # no such form

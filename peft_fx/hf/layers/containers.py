@@ -97,7 +97,9 @@ def written(cls: type) -> type:
 @functools.cache
 def fixed_class(cls: type) -> type:
     def refuse(self, *args, **kwargs):
-        raise TypeError("adapters are added and deleted through the model: add_adapter, delete_adapter; write into the tensors")
+        raise TypeError(
+            "adapters are added and deleted through the model: add_adapter, delete_adapter; write into the tensors"
+        )
 
     names = dict.fromkeys(("__setitem__", "__delitem__", "update", "pop", "clear", "setdefault", "popitem"), refuse)
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, **names})

@@ -15,6 +15,7 @@ from .layer import ATTRIBUTE, SUBSTITUTES, Layer
 from .plain import PLAIN
 from .trained import TRAINED, Reading
 
+
 def dress(tuner: nn.Module) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
     layers = {tuner.model.get_submodule(path): layer for path, layer in layers_of(tuner).items()}
@@ -65,7 +66,11 @@ def layers_of(tuner: nn.Module) -> dict[str, Layer]:
 def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
     """What `Recipe` takes."""
     attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
-    found = [(p.config.peft_type, "attention" if attention else p.target.kind) for name in layer.placed for p in layer.updates(name)]
+    found = [
+        (p.config.peft_type, "attention" if attention else p.target.kind)
+        for name in layer.placed
+        for p in layer.updates(name)
+    ]
     found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
     return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
 

@@ -13,12 +13,17 @@ from ...planning.plan import Placement
 from .containers import fixed_dict
 from .layer import Layer
 
-OF_ALL = frozenset(f.name for f in dataclasses.fields(AdapterConfig))
+# fields that PEFT's layers keep by adapter, besides the method's alpha and dropout
+KEPT = frozenset({
+    "r", "alpha", "use_dora", "use_rslora", "lora_bias", "hybrid_r", "gralora_k", "topk", "block_size", "rank_dropout",
+    "rank_dropout_scale", "module_dropout", "boft_block_size", "boft_block_num", "oft_block_size", "num_B", "stride_A", "depth",
+    "sample_at_inference", "variant", "group_size", "num_subspaces", "token_indices", "act_fn",
+})  # fmt: skip
 
 
 def names(config: type[AdapterConfig]) -> list[str]:
-    """The fields that are the method's own."""
-    return [f.name for f in dataclasses.fields(config) if f.name not in OF_ALL]
+    """The fields that a layer shows."""
+    return [f.name for f in dataclasses.fields(config) if f.name in KEPT or f.name.endswith(("_alpha", "_dropout"))]
 
 
 def value(p: Placement, name: str):

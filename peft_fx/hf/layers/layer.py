@@ -65,6 +65,10 @@ class Layer:
         """The module that holds a placement's tensor, and the tensor's name in it."""
         return owner_of(self.tuner.backend.adapters, f"{ADAPTERS}.{p.resolve(name).name}")
 
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into tensors of adapters."""
+        self.tuner.backend.adapters.peft_fx.sharing.put(values)
+
 
 def layer_of(module: nn.Module) -> Layer:
     return module.__dict__[ATTRIBUTE]

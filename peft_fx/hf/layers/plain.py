@@ -32,7 +32,12 @@ def with_tensors(module: nn.Module, tensors: dict[str, tuple], path: str = "") -
     """A module of the same class and parts, with some other tensors. tensors: name -> one, and the place that it has."""
     new = object.__new__(written(own_class(module)))
     new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in OURS})
-    here = {leaf: tensors[path + leaf] for k in ("_parameters", "_buffers") for leaf in module.__dict__[k] if path + leaf in tensors}
+    here = {
+        leaf: tensors[path + leaf]
+        for k in ("_parameters", "_buffers")
+        for leaf in module.__dict__[k]
+        if path + leaf in tensors
+    }
     for kind in ("_parameters", "_buffers"):
         kept = module.__dict__[kind]
         new.__dict__[kind] = {leaf: here[leaf][0] if leaf in here else kept[leaf] for leaf in kept}

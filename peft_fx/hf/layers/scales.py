@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, MutableMapping
-from contextlib import ExitStack
 
 import torch
 
+from ...methods.base import Tensor
 from ...methods.scales import fixed
 from ...planning.plan import Placement
 from ...store.resident import adapter_of
@@ -24,15 +23,19 @@ class Scaling(MutableMapping):
         self.scaled = {p.adapter: p for p in scaled(layer, layer.placed)}
 
     def __getitem__(self, adapter: str) -> float:
-        return float(self.layer.tensor(self.scaled[adapter], SCALE))
+        return scale_of(self.layer, self.scaled[adapter])
 
     def __setitem__(self, adapter: str, value: float) -> None:
         if adapter not in self.scaled:
-            raise KeyError(f"no adapter {adapter!r} on {self.layer.path}; there are: {', '.join(self.scaled) or 'none'}")
+            raise KeyError(
+                f"no adapter {adapter!r} on {self.layer.path}; there are: {', '.join(self.scaled) or 'none'}"
+            )
         write_scale(self.layer, self.scaled[adapter], float(value))
 
     def __delitem__(self, adapter: str) -> None:
-        raise TypeError(f"{self.layer.path}: the scale of {adapter!r} goes with its adapter: delete_adapter({adapter!r})")
+        raise TypeError(
+            f"{self.layer.path}: the scale of {adapter!r} goes with its adapter: delete_adapter({adapter!r})"
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.scaled)
@@ -56,26 +59,29 @@ def scaled(layer: Layer, adapters: Iterable[str]) -> list[Placement]:
     return found
 
 
-def initial(p: Placement) -> float:
-    """What the config says."""
-    value = torch.empty((), dtype=torch.float64)
-    p.tensors[SCALE].init(value, None)
-    return float(value)
-
-
-@torch.no_grad()
 def write_scale(layer: Layer, p: Placement, value: float) -> None:
-    """After the forwards that run, or at once inside one: its own adapters' scales are the caller's business."""
-    store = layer.tuner.backend.adapters.peft_fx
+    """After the forwards that run; inside one, for what that thread calls next."""
     tensor = layer.tensor(p, SCALE)
-    with ExitStack() as stack:
-        if threading.get_ident() not in store.sharing.forwards:
-            stack.enter_context(store.sharing.swapping())
-            stack.enter_context(store.sharing.writing([tensor]))
-        tensor.fill_(value)
-        # a cast makes it anew from this
-        derived = adapter_of(store.adapters, p.adapter).derived
-        name = p.resolve(SCALE).name.partition(".")[2]
-        if name in derived:
-            derived[name] = derived[name]._replace(spec=fixed(value))
+    layer.put({tensor: torch.full_like(tensor, value)})
+    # a cast makes it anew from this
+    derived = adapter_of(layer.tuner.backend.adapters.peft_fx.adapters, p.adapter).derived
+    name = p.resolve(SCALE).name.partition(".")[2]
+    if name in derived:
+        derived[name] = derived[name]._replace(spec=fixed(value))
     layer.rescaled = True
+
+
+def scale_of(layer: Layer, p: Placement) -> float:
+    """The number that the tensor was made from, where it is still that one: with no rounding of the tensor's in it."""
+    tensor = layer.tensor(p, SCALE)
+    derived = adapter_of(layer.tuner.backend.adapters.peft_fx.adapters, p.adapter).derived
+    spec = derived.get(p.resolve(SCALE).name.partition(".")[2])
+    exact = initial(spec.spec if spec else p.tensors[SCALE])
+    return exact if torch.tensor(exact).to(tensor.dtype) == tensor.cpu() else float(tensor)
+
+
+def initial(spec: Tensor) -> float:
+    """What the config says, or was written last."""
+    value = torch.empty((), dtype=torch.float64)
+    spec.init(value, None)
+    return float(value)

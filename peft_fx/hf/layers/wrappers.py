@@ -67,6 +67,4 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
 def owned(layer, adapter: str) -> dict[str, tuple]:
     """Name below the module -> the adapter's tensor that stands for it, and where that is."""
     start = len(layer.path) + 1
-    return {
-        p.target.name[start:]: (layer.tensor(p, "weight"), layer.place(p, "weight")) for p in layer.inside(adapter)
-    }
+    return {p.target.name[start:]: (layer.tensor(p, "weight"), layer.place(p, "weight")) for p in layer.inside(adapter)}

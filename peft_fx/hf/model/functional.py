@@ -61,7 +61,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     tuner = tuner_of(model)
     tuner.known((adapter_name,))
     gm = tuner.backend.adapters
-    config = tuner.peft_config[adapter_name]
+    config = state_of(gm).recipe[adapter_name].config
     plan = planned(state_of(gm), adapter_name, config)
     wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
     bare = is_injected(model)
@@ -93,8 +93,18 @@ def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, tor
 
 def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
                                     parameter_prefix: str = "") -> SwapReport:  # fmt: skip
-    """`hotswap_adapter` from memory. Scales follow the config, its patterns included."""
-    return tuner_of(model).hotswap((as_config(config), dict(state_dict)), adapter_name)
+    """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may name the adapter."""
+    bare = {without(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    if is_injected(model):
+        bare = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in bare.items()}
+    return tuner_of(model).hotswap((as_config(config), bare), adapter_name)
+
+
+def without(key: str, adapter: str) -> str:
+    """A tensor's key in files, from the one that PEFT's layers have: ...lora_A.<adapter>.weight."""
+    parts = key.split(".")
+    place = next((i for i in (len(parts) - 1, len(parts) - 2) if parts[i] == adapter), None)
+    return key if place is None else ".".join(parts[:place] + parts[place + 1 :])
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

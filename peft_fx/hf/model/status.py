@@ -48,12 +48,12 @@ def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
     """A record per adapted module, in the order of adapters and their targets."""
     records: dict[str, TunerLayerStatus] = {}
     grads, devices = defaultdict(list), defaultdict(set)
-    for adapter in tuner.peft_config:
+    for adapter in tuner.names:
         for p in placements(tuner.backend.state, adapter):
             path = p.target.path
             if path not in records:
                 kind = type(tuner.model.get_submodule(path)).__name__
-                acting = [n for n in tuner.active_adapters if n in tuner.peft_config]
+                acting = [n for n in tuner.active_adapters if n in tuner.names]
                 records[path] = TunerLayerStatus(
                     f"model.{path}", kind, tuner.enabled, acting, list(tuner.merged_adapters)
                 )
@@ -73,16 +73,16 @@ def model_status(tuner: Tuner, kind: str) -> TunerModelStatus:
     layers = layer_status(tuner)
     trainable, total = parameter_counts(tuner)
     grads, devices = {}, {}
-    for adapter in tuner.peft_config:
+    for adapter in tuner.names:
         grads[adapter] = agreed([r.requires_grad[adapter] for r in layers if adapter in r.requires_grad])
         devices[adapter] = sorted({d for r in layers for d in r.devices.get(adapter, ())})
     return TunerModelStatus(
         base_model_type=type(tuner.model).__name__, adapter_model_type=kind,
-        peft_types={n: c.peft_type for n, c in tuner.peft_config.items()},
+        peft_types={n: tuner.peft_config[n].peft_type for n in tuner.names},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers), enabled=tuner.enabled, active_adapters=tuner.active_adapters,
-        merged_adapters=list(tuner.merged_adapters), requires_grad=grads, available_adapters=list(tuner.peft_config),
+        merged_adapters=list(tuner.merged_adapters), requires_grad=grads, available_adapters=tuner.names,
         devices=devices,
     )  # fmt: skip
 

@@ -36,11 +36,13 @@ from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replaced import Replaced
 from ..hosts.replication import deeper, is_deeper, shallow
 from ..layers.dress import dress, undress_all, undressed
+from .configs import Configs
 
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-IN_MODEL = "base_model.adapters."  # where the state dict of a PeftModel has them
+PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
+IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
 
 
 class Tuner(nn.Module):
@@ -51,6 +53,7 @@ class Tuner(nn.Module):
     """
 
     peft_type: str | None = None  # of its adapters; None: any
+    prefix = PREFIX
 
     def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
                  source: tuple | None = None, trainable: bool = True):  # fmt: skip
@@ -70,6 +73,8 @@ class Tuner(nn.Module):
         self.model = model
         self.training = model.training
         self.__dict__["backend"] = backend  # holds the model: no child
+        self.configs = Configs()
+        self.peft_config.adopt(adapter_name, peft_config)
         self.enabled = True
         self.merged_adapters: tuple[str, ...] = ()
         self.chosen = backend.active
@@ -90,6 +95,7 @@ class Tuner(nn.Module):
     def refresh(self) -> None:
         """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
         self.adapters = self.backend.adapters.peft_fx.adapters
+        self.configs.synced(self.backend.state)
         self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
         if INJECTED in self.model.__dict__:
             self.model.add_module(CHILD, self.adapters)
@@ -149,7 +155,7 @@ class Tuner(nn.Module):
 
     def __repr__(self) -> str:
         """The model, and a line per adapter."""
-        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.peft_config)]
+        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.names)]
         return f"{self._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
     def described(self, name: str) -> str:
@@ -164,7 +170,13 @@ class Tuner(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, AdapterConfig]:
-        return {name: resident.config for name, resident in self.backend.state.recipe.items()}
+        """Adapter name -> the config that its caller gave, filled in. Edits are for files, and change no call."""
+        return self.configs.synced(self.backend.state)
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the adapters, without those that somebody took out of `peft_config`."""
+        return [name for name in self.backend.state.recipe if name in self.peft_config]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -175,7 +187,7 @@ class Tuner(nn.Module):
     @property
     def targets(self) -> list[Target]:
         """What some adapter is on."""
-        return [p.target for name in self.peft_config for p in placements(self.backend.state, name)]
+        return [p.target for name in self.names for p in placements(self.backend.state, name)]
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -201,6 +213,9 @@ class Tuner(nn.Module):
     def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
         """source: what `Source` takes, None for initial values. It does not act until `set_adapter`."""
         self.unmerge_first("added")  # it may start from the base's weights
+        if name in self.backend.state.recipe and name not in self.peft_config:
+            self.backend.delete(name)  # nobody can name it any more
+            self.configs.synced(self.backend.state)
         self.backend.add(name, Resident(config), source, trainable)
         self.refresh()
         if source is None and name not in self.chosen:
@@ -236,7 +251,7 @@ class Tuner(nn.Module):
         self.unmerge_first("set")
         self.chosen = names
         self.refresh()
-        for name in self.peft_config:
+        for name in self.names:
             self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -253,8 +268,8 @@ class Tuner(nn.Module):
         self.backend.delete(adapter_name)
         self.work.pop(adapter_name, None)
         self.chosen = tuple(n for n in self.chosen if n != adapter_name)
-        if not self.chosen and self.peft_config:
-            new = min(self.peft_config)  # PEFT's choice
+        if not self.chosen and self.names:
+            new = min(self.names)  # PEFT's choice
             self.chosen = (new,)
             self.set_requires_grad(new)
             warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
@@ -262,7 +277,7 @@ class Tuner(nn.Module):
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
-        there = self.peft_config
+        there = self.names
         for name in names:
             if not isinstance(name, str):
                 raise WrongTypeError(f"adapter names are strings, got {name!r}")
