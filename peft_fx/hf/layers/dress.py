@@ -15,6 +15,8 @@ from .layer import ATTRIBUTE, SUBSTITUTES, Layer
 from .plain import PLAIN
 from .trained import TRAINED, Reading
 
+CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
+
 
 def dress(tuner: nn.Module) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
@@ -43,11 +45,13 @@ def undress_all(model: nn.Module) -> None:
 
 @contextmanager
 def undressed(tuner: nn.Module) -> Iterator[None]:
-    """Inside the block modules are of their own classes: a capture sees no others."""
+    """Inside the block modules are of their own classes, and the adapters no part of the model, as a capture wants it."""
     undress_all(tuner.model)
+    tuner.model._modules.pop(CHILD)
     try:
         yield
     finally:
+        tuner.model._modules[CHILD] = tuner.adapters
         dress(tuner)
 
 
