@@ -26,6 +26,7 @@ _NAMES = {
     "errors": (
         "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "MergeError", "PeftFxError", "RecipeError",
     ),
+    "hf.ecosystem.as_peft": ("as_peft",),
     "methods.lora": ("LoraConfig",),
     "methods.own": ("method",),
     "recipe": ("Recipe",),
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from .hf.compat.helpers import get_peft_config, shift_tokens_right
     from .hf.compat.kappa import find_kappa_target_modules
     from .hf.compat.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from .hf.ecosystem.as_peft import as_peft
     from .hf.files.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,

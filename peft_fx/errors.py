@@ -73,5 +73,9 @@ class HotswapError(PeftFxError, ValueError, RuntimeError):
     """A swap that cannot be done in place; no tensor has been changed."""
 
 
+class ImportOrderError(PeftFxError, ImportError):
+    """`as_peft` after the import of what has gone without PEFT."""
+
+
 class UnmatchedWarning(UserWarning, RuntimeWarning):
     """An entry of a config that matches nothing, beside others that do."""

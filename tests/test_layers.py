@@ -18,7 +18,7 @@ LAYERS = (
     {"engine"},
     {"verbs"},
     {"hf", "training"},
-    {"", "cli"},
+    {"", "__main__", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "peft_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx, nn
 
+from ..planning.plan import Placement
 from ..store.state import State, state_of
 from ..store.tensors import REPLACED, ROOT, get_tensor, owner_of, set_tensor
 from .merging import by_target, folded
@@ -38,6 +39,16 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
         write(gm, state, results)
         gm.meta[ROOT] = merged(state, places, report)
         then()
+
+
+def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bool) -> None:
+    """Merged placements, all that are on their targets, with the numbers that the adapters have now."""
+    state, results = state_of(gm), {}
+    source = restored(gm, state)
+    for group in by_target(chosen).values():
+        results |= folded(source, group, check_finite)[0]
+    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+        write(gm, state, results)
 
 
 def unmerge_in_place(gm: fx.GraphModule, then: Callable[[], None]) -> None:

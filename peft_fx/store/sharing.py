@@ -125,6 +125,27 @@ class Sharing:
                 self.waiting.clear()
                 self.changed.notify_all()
 
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Inside the block the thread's own forward does not count: what is written is what that forward asks for itself."""
+        thread = threading.get_ident()
+        with self.changed:
+            mine = self.running.pop(thread, None)
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            if mine is not None:
+                with self.changed:
+                    self.running[thread] = mine
+
+    @torch.no_grad()
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into these tensors when no forward is going on, but for the thread's own, which asks for them."""
+        if values:
+            with self.between(), self.swapping(), self.writing(values):
+                torch._foreach_copy_(list(values), list(values.values()))
+
     def add(self, *graphs: fx.GraphModule) -> None:
         with self.changed:
             self.graphs.update(graphs)

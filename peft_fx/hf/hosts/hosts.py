@@ -22,11 +22,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
+from ...planning.modules import own_class
 from ...store.sharing import Forward, Sharing
 from ...store.state import State
 from ...verbs.backend import Backend
 from .acting import Acting, Rows, Snapshots
 from .modes import no_modes
+from .offloaded import HOOK, brought, owners
+from .raw import raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
@@ -104,6 +107,8 @@ class Host:
                 self.dynamo = True
                 return through_dynamo(self, acting, args, kwargs)
             ready = acting.table(self.index)[key]
+        if any([HOOK in held.shadow and held.owner is not self.module for held in ready.tensors]):
+            return run_offloaded(self, ready, args)
         return ready.run(*args, *[held.tensor for held in ready.tensors])
 
     @torch._dynamo.assume_constant_result
@@ -138,17 +143,27 @@ class Host:
         return tree_map(lambda *x: torch.cat(x).index_select(0, order), *parts)
 
 
+@torch.compiler.disable
+def run_offloaded(host: Host, ready: Ready, args: tuple):
+    """What `Ready` says, with the adapters' tensors brought for it; the module's own hook has brought its."""
+    with brought(held.owner for held in ready.tensors if held.owner is not host.module):
+        return ready.run(*args, *[held.tensor for held in ready.tensors])
+
+
 @torch.compiler.disable(recursive=False)
 def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
     hosts, host.used = host.hosts, True
-    if not acting.placed.get(host.index):
-        return host.forward(*args, **kwargs)
+    chosen = acting.placed.get(host.index, ())
+    if not chosen:
+        with raw():
+            return host.forward(*args, **kwargs)
     if host.compiled is None:
         host.compiled = torch.compile(
             host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
         )
-    with hosts.sharing.forward(), torch._dynamo.config.patch(LIMITS):
+    ours = owners(hosts.backend.adapters, chosen)
+    with hosts.sharing.forward(), torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
         call = hosts.sharing.call()
         before, call.seen = call.seen, acting  # where the backend looks
         try:
@@ -162,10 +177,11 @@ def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
     """Puts what runs for such arguments into a snapshot's table. False if no single graph does."""
     table, chosen = acting.table(host.index), acting.placed.get(host.index, ())
     if not chosen:
-        table[key] = Ready(host.forward, ())
+        table[key] = Ready(host.replaced or raw_forward(host.module), ())
         return True
     try:
-        with TRACING, no_modes():
+        ours = owners(host.hosts.backend.adapters, chosen)
+        with TRACING, no_modes(), brought(ours):
             graph = host.hosts.traced(host.module, key)
             table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
         host.used |= table[key].complete
@@ -266,7 +282,7 @@ class Hosts:
 
     def traced(self, module: nn.Module, key: tuple) -> Traced:
         """The graphs of the module's forward for a kind of call: those of all modules that are alike."""
-        alike = (type(module), key, *attributes(module))
+        alike = (own_class(module), key, *attributes(module))
         return self.graphs.setdefault(alike, Traced(module, alike))
 
     @contextmanager

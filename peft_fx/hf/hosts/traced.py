@@ -20,6 +20,7 @@ from ...passes.core.fakes import fake_of
 from ...passes.dynamo.adapt import adapt
 from ...passes.inject.inject import bare
 from ...planning.kinds import Refusal, module_targets
+from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...store.state import BaseGraph, State
 from ...store.tensors import ADAPTERS, owner_of
@@ -50,6 +51,7 @@ class Held(NamedTuple):
     shadow: dict
     place: dict
     name: str
+    owner: nn.Module
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -178,7 +180,7 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def held(root: nn.Module, name: str) -> Held:
     owner, leaf = owner_of(root, name)
-    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf, owner)
 
 
 def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
@@ -192,7 +194,7 @@ def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
     own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
 
     def forward(*values):
-        twin = object.__new__(noting(type(module), read))
+        twin = object.__new__(noting(own_class(module), read))
         vars(twin).update(module.__dict__)
         for name in ("forward", *own):
             vars(twin).pop(name, None)

@@ -36,13 +36,14 @@ from ...verbs.combine import weighted
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
+from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
-CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
-IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
+PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
+IN_MODEL = f"base_model.model.{PREFIX}"  # where the state dict of a PeftModel has them
+FORMER = "adapters."  # where that of a Tuner had them
 
 
 class Tuner(nn.Module):
@@ -101,17 +102,30 @@ class Tuner(nn.Module):
     def present(self) -> None:
         """After another state was published: hosts, and what else looks at it."""
         self.hosts.publish(self.state)
+        dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
     def refresh(self, changed: Iterable[str] = ()) -> None:
-        """After adapters came or went: their tensors are parameters of this module. changed: adapters whose graphs are others."""
-        self.adapters = self.backend.adapters.peft_fx.adapters
-        self.configs.synced(self.backend.state)
+        """After adapters came or went: their tensors are parameters of the model. changed: adapters whose graphs are others."""
+        self.configs.synced(self.state)
         self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
-        if INJECTED in self.model.__dict__:
-            self.model.add_module(CHILD, self.adapters)
+        self.model._modules[CHILD] = self.adapters
         self.hosts.refresh(self.state, tuple(changed))
         self.present()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """State dicts of earlier versions had the adapters beside the model, under their parameters' own names."""
+        for p in self.state.placed(self.state.recipe):
+            for tensor in p.tensors:
+                former = f"{prefix}{FORMER}{p.adapter}.{p.target.name}.{tensor}"
+                if former in state_dict:
+                    state_dict[f"{prefix}model.{PREFIX}{p.state_name(tensor)}"] = state_dict.pop(former)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def adapters(self) -> nn.Module:
+        """Their tensors, the model's submodule `peft_adapters`: whoever moves, casts or optimises the model has them too."""
+        return self.backend.adapters.peft_fx.adapters
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
@@ -325,7 +339,7 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled(), self.hosts.away():
+        with self.disabled(), self.hosts.away(), undressed(self):
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)
@@ -392,6 +406,8 @@ class Tuner(nn.Module):
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
         self.hosts.close()
+        undress_all(self.model)
+        self.model._modules.pop(CHILD, None)
         shallow(self.model)
         return self.model
 
