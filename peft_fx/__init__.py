@@ -26,6 +26,7 @@ _NAMES = {
     "errors": (
         "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "MergeError", "PeftFxError", "RecipeError",
     ),
+    "hf.ecosystem.as_peft": ("as_peft",),
     "methods.lora": ("LoraConfig",),
     "methods.own": ("method",),
     "recipe": ("Recipe",),
@@ -47,16 +48,15 @@ _NAMES = {
 
 # module -> its names that are PEFT's
 _HF = {
-    "hf.compat.types": ("PeftType", "TaskType"),
+    "peft_types": ("PeftType", "TaskType"),
     "hf.model.model": (
         "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ),
     "hf.model.functional": (
-        "get_layer_status", "get_model_status", "get_peft_model_state_dict", "hotswap_adapter",
-        "hotswap_adapter_from_state_dict", "set_peft_model_state_dict",
+        "get_layer_status", "get_model_status", "get_peft_model_state_dict", "set_peft_model_state_dict",
     ),
-    "hf.model.hotswap": ("prepare_model_for_compiled_hotswap",),
+    "hf.model.hotswap": ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"),
     "hf.model.injection": ("inject_adapter_in_model",),
     "hf.compat.constants": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -88,7 +88,7 @@ if TYPE_CHECKING:
     from .hf.compat.helpers import get_peft_config, shift_tokens_right
     from .hf.compat.kappa import find_kappa_target_modules
     from .hf.compat.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
-    from .hf.compat.types import PeftType, TaskType
+    from .hf.ecosystem.as_peft import as_peft
     from .hf.files.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -102,11 +102,13 @@ if TYPE_CHECKING:
         get_layer_status,
         get_model_status,
         get_peft_model_state_dict,
-        hotswap_adapter,
-        hotswap_adapter_from_state_dict,
         set_peft_model_state_dict,
     )
-    from .hf.model.hotswap import prepare_model_for_compiled_hotswap
+    from .hf.model.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
     from .hf.model.injection import inject_adapter_in_model
     from .hf.model.model import (
         PeftMixedModel,
@@ -156,6 +158,7 @@ if TYPE_CHECKING:
     from .methods.vblora import VBLoRAConfig
     from .methods.vera import VeraConfig
     from .methods.waveft import WaveFTConfig
+    from .peft_types import PeftType, TaskType
     from .recipe import Recipe
     from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
     from .verbs.backend import backend

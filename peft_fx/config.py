@@ -9,25 +9,19 @@ values are kept as they are (`Begun`).
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .atomic import write_files
 from .checks import check_names, check_type
-from .errors import NotAFolderError, RecipeError, UnknownFieldError, UnsupportedError, WrongTypeError
-from .fields import Begun, begun
+from .config_files import ConfigFiles
+from .errors import RecipeError, UnknownFieldError, UnsupportedError, WrongTypeError
+from .fields import Begun, default_of
 from .missing import VARIANTS, not_yet
-from .notices import warn
+from .peft_types import PeftType, TaskType, known_type
 from .suggestions import did_you_mean
 from .tables import Cell, Table, as_html
 
-CONFIG_FILE = "adapter_config.json"
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 # field -> whether one string (a regex, or a single name) may stand for the list
 NAME_FIELDS = {
     "target_modules": True, "exclude_modules": True, "layers_pattern": True,
@@ -38,7 +32,7 @@ LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_param
 
 
 @dataclass
-class AdapterConfig:
+class AdapterConfig(ConfigFiles):
     """Fields that every method shares: which modules are adapted, which are trained whole, and the file's bookkeeping.
 
     target_modules: list of module names (exact or suffix), one regex that must match the whole name, "all-linear", or
@@ -52,7 +46,6 @@ class AdapterConfig:
     ensure_weight_tying: keep tied weights tied in modules_to_save and embedding targets.
     """
 
-    peft_type: ClassVar[str] = ""
     # field -> why a value other than the default is refused
     refused: ClassVar[dict[str, str]] = {}
     # fields whose keys are patterns of module names
@@ -63,11 +56,11 @@ class AdapterConfig:
     alternatives: ClassVar[tuple[str, ...]] = ()
     # the field that holds the rank, where an adapter fits into a wider one; a rank_pattern overrides it
     ranked: ClassVar[str] = ""
-    # a folder or Hub id -> its config; files/read.py, some layers above, puts it here
-    reader: ClassVar[Callable[..., AdapterConfig]]
     is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
 
-    task_type: str | None = None
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = field(default=None, repr=False)  # of a method's class always its own
     auto_mapping: dict | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -84,6 +77,11 @@ class AdapterConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if (own := vars(cls).get("peft_type")) is not None:
+            cls.peft_type = known_type(own)
 
     def __new__(cls, *args, **fields):
         known = [f.name for f in dataclasses.fields(cls)]
@@ -107,10 +105,8 @@ class AdapterConfig:
                 check_dict(self, f.name)
             if (check := f.metadata.get("check")) and not (value is None and default_of(f) is None):
                 check(f.name, value)
-        if self.task_type is not None and self.task_type not in TASKS:
-            raise RecipeError(
-                f"task_type={self.task_type!r}: expected one of {', '.join(TASKS)}, or None{did_you_mean(self.task_type, TASKS)}"
-            )
+        self.task_type = member_of(TaskType, "task_type", self.task_type)
+        self.peft_type = type(self).peft_type or member_of(PeftType, "peft_type", self.peft_type)
         for name, string in NAME_FIELDS.items():
             check_names(name, getattr(self, name), string)
         if not isinstance(self.layers_to_transform, (int, list, type(None))) or any(
@@ -148,77 +144,16 @@ class AdapterConfig:
         patterns = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
         return dataclasses.replace(self, **{self.ranked: rank}, **patterns)
 
-    def to_dict(self) -> dict[str, Any]:
-        """PEFT's on-disk dict, `peft_type` included."""
-        unset = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) == default_of(f)}
-        written = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.absent or k not in unset}
-        return {**written, "peft_type": self.peft_type}
-
-    def to_json(self) -> str:
-        """PEFT's `adapter_config.json`: sorted keys, indent 2."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
-
     def _repr_html_(self) -> str:
         return as_html(self.as_parts())
 
     def as_parts(self) -> list[str | Table]:
         """For a notebook: the fields, those that differ from their defaults first."""
-        rows = [(f.name, repr(getattr(self, f.name)), default_of(f)) for f in dataclasses.fields(self)]
+        rows = [(f.name, repr(getattr(self, f.name)), default_of(f)) for f in dataclasses.fields(self) if f.repr]
         rows = [(name, value, "required" if d is dataclasses.MISSING else repr(d)) for name, value, d in rows]
         changed = [[Cell(text, "bold") for text in row] for row in rows if row[1] != row[2]]
         others = [[Cell(text, "dim") for text in row] for row in rows if row[1] == row[2]]
         return [f"{type(self).__name__}, {self.peft_type}", Table(("field", "value", "default"), changed + others)]
-
-    def save_pretrained(self, save_directory) -> None:
-        """Writes `adapter_config.json`, whole or not at all. Raises AdapterFileError."""
-        folder, text = Path(save_directory), self.to_json()
-        if os.path.isfile(folder):
-            raise NotAFolderError(f"{folder} is a file, expected a folder to write {CONFIG_FILE} into")
-        write_files(folder, {CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8")})
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **hub):
-        """The config in a folder or a Hub repository, of this class or one derived from it.
-
-        hub: revision, token and whatever else huggingface_hub's `snapshot_download` takes. Raises AdapterFileError, and
-        RecipeError for another method's config and for fields of a config.
-        """
-        if fields := sorted(hub.keys() & {f.name for f in dataclasses.fields(cls)} - {"revision"}):
-            raise RecipeError(
-                f"{', '.join(fields)}: what a file says is changed in the config that is read: config.{fields[0]} = ..."
-            )
-        config = AdapterConfig.reader(pretrained_model_name_or_path, subfolder, **hub)
-        if not isinstance(config, cls):
-            raise RecipeError(
-                f"{pretrained_model_name_or_path}: expected a {cls.__name__}, got a {type(config).__name__}: read it with "
-                "PeftConfig"
-            )
-        return config
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], where: str | None = None):
-        """Reads a config dict. Unknown keys are an error unless they hold an empty value, as newer versions write.
-
-        where: the adapter's file, if `data` is from one: unknown keys are other programs' or newer versions' then, and are
-        left out with a warning; how the adapter began may be anything. Raises RecipeError for unknown fields that are set,
-        and for values of the wrong type.
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
-        others = data.keys() - known.keys() - {"peft_type"}
-        unknown = sorted(key for key in others if data[key] not in (None, False, {}, [], "none"))
-        if where is not None:
-            values = {key: begun(known[key], value) for key, value in values.items()}
-            if unknown:
-                warn(
-                    f"{where}: this version does not know {', '.join(unknown)}, which another program or a newer PEFT wrote: "
-                    "read without; if they change what the adapter computes, outputs are others"
-                )
-        elif unknown:
-            name, value = unknown[0], data[unknown[0]]
-            hint = did_you_mean(name, known) or f"; known: {sorted(known)}"
-            raise UnknownFieldError(f"{cls.peft_type}: unknown config field {name!r} = {value!r}{hint}")
-        return cls(**values)
 
 
 def refuse_to_begin(config: AdapterConfig) -> None:
@@ -228,8 +163,15 @@ def refuse_to_begin(config: AdapterConfig) -> None:
         dataclasses.replace(config, **found)
 
 
-def default_of(f: dataclasses.Field):
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+def member_of(kind: type[TaskType] | type[PeftType], name: str, value) -> TaskType | PeftType | None:
+    """The member of an enumeration that a field's value stands for. Raises RecipeError for any other value than None."""
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        hint = did_you_mean(value, [member.value for member in kind])
+        raise RecipeError(f"{name}={value!r}: expected one of {', '.join(kind)}, or None{hint}") from None
 
 
 def indices(layers: list | int | None) -> list:

@@ -87,3 +87,7 @@ def begun(f: dataclasses.Field, value):
     if value in f.metadata.get("start", (value,)):
         return value
     return next((kind(value) for kind in (BegunText, BegunDict) if isinstance(value, kind.plain)), value)
+
+
+def default_of(f: dataclasses.Field):
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default

@@ -12,12 +12,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .atomic import current
-from .config import CONFIG_FILE, AdapterConfig, default_of
+from .config import AdapterConfig
+from .config_files import CONFIG_FILE, RUNTIME_ONLY
 from .errors import RecipeError, UnknownMethodError, WrongTypeError
+from .fields import default_of
 from .methods import get_config
 from .tables import as_html
-
-RUNTIME_ONLY = ("runtime_config",)  # PEFT never writes it either
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ def as_recipe(obj, adapter_name: str = "default") -> Recipe:
 
 def as_config(obj) -> AdapterConfig:
     """An AdapterConfig of its own from a config of ours, of PEFT's, or a dict. Raises RecipeError."""
+    if type(obj) is AdapterConfig and obj.peft_type is not None:
+        return config_from_dict(obj.to_dict())
     if isinstance(obj, AdapterConfig):
         return dataclasses.replace(copy.deepcopy(obj))  # it may have been changed, and may be again
     if isinstance(obj, dict):

@@ -100,3 +100,33 @@ def test_a_changed_config_is_checked_when_it_is_used_and_its_recipe_keeps_what_i
     config.r = 0
     with pytest.raises(RecipeError, match="r: expected an integer from 1"):
         as_recipe(config)
+
+
+def test_pefts_ways_to_make_a_config(tmp_path):
+    config = LoraConfig(r=3, peft_type="anything")
+    assert config.peft_type == "LORA"
+    config.save_pretrained(tmp_path, auto_mapping_dict={"base_model_class": "A"})
+    data = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert data == config.to_dict() | {"auto_mapping": {"base_model_class": "A"}}
+    (tmp_path / "with.json").write_text(json.dumps(data | {"runtime_config": {}}))
+    with pytest.warns(UserWarning, match="runtime_config: is for run time"):
+        assert LoraConfig.from_json_file(tmp_path / "with.json") == data
+    assert AdapterConfig.from_peft_type(**data) == LoraConfig.from_dict(data)
+    with pytest.warns(UserWarning, match="LoraConfig does not know newer, older"):
+        assert LoraConfig.from_peft_type(r=3, newer=1, older=2) == config
+    assert as_recipe(AdapterConfig(peft_type="LORA", bias="all"))["default"] == LoraConfig(bias="all")
+
+
+def test_a_subclass_may_check_what_a_config_is_made_of():
+    class Checked(LoraConfig):
+        @classmethod
+        def check_kwargs(cls, **fields):
+            return fields | {"r": 2 * fields["r"]}
+
+    assert Checked.from_dict({"r": 4}).r == 8
+
+
+@pytest.mark.parametrize("value", [[], "CAUSAL", 3])
+def test_a_task_that_there_is_not_is_refused(value):
+    with pytest.raises(RecipeError, match="task_type=.*: expected one of SEQ_CLS"):
+        LoraConfig(task_type=value)

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "atomic", "notices", "operators", "progress", "suggestions", "missing"},
-    {"checks", "fields", "config", "folding", "target", "kernels", "tables"},
+    {"errors", "atomic", "notices", "operators", "peft_types", "progress", "suggestions", "missing", "uploads"},
+    {"checks", "fields", "config", "config_files", "folding", "target", "kernels", "tables"},
     {"methods", "recipe"},
     {"planning", "store"},
     {"files"},
@@ -18,7 +18,7 @@ LAYERS = (
     {"engine"},
     {"verbs"},
     {"hf", "training"},
-    {"", "cli"},
+    {"", "__main__", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "peft_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])

@@ -8,6 +8,7 @@ import pytest
 
 from peft_fx.errors import RecipeError
 from peft_fx.methods.lora import LoraConfig
+from peft_fx.peft_types import TaskType
 from peft_fx.recipe import Recipe, as_recipe
 
 CONFIG = LoraConfig(r=4, lora_alpha=16, target_modules=["k", "q"], rank_pattern={"q": 2}, task_type="CAUSAL_LM")
@@ -42,7 +43,7 @@ def test_a_config_of_peft_is_taken_without_its_classes():
     theirs = peft.LoraConfig(target_modules={"q", "k"}, **options)
     recipe = as_recipe(theirs, "mine")
     assert recipe["mine"] == dataclasses.replace(CONFIG, peft_version=theirs.peft_version)
-    assert type(recipe["mine"].task_type) is str
+    assert type(recipe["mine"].task_type) is TaskType and type(recipe["mine"].to_dict()["task_type"]) is str
     assert as_recipe(LooksLikePeft())["default"] == LoraConfig(r=4, target_modules=["k"])
 
 

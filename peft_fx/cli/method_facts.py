@@ -11,10 +11,11 @@ from functools import cache
 import torch
 from torch import nn
 
-from ..config import AdapterConfig, default_of
+from ..config import AdapterConfig
 from ..engine.adding import allocate
 from ..engine.merging import theta_of
 from ..errors import RecipeError
+from ..fields import default_of
 from ..methods import INTERNAL, METHODS, get_method
 from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrite, Substitute, Tensor
 from ..passes.forms.lowering import forms_of, to_canonical

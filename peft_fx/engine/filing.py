@@ -15,7 +15,7 @@ from ..planning.plan import Placement
 from ..planning.selection import resolved_target_modules
 from ..store.state import State, state_of
 from ..store.tensors import ADAPTERS, get_tensor
-from .derive import names_of, planned
+from .transitions import names_of, planned
 
 
 def adapter_files(
@@ -24,13 +24,19 @@ def adapter_files(
     """What `save_adapter` writes: the config, and file key -> tensor."""
     state = state_of(tuned, "save_adapter")
     name = only_adapter(state) if adapter_name is None else names_of(state, adapter_name)[0]
-    config = state.recipe[name].config
-    plan, tensors = planned(state, name, config), {}
+    plan, tensors = planned(state, name, state.recipe[name].config), {}
     for placement, tensor_name, keys in plan.filed:
         found = [filed(tuned, placement, tensor_name)]
         if pieces := placement.tensors[tensor_name].pieces:
             found = pieces.split(*found, *(filed(tuned, placement, other) for other in pieces.reads))
         tensors |= zip(keys, found, strict=True)
+    return filed_config(state, name), tensors
+
+
+def filed_config(state: State, name: str) -> AdapterConfig:
+    """An adapter's config as files say it."""
+    config = state.recipe[name].config
+    plan = planned(state, name, config)
     if config.base_model_name_or_path is None and state.table.name_or_path:
         config = dataclasses.replace(config, base_model_name_or_path=state.table.name_or_path)
     # Default targets are written out, as PEFT does: SGLang reads the names from here. A regex, which the defaults of a few
@@ -38,7 +44,7 @@ def adapter_files(
     names = resolved_target_modules(state.table, config)
     if isinstance(names, list) or config.layers_to_transform is None:
         config = dataclasses.replace(config, target_modules=names)
-    return file_config(config, plan), tensors
+    return file_config(config, plan)
 
 
 def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tensor:
@@ -56,7 +62,7 @@ def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tenso
 
 
 def only_adapter(state: State) -> str:
-    for places in (tuple(state.residents.values()), state.active):
+    for places in (tuple(state.residents.values()), state.acting):
         if len(places) == 1:
             return places[0]
     raise RecipeError(f"which adapter? Give adapter_name, one of: {', '.join(state.residents) or 'none resident'}")

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..atomic import current
-from ..config import CONFIG_FILE as CONFIG
 from ..config import AdapterConfig
+from ..config_files import CONFIG_FILE as CONFIG
 from ..errors import AdapterFileError, RecipeError
 from ..notices import warn
 from ..recipe import config_from_dict
@@ -149,9 +149,6 @@ def config_data(folder: Path) -> dict | None:
     if not isinstance(data, dict):
         raise AdapterFileError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
-
-
-AdapterConfig.reader = staticmethod(read_config)
 
 
 def read_tensors(folder) -> dict[str, torch.Tensor]:

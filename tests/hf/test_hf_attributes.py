@@ -14,15 +14,11 @@ import peft_fx
 
 LEFT_OUT = {
     "base_model_prepare_inputs_for_generation": "PEFT's own record of what it puts its own in place of",
-    "check_kwargs": "what from_pretrained of a config does",
     "config": "of a bare module, which has none",
-    "from_json_file": "from_pretrained of a config",
-    "from_peft_type": "get_peft_config(dict)",
     "get_model_config": "model.config.to_dict()",
     "get_prompt": "prompt methods",
     "get_prompt_embedding_to_save": "prompt methods",
     "inject_adapter": "inject_adapter_in_model",
-    "prefix": "no tensor is found by a part of its name",
     "prepare_model_for_gradient_checkpointing": "done where the model checkpoints; else enable_input_require_grads()",
     "set_modules_to_save": "config.modules_to_save",
     "special_peft_forward_args": "what a call takes besides is in its signature",

@@ -51,7 +51,7 @@ def test_every_tuner_of_pefts_that_has_a_method_here_has_a_class_of_the_same_nam
     theirs = {str(t.value): cls.__name__ for t, cls in peft.PEFT_TYPE_TO_TUNER_MAPPING.items()}
     for name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
         assert {str(t): cls.__name__ for t, cls in getattr(peft_fx, name).items()}.items() <= theirs.items()
-    assert {theirs[t] for t in peft_fx.PeftType} <= set(dir(peft_fx))
+    assert {theirs[t] for t in peft_fx.PEFT_TYPE_TO_TUNER_MAPPING} <= set(dir(peft_fx))
 
 
 def test_the_base_model_of_a_peft_model_is_of_its_methods_class():
@@ -145,3 +145,13 @@ def test_each_adapter_has_its_own_dropout_and_a_copy_has_copies():
     with pytest.raises(peft_fx.RecipeError, match="lora_dropout"):
         shown[1].p = 1.5
     assert shown[1].p == 0.25
+
+
+def test_a_tuners_prefix_is_in_the_names_of_adapters_and_in_no_other():
+    model = peft_fx.get_peft_model(model_of(LLAMA), peft_fx.LoraConfig(**LORA))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and trained == {name for name, _ in model.named_parameters() if model.prefix in name}
+    injected = peft_fx.inject_adapter_in_model(peft_fx.LoraConfig(**LORA), model_of(LLAMA))
+    assert {n for n, p in injected.named_parameters() if p.requires_grad} == {
+        n for n, _ in injected.named_parameters() if peft_fx.LoraModel.prefix in n
+    }

@@ -8,7 +8,6 @@ from torch.func import functional_call
 
 import peft_fx as fx
 from methods import MODULES, cells, label
-from peft_fx.engine.derive import placements
 from peft_fx.methods import INTERNAL, METHODS, get_method
 from peft_fx.planning.kinds import module_targets
 from peft_fx.planning.modules import module_table
@@ -115,7 +114,7 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
     model = c.build(subject).double().requires_grad_(False)
     record = module_table(model)["layer"]
     (target,) = module_targets(record)
-    (placement,) = [p for p in placements(state_of(tuned), "default") if p.method not in ("SAVED",)]
+    (placement,) = [p for p in state_of(tuned).recipe["default"].placements if p.method not in ("SAVED",)]
     tensors = {}
     for tensor, spec in placement.tensors.items():
         key = spec.key or tensor

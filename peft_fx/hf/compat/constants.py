@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ...config import CONFIG_FILE as CONFIG_NAME
+from ...config_files import CONFIG_FILE as CONFIG_NAME
 from ...errors import NothingToAdaptError as NoMatchingPeftModuleError  # noqa: F401
 from ...errors import PeftFxError
 from ...files.read import PICKLE as WEIGHTS_NAME
 from ...files.read import TENSORS as SAFETENSORS_WEIGHTS_NAME
-from ...methods import get_config
+from ...methods import INTERNAL, METHODS, get_config
+from ...peft_types import PeftType
 from ...planning.defaults import ALL_LINEAR, DEFAULT_NAMES, DEFAULT_TARGETS, NO_TARGETS, TASK_HEADS
-from .types import PeftType
 
 __all__ = ["CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
 
@@ -44,11 +44,11 @@ globals().update(TARGET_TABLES)
 
 def __getattr__(name: str):
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":  # imports every method
-        return {peft_type: get_config(peft_type) for peft_type in PeftType}
+        return {PeftType(name): get_config(name) for name in METHODS if name not in INTERNAL}
     if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
         from ..model.tuners import tuner_class
 
-        return {peft_type: tuner_class(peft_type) for peft_type in PeftType}
+        return {PeftType(name): tuner_class(name) for name in METHODS if name not in INTERNAL}
     if name == "MODEL_TYPE_TO_PEFT_MODEL_MAPPING":
         from ..model.model import CLASSES  # whoever asks for another name need not wait for transformers
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ...errors import AdapterFileError
 from ...files.read import file_in, local_folder, read_config
+from ...peft_types import TaskType
 from ..compat.constants import TOKENIZER_CONFIG_NAME
-from ..compat.types import TaskType
 from ..model.model import PeftModel
 from ..model.tuner import DEFAULT
 

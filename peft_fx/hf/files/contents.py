@@ -30,6 +30,7 @@ def adapter_contents(
     allocator = tuner.allocators.get(adapter)
     chosen = getattr(allocator, "rank_pattern", None)
     config, tensors = allocator.files(gm) if chosen else adapter_files(gm, adapter)
+    config = tuner.peft_config.edited(adapter, config)
     if config.task_type is None:  # for AutoPeftModel
         kind = type(tuner.model)
         config = replace(config, auto_mapping={"base_model_class": kind.__name__, "parent_library": kind.__module__})

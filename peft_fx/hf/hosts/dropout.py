@@ -23,7 +23,7 @@ class InputDropout(nn.Dropout):
 
     @property
     def p(self) -> float:
-        return getattr(self.tuner.peft_config[self.adapter], self.field)
+        return getattr(self.tuner.backend.state.recipe[self.adapter].config, self.field)
 
     @p.setter
     def p(self, value: float) -> None:
@@ -34,7 +34,7 @@ class InputDropout(nn.Dropout):
 def dropouts(tuner: Tuner, there: Iterable[InputDropout]) -> Iterator[InputDropout]:
     """One for each adapter that drops out, or has one already: what was set to 0 can be set again."""
     known = {d.adapter: d for d in there}
-    for adapter, config in tuner.peft_config.items():
-        field = get_method(config.peft_type).drops
-        if field and (adapter in known or getattr(config, field)):
+    for adapter, resident in tuner.backend.state.recipe.items():
+        field = get_method(resident.config.peft_type).drops
+        if field and (adapter in known or getattr(resident.config, field)):
             yield known.get(adapter) or InputDropout(tuner, adapter, field)

@@ -16,10 +16,10 @@ from transformers.utils import PushToHubMixin
 from ...config import AdapterConfig
 from ...files.read import located, read_adapter
 from ...notices import warn
-from ...planning.modules import module_table
+from ...peft_types import PeftType, TaskType
+from ...planning.modules import module_table, own_class
 from ...planning.saved import names_to_save
 from ...recipe import as_config
-from ..compat.types import PeftType, TaskType
 from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
@@ -47,6 +47,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         config = prepared(as_config(peft_config), model)
         kind = tuner_class(config.peft_type) if self.one_type else Tuner
         self.base_model = kind(model, config, adapter_name, source=source, trainable=trainable)
+        self.peft_config.adopt(adapter_name, peft_config)
         if not autocast_adapter_dtype:
             self.base_model.cast_to_base(adapter_name)
         if getattr(model, "is_activation_checkpointing", False):
@@ -68,9 +69,10 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __class__(self):
         """The model's, to `isinstance`, and PEFT's if that is imported: tools that know these take this for one of them."""
         modules = self.__dict__.get("_modules", {})
-        return (
-            seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
-        )
+        if "base_model" not in modules:
+            return type(self)
+        peft = sys.modules.get("peft")
+        return seen(own_class(modules["base_model"].model), (peft.PeftModel,) if peft is not None else ())
 
     @__class__.setter
     def __class__(self, new: type) -> None:
@@ -110,11 +112,16 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_adapter(self) -> str:
         """The one that acts, the first of several."""
-        return next(iter(self.base_model.chosen), DEFAULT)
+        return next(iter(self.base_model.state.active), DEFAULT)
 
     @property
     def active_adapters(self) -> list[str]:
         return self.base_model.active_adapters
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        """Adapter name -> the config that its caller gave, filled in. Edits are for files, and change no call."""
+        return self.base_model.peft_config
 
     @property
     def active_peft_config(self) -> AdapterConfig:
@@ -142,6 +149,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                     autocast_adapter_dtype: bool = True) -> None:  # fmt: skip
         """One more adapter, of the type of those there are; it acts once it is set."""
         self.add(adapter_name, as_config(peft_config), autocast=autocast_adapter_dtype)
+        self.peft_config.adopt(adapter_name, peft_config)
 
     def add(self, adapter_name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True,
             autocast: bool = True) -> None:  # fmt: skip
@@ -222,7 +230,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return layer_status(self.base_model)
 
     def get_model_status(self) -> TunerModelStatus:
-        return model_status(self.base_model, type(self).__name__)
+        return model_status(self.base_model, type(self.get_base_model()).__name__, self.base_model._get_name())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all)."""
@@ -245,8 +253,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         The arguments are those of `load_adapter`.
         """
-        given = None if config is None else as_config(config)
-        config, tensors = read_adapter(located(model_id, **hub), module_table(model), given, key_mapping)
+        given, table = config, module_table(model)
+        config, tensors = read_adapter(located(model_id, **hub), table, given and as_config(given), key_mapping)
         chosen = class_of(config) if cls is PeftModel else cls
         config.inference_mode = not is_trainable
         with loaded_embeddings(model, config, tensors, str(model_id)) as own:
@@ -258,6 +266,7 @@ class PeftModel(PushToHubMixin, nn.Module):
                     made.load_fitting(own, adapter_name)
                     undo.pop_all()
                 made.base_model.set_requires_grad(adapter_name, is_trainable)
+        made.peft_config.adopt(adapter_name, given)
         return made.train(is_trainable and made.training)
 
     save_pretrained = save_pretrained
@@ -339,7 +348,9 @@ def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, m
         )
         config = dataclasses.replace(config, base_model_name_or_path=name)
     chosen = PeftMixedModel if mixed else class_of(config)
-    return chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    made = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+    made.peft_config.adopt(adapter_name, peft_config)
+    return made
 
 
 def prepared(config: AdapterConfig, model: nn.Module) -> AdapterConfig:

@@ -8,7 +8,6 @@ from peft_fx.passes.inject.fold import PointAtFolded
 from torch import nn
 
 import peft_fx
-from peft_fx.engine.derive import placements
 from peft_fx.errors import GraphError
 from peft_fx.store.state import state_of
 from peft_fx.store.tensors import set_tensor
@@ -27,7 +26,7 @@ def base_and_pass(**options):
     hand = Hand(Layer())
     gm = hand.output(hand.call(aten.linear.default, hand.input("x", X), hand.tensor("layer.weight"), at="layer"))
     tuned = peft_fx.apply(gm, {"peft_type": "LORA", "r": 2, "target_modules": ["layer"], **options})
-    return gm, PointAtFolded(placements(state_of(tuned), "default"))
+    return gm, PointAtFolded(state_of(tuned).recipe["default"].placements)
 
 
 def test_a_weight_of_the_same_looks_needs_nothing():

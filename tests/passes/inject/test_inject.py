@@ -8,7 +8,6 @@ from peft_fx.passes.inject.inject import Inject, lower, tagged
 from torch import nn
 
 import peft_fx
-from peft_fx.engine.derive import placements
 from peft_fx.errors import RecipeError
 from peft_fx.store.lazy import copy_graph
 from peft_fx.store.modules import derive
@@ -37,7 +36,7 @@ def again(tuned, lowering):
     """The base graph over the adapter's tensors, and the pass that puts it in."""
     state = state_of(tuned)
     gm = derive(tuned, copy_graph(state.base.graph), state)
-    chosen = tuple(p.__class__(**{**vars(p), "lowering": lowering}) for p in placements(state, "default"))
+    chosen = tuple(p.__class__(**{**vars(p), "lowering": lowering}) for p in state.recipe["default"].placements)
     return gm, Inject(chosen)
 
 

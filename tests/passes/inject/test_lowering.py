@@ -12,7 +12,6 @@ from peft_fx.passes.inject.inject import tag_of
 from torch import nn
 
 import peft_fx as fx
-from peft_fx.engine.derive import placements
 from peft_fx.store.state import state_of
 
 
@@ -69,7 +68,7 @@ CELLS = {cell[0]: cell for cell in reversed([x for x in cells("PEFT") + cells("D
 def test_both_forms_give_the_same_outputs_and_gradients(cell, tmp_path):
     _, options, subject = cell
     tuned = fx.apply(c.captured(subject), options)
-    chosen = [p for p in placements(state_of(tuned), "default") if p.target.name == "layer.weight"]
+    chosen = [p for p in state_of(tuned).recipe["default"].placements if p.target.name == "layer.weight"]
     for p in chosen:
         only = "activation" if p.rule.activation_only(p.target, p.config) else "" if forms_of(p.rule) else "weight"
         if only:

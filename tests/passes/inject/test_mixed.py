@@ -8,7 +8,6 @@ from peft_fx.passes.inject.mixed import MixedBatch, drop_input
 from torch import nn
 
 import peft_fx
-from peft_fx.engine.derive import placements
 from peft_fx.errors import GraphError
 from peft_fx.store.lazy import copy_graph
 from peft_fx.store.modules import derive
@@ -46,7 +45,7 @@ def mixed(base, options):
                 parameter.add_(torch.randn_like(parameter))
     state = state_of(tuned)
     gm = derive(tuned, copy_graph(state.base.graph), state)
-    (report,) = run((MixedBatch(NAMES, tuple(placements(state, name) for name in NAMES)),), gm)
+    (report,) = run((MixedBatch(NAMES, tuple(state.recipe[name].placements for name in NAMES)),), gm)
     assert report.changed == 1
     return gm, [peft_fx.set_adapter(tuned, name) for name in NAMES]
 
