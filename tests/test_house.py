@@ -105,6 +105,8 @@ def test_nothing_is_unused():
     unused = []
     for path, tree in files:
         here = names_read(tree)
+        if "globals" in here:  # scripts whose functions are chosen by name
+            continue
         for node in tree.body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or used_by_decorator(node) or node.name in asked:
                 continue
