@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...errors import HotswapError
 from ...notices import warn
+from ...recipe import as_config
 from ...verbs.widen import prepare_hotswap
 from .tuner import tuner_of
 
@@ -38,3 +40,13 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
     for given in config.values() if isinstance(config, dict) else () if config is None else (config,):
         given.r = target_rank
         given.rank_pattern = dict.fromkeys(given.rank_pattern or {}, target_rank)
+
+
+def check_hotswap_configs_compatible(config0, config1) -> None:
+    """Raises HotswapError, a ValueError, where an adapter of one config can never take the place of one of the other.
+
+    Whether tensors fit is checked by the swap, which changes nothing if they do not.
+    """
+    types = [as_config(config).peft_type for config in (config0, config1)]
+    if types[0] != types[1]:
+        raise HotswapError(f"a {types[0]} adapter cannot take the numbers of a {types[1]} one: load it under a name of its own")
