@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from ..store.resident import Adapters
 from ..target import ModuleRecord, ModuleTable
 from .renamings import renamings
 
@@ -21,7 +24,7 @@ LITERALS = (bool, int, float, str, type(None))
 def module_table(model: nn.Module) -> ModuleTable:
     """Records every module of `model`, its own parameters and persistent buffers, aliases and tied parameters."""
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in own_modules(model):
         paths.setdefault(module, []).append(path)
     config = getattr(model, "config", None)
     return ModuleTable(
@@ -53,6 +56,14 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
         },
         aliases=tuple(paths[1:]),
     )
+
+
+def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module), aliases as often as they occur; adapters that the model holds are none of its own."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Adapters):
+            yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
 def own_class(module: nn.Module) -> type:

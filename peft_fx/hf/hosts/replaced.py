@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -30,13 +32,14 @@ class Replaced:
                 self.put(name, nn.Parameter(value, requires_grad=False))
 
     @torch.no_grad()
-    def undo(self) -> None:
-        for name, old in self.before.items():
+    def undo(self, names: Iterable[str] | None = None) -> None:
+        """names: of the parameters that get back what they were; None: all that are replaced."""
+        for name in [n for n in self.before if names is None or n in names]:
+            old = self.before.pop(name)
             if old is None or isinstance(old, nn.Parameter):
                 self.put(name, old)
             else:
                 get_tensor(self.model, name).copy_(old)
-        self.before.clear()
 
     def put(self, name: str, parameter: nn.Parameter | None) -> None:
         """Another Parameter under a name of the model's, None to take it away."""

@@ -11,15 +11,26 @@ from __future__ import annotations
 import copyreg
 import functools
 import sys
+from abc import ABCMeta
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 from torch import nn
 
-from ...methods import INTERNAL, METHODS, get_config
+from ...methods import INTERNAL, METHODS, get_config, get_method
 from ...planning.modules import ADAPTED, own_class
+from ...target import Target
 from ..model.guise import derived_from, seen
 from .base import BaseTunerLayer
+from .containers import container, parts
+from .fields import by_adapter, names
+from .layer import layer_of
+from .scales import SCALE, Scaling
 from .trained import own_or_base
+from .view import View
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
 # kind of operator -> what PEFT calls the class of a module with it, or how its name ends
@@ -34,6 +45,10 @@ KINDS = {
 }
 MADE_FROM = "_peft_fx_made_from"
 WRAPPERS = {"saved": ModulesToSaveWrapper, "tokens": TrainableTokensWrapper}
+EXAMPLES = [
+    Target("x", "weight", kind, (8, 8, *kernel), kind == "embedding", has_bias=kind != "embedding")
+    for kind, kernel in {"linear": (), "embedding": (), "conv2d": (3, 3)}.items()
+]
 PARENTS = {"ADALORA": "LORA"}  # whose layers are another method's in PEFT
 
 
@@ -42,7 +57,37 @@ def layer_class(peft_type: str) -> type[BaseTunerLayer]:
     """`LoraLayer` for "LORA": modules with the method on them."""
     parent = layer_class(PARENTS[peft_type]) if peft_type in PARENTS else BaseTunerLayer
     name = get_config(peft_type).__name__.removesuffix("Config") + "Layer"
-    return made(name, parent, peft_type, f"A module with {peft_type} on it.")
+    made_class = made(name, parent, peft_type, f"A module with {peft_type} on it.")
+    for attribute, view in views(peft_type).items():
+        setattr(made_class, attribute, view)
+        view.__set_name__(made_class, attribute)
+    return made_class
+
+
+def views(peft_type: str) -> dict[str, View]:
+    """What layers of the method have besides: its tensors and its config's fields, by adapter."""
+    found = {name: View(partial(of_layer, by_adapter, name)) for name in names(get_config(peft_type))}
+    found |= {name: View(partial(of_layer, container, name)) for name in tensor_names(peft_type)}
+    return found | {SCALE: View(lambda module: Scaling(layer_of(module)))}
+
+
+def of_layer(function: Callable, name: str, module: nn.Module):
+    return function(layer_of(module), name)
+
+
+def tensor_names(peft_type: str) -> list[str]:
+    """Names of the containers of a method's tensors, on whatever it can be put on."""
+    config = get_config(peft_type)
+    methods = [
+        get_method(name) for name in (peft_type, *INTERNAL) if getattr(get_method(name), "Config", None) is config
+    ]
+    found = []
+    for method, target in product(methods, EXAMPLES):
+        with suppress(Exception):  # no such form
+            specs = method.tensors(target, config())
+            specs |= method.together([target], config()).shared
+            found += [parts(spec.key or name)[0] for name, spec in specs.items()]
+    return [name for name in dict.fromkeys(found) if name != SCALE]
 
 
 @functools.cache
@@ -138,9 +183,22 @@ def made_from(kind: type) -> Recipe | None:
 
 
 def what_is_seen(self) -> type:
-    """What `isinstance` takes an adapted module for: PEFT's classes too."""
-    recipe = made_from(type(self))
-    return seen(type(self), tuple(filter(None, map(of_peft, recipe.markers))))
+    """What `isinstance` takes an adapted module for: what it is, and PEFT's wrappers, which take no other classes in.
+
+    PEFT's layers do; they learn of ours here, where every `isinstance` that knows them asks first. A class with their properties
+    in it, `weight` for one, would be another one to Dynamo.
+    """
+    kind = type(self)
+    known = [(marker, of_peft(marker)) for marker in made_from(kind).markers]
+    return seen(kind, tuple(pefts for marker, pefts in known if pefts is not None and not taken_in(marker, pefts)))
+
+
+@functools.cache
+def taken_in(marker: type, pefts: type) -> bool:
+    """Whether PEFT's class takes ours for a subclass, from now on at the latest."""
+    if isinstance(pefts, ABCMeta):
+        pefts.register(marker)
+    return issubclass(marker, pefts)
 
 
 def put_class(self, new: type) -> None:

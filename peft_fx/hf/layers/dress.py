@@ -11,11 +11,11 @@ from ...engine.derive import placements
 from ...planning.plan import Placement
 from ...planning.selection import choose_saved
 from .classes import put_on
-from .layer import ATTRIBUTE, Layer
+from .layer import ATTRIBUTE, SUBSTITUTES, Layer
 from .plain import PLAIN
 from .trained import TRAINED, Reading
 
-SUBSTITUTES = {"SAVED": None, "TOKENS": "tokens"}  # method -> what a module with it is besides, if anything
+CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
 
 
 def dress(tuner: nn.Module) -> None:
@@ -45,11 +45,13 @@ def undress_all(model: nn.Module) -> None:
 
 @contextmanager
 def undressed(tuner: nn.Module) -> Iterator[None]:
-    """Inside the block modules are of their own classes: a capture sees no others."""
+    """Inside the block modules are of their own classes, and the adapters no part of the model, as a capture wants it."""
     undress_all(tuner.model)
+    tuner.model._modules.pop(CHILD)
     try:
         yield
     finally:
+        tuner.model._modules[CHILD] = tuner.adapters
         dress(tuner)
 
 
@@ -65,28 +67,26 @@ def layers_of(tuner: nn.Module) -> dict[str, Layer]:
     return layers
 
 
-def updates(layer: Layer) -> Iterator[Placement]:
-    """What changes the module's own numbers, not stands for them."""
-    return (p for found in layer.placed.values() for p in found if p.method not in SUBSTITUTES)
-
-
-def substitutes(layer: Layer) -> Iterator[Placement]:
-    return (p for found in layer.placed.values() for p in found if p.method in SUBSTITUTES)
-
-
 def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
     """What `Recipe` takes."""
     attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
-    found = [(p.config.peft_type, "attention" if attention else p.target.kind) for p in updates(layer)]
-    found += [("", SUBSTITUTES[p.method]) for p in substitutes(layer) if SUBSTITUTES[p.method]]
+    found = [
+        (p.config.peft_type, "attention" if attention else p.target.kind)
+        for name in layer.placed
+        for p in layer.updates(name)
+    ]
+    found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
     return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
+
+
+def substitutes(layer: Layer) -> list[Placement]:
+    return [p for name in layer.placed for p in layer.substitutes(name)]
 
 
 def readings(layer: Layer) -> dict[str, Reading]:
     """Parameter name -> what is read in its place while the acting adapters act."""
     found: dict[str, list[Placement]] = {}
     for name in layer.acting:
-        for p in layer.placed.get(name, ()):
-            if p.method in SUBSTITUTES:
-                found.setdefault(p.target.parameter, []).append(p)
+        for p in layer.substitutes(name):
+            found.setdefault(p.target.parameter, []).append(p)
     return {name: Reading(layer, tuple(group)) for name, group in found.items()}

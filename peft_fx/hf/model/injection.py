@@ -33,7 +33,6 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
     else:
         tuner = model.__dict__[INJECTED] = Tuner(model, config, adapter_name)
         tuner.peft_config.adopt(adapter_name, peft_config)
-        model.add_module(CHILD, tuner.adapters)
     model.peft_config = tuner.peft_config  # where transformers and diffusers look for the names of adapters
     return model
 

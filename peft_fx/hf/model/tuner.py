@@ -35,14 +35,14 @@ from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replaced import Replaced
 from ..hosts.replication import deeper, is_deeper, shallow
-from ..layers.dress import dress, undress_all, undressed
+from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 
 DEFAULT = "default"
 INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
-CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
-IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
+PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
+IN_MODEL = f"base_model.model.{PREFIX}"  # where the state dict of a PeftModel has them
+FORMER = "adapters."  # where that of a Tuner had them
 
 
 class Tuner(nn.Module):
@@ -93,17 +93,27 @@ class Tuner(nn.Module):
             self.hosts.lock()
 
     def refresh(self) -> None:
-        """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
-        self.adapters = self.backend.adapters.peft_fx.adapters
+        """After adapters came or went: their tensors are parameters of the model, those that should act do, at all calls."""
         self.configs.synced(self.backend.state)
         self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
-        if INJECTED in self.model.__dict__:
-            self.model.add_module(CHILD, self.adapters)
+        self.model._modules[CHILD] = self.adapters
         acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
         self.backend.set_adapter(acting)
         self.hosts.refresh(acting)
         dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """State dicts of earlier versions had the adapters beside the model."""
+        former = prefix + FORMER
+        for key in [key for key in state_dict if key.startswith(former)]:
+            state_dict[f"{prefix}model.{PREFIX}{key[len(former) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def adapters(self) -> nn.Module:
+        """Their tensors, the model's submodule `peft_adapters`: whoever moves, casts or optimises the model has them too."""
+        return self.backend.adapters.peft_fx.adapters
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
@@ -394,6 +404,7 @@ class Tuner(nn.Module):
         """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
         self.hosts.close()
         undress_all(self.model)
+        self.model._modules.pop(CHILD, None)
         shallow(self.model)
         return self.model
 
