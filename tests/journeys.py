@@ -1,7 +1,8 @@
-"""Scripts of users of TRL, transformers, diffusers and sentence-transformers, as they stand: `python journeys.py <name> <who> <folder>`.
+"""Scripts of users of TRL, transformers, diffusers and sentence-transformers, as they stand.
 
-who: "peft", which runs them on PEFT; "installed", on peft_fx with PEFT installed; "hidden", where PEFT cannot be found. Each
-gives what it computed, name -> numbers, which become `<folder>/<who>.json`. See test_as_peft.py.
+`python journeys.py <name> <who> <folder>`. name: one of TOGETHER. who: "peft", which runs them on PEFT; "installed", on
+peft_fx with PEFT installed; "hidden", where PEFT cannot be found. Each gives what it computed, name -> numbers, which become
+`<folder>/<who>.json`. See test_as_peft.py.
 """
 
 import json
@@ -390,6 +391,19 @@ def of_sentence_transformers(folder):
     return found
 
 
+# what runs in one process -> its journeys
+TOGETHER = {
+    "trl": (sft, sft_head, dpo, kto, reward, grpo),
+    "transformers": (of_transformers, swaps_of_transformers),
+    "diffusers": (of_diffusers, swaps_of_diffusers, training_of_diffusers),
+    "sentence_transformers": (of_sentence_transformers,),
+}
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("PEFT adapts a model")
+
+
 def main(name, who, folder):
     if who == "hidden":
         sys.meta_path[:] = [WithoutPeft if finder is PathFinder else finder for finder in sys.meta_path]
@@ -397,13 +411,17 @@ def main(name, who, folder):
         import peft_fx
 
         peft_fx.as_peft()
-    place = Path(folder, who)
-    place.mkdir(parents=True)
-    found = globals()[name](place)
-    engines = {
-        "peft": any(m.startswith("peft.tuners.lora") and getattr(sys.modules[m], "__file__", None) for m in sys.modules)
-    }
-    Path(folder, f"{who}.json").write_text(json.dumps({"found": found, **engines}))
+    if who == "installed":
+        from peft.tuners.tuners_utils import BaseTuner
+
+        BaseTuner.__init__ = refuse
+    found = {}
+    for journey in TOGETHER[name]:
+        place = Path(folder, who, journey.__name__)
+        place.mkdir(parents=True)
+        found |= {f"{journey.__name__}: {what}": values for what, values in journey(place).items()}
+    file = getattr(sys.modules["peft"], "__file__", None)
+    Path(folder, f"{who}.json").write_text(json.dumps({"found": found, "peft": file}))
 
 
 if __name__ == "__main__":

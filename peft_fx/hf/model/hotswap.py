@@ -49,4 +49,6 @@ def check_hotswap_configs_compatible(config0, config1) -> None:
     """
     types = [as_config(config).peft_type for config in (config0, config1)]
     if types[0] != types[1]:
-        raise HotswapError(f"a {types[0]} adapter cannot take the numbers of a {types[1]} one: load it under a name of its own")
+        raise HotswapError(
+            f"a {types[0]} adapter cannot take the numbers of a {types[1]} one: load it under a name of its own"
+        )
