@@ -208,7 +208,7 @@ def test_a_peft_model_gives_pefts_outputs_and_gradients(fresh_dynamo, name, tmp_
     assert type(found) is type(model(**inputs))
     close(found.sample, expected(**inputs).sample)
     ours, theirs = ([(n, p) for n, p in m.named_parameters() if p.requires_grad] for m in (tuned, expected))
-    ours = {n.partition("adapters.default.")[2].replace(".weight.lora_", ".lora_"): p for n, p in ours}
+    ours = {n.partition("adapters.default.")[2].replace(".on_weight.lora_", ".lora_"): p for n, p in ours}
     theirs = {n.removeprefix("base_model.model.").replace(".default.weight", ""): p for n, p in theirs}
     assert ours.keys() == theirs.keys()
     found, wanted = (

@@ -382,7 +382,7 @@ DAMAGES = {
     "json cut off": (lambda n, c: c[:30] if n.endswith("peft_fx.json") else c, "damaged"),
     "another format": (with_json(format=99), "format 99"),
     "a method that does not exist": (with_json(recipe={"default": {"peft_type": "NOPE"}}), "NOPE"),
-    "other shapes": (with_json(constants={"peft_fx.adapters.default.plain.weight.lora_A": [[9, 9], "float32"]}), "expected"),
+    "other shapes": (with_json(constants={"peft_fx.adapters.default.plain.on_weight.lora_A": [[9, 9], "float32"]}), "expected"),
 }  # fmt: skip
 
 

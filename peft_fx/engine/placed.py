@@ -24,7 +24,7 @@ def describe(gm: fx.GraphModule, placements: Iterable[Placement]) -> None:
         base = get_tensor(gm, p.target.name).dtype
         for name, spec in p.tensors.items():
             if spec.derived and name not in p.shared:
-                adapter.derived[f"{p.target.name}.{name}"] = Derived(spec, base)
+                adapter.derived[p.state_name(name).partition(".")[2]] = Derived(spec, base)
 
 
 def adopt(gm: fx.GraphModule, placements: Iterable[Placement]) -> None:

@@ -178,7 +178,7 @@ class Backend:
         return {**self.__dict__, "_adapters": kept}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapters' parameters, named <adapter>.<target>.<tensor>."""
+        """The adapters' parameters, named <adapter>.<module>.on_<parameter>.<tensor>."""
         return self.adapters.peft_fx.adapters.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:

@@ -35,7 +35,7 @@ from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
 
 EXTRA = "peft_fx.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def export(graph: fx.GraphModule, path=None) -> ExportedProgram:

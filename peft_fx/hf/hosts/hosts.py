@@ -26,6 +26,7 @@ from ...notices import warn
 from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...verbs.backend import Backend
+from .offloaded import HOOK, brought, owners
 from .raw import raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
@@ -102,6 +103,8 @@ class Host:
                 self.dynamo = True
                 return through_dynamo(self, active, args, kwargs)
             ready = table[key]
+        if any([HOOK in held.shadow and held.owner is not self.module for held in ready.tensors]):
+            return run_offloaded(self, ready, args)
         return ready.run(*args, *[held.tensor for held in ready.tensors])
 
     @torch._dynamo.assume_constant_result
@@ -135,11 +138,19 @@ class Host:
         return tree_map(lambda *x: torch.cat(x).index_select(0, order), *parts)
 
 
+@torch.compiler.disable
+def run_offloaded(host: Host, ready: Ready, args: tuple):
+    """What `Ready` says, with the adapters' tensors brought for it; the module's own hook has brought its."""
+    with brought(held.owner for held in ready.tensors if held.owner is not host.module):
+        return ready.run(*args, *[held.tensor for held in ready.tensors])
+
+
 @torch.compiler.disable(recursive=False)
 def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dict):
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
     backend, host.used = host.hosts.backend, True
-    if not host.hosts.placements(host, active):
+    chosen = host.hosts.placements(host, active)
+    if not chosen:
         with raw():
             return host.forward(*args, **kwargs)
     if host.compiled is None:
@@ -148,7 +159,7 @@ def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dic
     if active != others:
         backend.set_adapter(active)
     try:
-        with torch._dynamo.config.patch(LIMITS), raw():
+        with torch._dynamo.config.patch(LIMITS), raw(), brought(owners(backend.adapters, chosen)):
             return host.compiled(*args, **kwargs)
     finally:
         if active != others:
@@ -164,7 +175,8 @@ def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: 
         return True
     try:
         # what tracing saves for a backward is nothing to a checkpoint that this call is in
-        with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t):
+        ours = owners(host.hosts.backend.adapters, chosen)
+        with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t), brought(ours):
             graph = host.hosts.traced(host.module, key)
             table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
         host.used |= table[key].complete

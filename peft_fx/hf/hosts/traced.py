@@ -47,6 +47,7 @@ class Held(NamedTuple):
     shadow: dict
     place: dict
     name: str
+    owner: nn.Module
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -144,7 +145,7 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def held(root: nn.Module, name: str) -> Held:
     owner, leaf = owner_of(root, name)
-    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf, owner)
 
 
 def traced(module: nn.Module, fakes: list) -> fx.GraphModule:

@@ -104,10 +104,12 @@ class Tuner(nn.Module):
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        """State dicts of earlier versions had the adapters beside the model."""
-        former = prefix + FORMER
-        for key in [key for key in state_dict if key.startswith(former)]:
-            state_dict[f"{prefix}model.{PREFIX}{key[len(former) :]}"] = state_dict.pop(key)
+        """State dicts of earlier versions had the adapters beside the model, under their parameters' own names."""
+        for p in (p for name in self.backend.state.recipe for p in placements(self.backend.state, name)):
+            for tensor in p.tensors:
+                former = f"{prefix}{FORMER}{p.adapter}.{p.target.name}.{tensor}"
+                if former in state_dict:
+                    state_dict[f"{prefix}model.{PREFIX}{p.state_name(tensor)}"] = state_dict.pop(former)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
