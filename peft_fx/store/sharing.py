@@ -94,8 +94,10 @@ class Sharing:
         finally:
             if mine:
                 with self.changed:
-                    self.changed.wait_for(lambda: not self.is_written)
-                    self.forwards[thread] = mine
+                    try:
+                        self.changed.wait_for(lambda: not self.is_written)
+                    finally:  # an interrupt: the forward ends all the same
+                        self.forwards[thread] = mine
 
     @contextlib.contextmanager
     def writing(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
