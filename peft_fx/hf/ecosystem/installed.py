@@ -17,6 +17,7 @@ from torch import nn
 from ...config import AdapterConfig
 from ...errors import NoAdaptersError
 from ...methods import INTERNAL, METHODS, get_config
+from ...store.unwrap import unwrapped
 from ..compat.submodules import SUBMODULES
 from ..model import model as models
 from ..model.tuner import tuner_of
@@ -33,7 +34,7 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
     def ours(*args, **kwargs) -> bool:
         """Whether a call with these arguments is for us: adapted models decide, then configs."""
         given = (*args, *kwargs.values())
-        for model in (getattr(m, "_orig_mod", m) for m in given if isinstance(m, nn.Module)):
+        for model in (unwrapped(m) for m in given if isinstance(m, nn.Module)):
             if is_ours(model):
                 return True
             if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
