@@ -11,7 +11,7 @@ from .suggestions import did_you_mean
 
 MAX_RANK = 65536  # an adapter file that asks for more is damaged or hostile
 # annotation of a field -> what its value must be; other annotations are checked where they are used
-PLAIN_TYPES = {"bool": bool, "int": int, "float": (int, float)}
+PLAIN_TYPES: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float)}
 
 
 def check_names(what: str, value, string: bool) -> None:
@@ -22,14 +22,15 @@ def check_names(what: str, value, string: bool) -> None:
         raise WrongTypeError(f"{what}: expected a list of names{' or a string' if string else ''}, got {value!r}")
 
 
-def check_type(what: str, value, annotation: str) -> None:
+def check_type(what: str, value: Any, annotation: str | type) -> None:
     """Raises RecipeError unless a field annotated as a plain number or boolean holds one, and a finite one."""
-    expected = PLAIN_TYPES.get(getattr(annotation, "__name__", annotation))
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    expected = PLAIN_TYPES.get(name)
     if expected is None:
         return
     boolean = isinstance(value, bool) and expected is not bool
-    if boolean or not isinstance(value, expected) or not math.isfinite(value):
-        raise WrongTypeError(f"{what}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
+    if boolean or not isinstance(value, expected) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise WrongTypeError(f"{what}: expected {name}, got {value!r}")
 
 
 def check_rank(what: str, value) -> None:

@@ -141,8 +141,8 @@ class AdapterConfig(ConfigFiles):
         """The same config with every rank set to `rank`. Raises RecipeError for methods that have no rank."""
         if not self.ranked:
             raise RecipeError(f"{self.peft_type} has no rank to set")
-        patterns = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
-        return dataclasses.replace(self, **{self.ranked: rank}, **patterns)
+        changes: dict[str, Any] = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
+        return dataclasses.replace(self, **{**changes, self.ranked: rank})
 
     def _repr_html_(self) -> str:
         return as_html(self.as_parts())
@@ -159,7 +159,8 @@ class AdapterConfig(ConfigFiles):
 def refuse_to_begin(config: AdapterConfig) -> None:
     """Raises RecipeError for a config of a file whose adapter began in a way that is missing here: a new one cannot."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if found := {name: value.plain(value) for name, value in values.items() if isinstance(value, Begun)}:
+    found: dict[str, Any]
+    if found := {name: value.unmarked() for name, value in values.items() if isinstance(value, Begun)}:
         dataclasses.replace(config, **found)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .atomic import write_files
 from .errors import AdapterFileError, NotAFolderError, RecipeError, UnknownFieldError
@@ -25,8 +26,13 @@ def later(module: str, name: str):
     return getattr(import_module(f".{module}", __package__), name)
 
 
+@dataclass
 class ConfigFiles:
     """Methods of `AdapterConfig`."""
+
+    if TYPE_CHECKING:
+        absent: ClassVar[frozenset[str]]
+        peft_type: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's on-disk dict, `peft_type` included."""
@@ -45,7 +51,8 @@ class ConfigFiles:
         Raises AdapterFileError.
         """
         folder = Path(save_directory)
-        written = self if auto_mapping_dict is None else dataclasses.replace(self, auto_mapping=auto_mapping_dict)
+        changes: dict[str, Any] = {} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict}
+        written = dataclasses.replace(self, **changes) if changes else self
         text = written.to_json()
         if os.path.isfile(folder):
             raise NotAFolderError(f"{folder} is a file, expected a folder to write {CONFIG_FILE} into")

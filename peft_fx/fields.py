@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any
 
 from .checks import check_choice, check_count, check_positive, check_rank, number_that
 from .errors import UnsupportedError
@@ -61,9 +61,10 @@ def start(*choices, missing: Callable[[Any], Init | None]):
 def pattern_field(check: Callable[[str, Any], None] | None = None, **default):
     """A name-regex -> value dict field. check: of each value, with what to call it. default: `field`'s, where not {}."""
 
-    def check_values(what: str, values) -> None:
+    def check_values(what: str, values: dict | None) -> None:
         for key, value in (values or {}).items():
-            check(f"{what}[{key!r}]", value)
+            if check is not None:
+                check(f"{what}[{key!r}]", value)
 
     return field(**(default or {"default_factory": dict}), metadata={"check": check_values} if check else {})
 
@@ -71,22 +72,27 @@ def pattern_field(check: Callable[[str, Any], None] | None = None, **default):
 class Begun:
     """A value from a file that says how its adapter began, in a way in which none can begin here."""
 
-    plain: ClassVar[type]
+    def unmarked(self) -> Any:
+        """The value as the file has it."""
+        raise NotImplementedError
 
 
 class BegunText(Begun, str):
-    plain = str
+    def unmarked(self) -> str:
+        return str(self)
 
 
 class BegunDict(Begun, dict):
-    plain = dict
+    def unmarked(self) -> dict:
+        return dict(self)
 
 
 def begun(f: dataclasses.Field, value):
     """A file's value of a field, marked where the adapter has begun in a way that is missing here."""
     if value in f.metadata.get("start", (value,)):
         return value
-    return next((kind(value) for kind in (BegunText, BegunDict) if isinstance(value, kind.plain)), value)
+    kinds: dict[type, Callable[[Any], Begun]] = {str: BegunText, dict: BegunDict}
+    return next((kind(value) for plain, kind in kinds.items() if isinstance(value, plain)), value)
 
 
 def default_of(f: dataclasses.Field):

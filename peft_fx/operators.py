@@ -26,14 +26,14 @@ class BeforeTorch(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module):
                 run(module)
                 register()
 
-            spec.loader.exec_module = run_and_register
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 

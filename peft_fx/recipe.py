@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from .atomic import current
 from .config import AdapterConfig
@@ -152,4 +153,4 @@ def load_yaml(text: str):
         raise ValueError(str(error)) from error
 
 
-READERS = {".json": json.loads, ".yaml": load_yaml, ".yml": load_yaml}
+READERS: dict[str, Callable[[str], Any]] = {".json": json.loads, ".yaml": load_yaml, ".yml": load_yaml}

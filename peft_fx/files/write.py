@@ -64,7 +64,8 @@ def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
         return config
     # methods of this config, whichever variant it chose; not what all configs share
     adapted = [p.target for p in plan.placements if isinstance(config, getattr(p.rule, "Config", ()))]
-    return replace(config, fan_in_fan_out=any(t.kind == "linear" and t.transposed for t in adapted))
+    stored = {"fan_in_fan_out": any(t.kind == "linear" and t.transposed for t in adapted)}
+    return replace(config, **stored)  # type: ignore[arg-type]  # some configs' field
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -41,13 +41,15 @@ def module_table(model: nn.Module) -> ModuleTable:
 
 def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
     """One module's record; `paths`: where it is reachable, the first one names it."""
-    persistent = (n for n in module._buffers if n not in module._non_persistent_buffers_set)
+    buffers = {
+        n: b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+    }
     return ModuleRecord(
         path=paths[0],
         type=own_class(module).__name__,
         bases=tuple(c.__name__ for c in own_class(module).__mro__ if c not in (nn.Module, object)),
         parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
-        buffers={n: tuple(module._buffers[n].shape) for n in persistent if module._buffers[n] is not None},
+        buffers={n: tuple(b.shape) for n, b in buffers.items()},
         # without __getattr__, in which diffusers' models look into their config, with a warning
         attributes={
             n: _literal(v)

@@ -71,12 +71,10 @@ class Placement:
 
     def file_key(self, tensor: str) -> str:
         """The tensor's key in PEFT's `adapter_model.safetensors`."""
-        key = self.tensors[tensor].key
-        return (
-            PREFIX_SHARED + key[len(ROOT_KEY) :]
-            if key.startswith(ROOT_KEY)
-            else f"{PREFIX}{self.target.file_path}.{key}"
-        )
+        key = self.tensors[tensor].key or ""
+        if key.startswith(ROOT_KEY):
+            return PREFIX_SHARED + key[len(ROOT_KEY) :]
+        return f"{PREFIX}{self.target.file_path}.{key}"
 
     def file_keys(self, tensor: str) -> tuple[str, ...]:
         """The keys under which files hold the tensor: its own, or one per piece."""
@@ -127,12 +125,12 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
         *bias_placements(table, selection, adapter, config),
         *token_placements(selection, adapter, config),
     ]
-    refusals = (*selection.refusals, *refusals)
+    refusals = [*selection.refusals, *refusals]
     if refusals and strict:
         raise TargetError(
             "\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *one_line_each(refusals)])
         )
-    return Plan((*substitutions, *adapted), refusals, selection.unmatched)
+    return Plan((*substitutions, *adapted), tuple(refusals), selection.unmatched)
 
 
 def clashes(placements: Iterable[Placement]) -> list[Refusal]:
@@ -212,8 +210,8 @@ def with_shared(together: Together, placements: list[Placement]) -> list[Placeme
     """Adds the tensors that depend on all targets: shared ones belong to the first placement, the rest use them there."""
     result = {p.target.name: replace(p, tensors=p.tensors | together.own.get(p.target.name, {})) for p in placements}
     for shared, names in ((together.shared, tuple(result)), *together.grouped):
-        owner = result[names[0]] if names else None
         for p in (result[name] for name in names):
+            owner = result[names[0]]
             tensors = {n: replace(t, key=shared_key(t.key, p is owner)) for n, t in shared.items()} | p.tensors
             used = {} if p is owner else {n: Shared(owner.state_name(n)) for n in shared}
             result[p.target.name] = replace(p, tensors=tensors, shared=p.shared | used)
@@ -229,7 +227,8 @@ def shared_key(key: str | None, owner: bool) -> str | None:
 
 def saved_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:
     """A copy of every parameter and persistent buffer of the modules to save, shared where the module shares it."""
-    placements, sources = [], {}
+    placements: list[Placement] = []
+    sources: dict[str | None, dict[str, str]] = {}
     counts = wrap_counts(list(selection.targets))
     for saved in selection.saved:
         owners = dict(sources.get(saved.source, {}))

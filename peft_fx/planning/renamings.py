@@ -7,10 +7,14 @@ another one has for the names behind its own. Only those that rename are taken; 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from ..target import Renaming
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PLAIN = ("WeightRenaming", "PrefixChange")  # classes of rules; those derived from them keep a state, or count
 
@@ -22,7 +26,7 @@ def renamings(model: nn.Module) -> tuple[Renaming, ...]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}  # of a model whose code is not transformers'
-    rules = get_model_conversion_mapping(model, add_legacy=False)
+    rules = get_model_conversion_mapping(cast("PreTrainedModel", model), add_legacy=False)
     plain = (from_rule(rule) for rule in rules if type(rule).__name__ in PLAIN)
     return (*(Renaming(old, new) for old, new in own.items()), *plain)
 

@@ -80,7 +80,7 @@ def checked_ids(ids, target: Target) -> tuple[int, ...]:
 
 def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenRows]) -> list[TokenRows]:
     """Modules tied to the embedding use its rows, unless they are given ids of their own."""
-    group, source = tied_group(table), rows.get(table.input_embedding)
+    group, source = tied_group(table), rows.get(table.input_embedding or "")
     own = {path: rows[path].ids for path in group if path in rows}
     if source is None or not group:
         return list(rows.values())

@@ -52,7 +52,7 @@ class LoraFAOptimizer(Optimizer):
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         grad = parameter.grad
-        if parameter in self.projected:
+        if grad is not None and parameter in self.projected:
             grad = projected(grad, *self.projected[parameter])
         state["step"] += 1
         mean = state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)

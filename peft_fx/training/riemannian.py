@@ -34,7 +34,7 @@ def create_riemannian_optimizer(model, optimizer_cls: type[Optimizer], *, lr: fl
     if not pairs:
         raise ValueError("no linear weight of this model has two factors of LoRA's that train: nothing to precondition")
 
-    class Riemannian(optimizer_cls):
+    class Riemannian(optimizer_cls):  # type: ignore[misc, valid-type]  # the caller's
         def step(self, closure=None):
             if closure is not None:
                 raise ValueError("a closure would put its own gradients in place of the preconditioned ones: call backward "

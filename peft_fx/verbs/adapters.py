@@ -17,7 +17,7 @@ from ..files.read import read_adapter
 from ..files.write import write_adapter
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
-from ..store.state import state_of
+from ..store.state import base_of, state_of
 
 
 def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
@@ -78,7 +78,7 @@ def disable_adapter(tuned: fx.GraphModule) -> Iterator[fx.GraphModule]:
     state = state_of(tuned, "disable_adapter")
     refuse_merged(state, "disable_adapter")
     adapted = tuned.graph
-    tuned.graph = copy_graph(state.base.graph)
+    tuned.graph = copy_graph(base_of(state).graph)
     try:
         yield tuned
     finally:

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -32,10 +33,10 @@ from ..engine.transitions import names_of, planned
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
 from ..methods.ia3 import IA3Config
-from ..methods.lora import LoraConfig
+from ..methods.lora import LoRA, LoraConfig
 from ..planning.plan import Placement
 from ..store.state import State, state_of
-from ..store.tensors import get_tensor
+from ..store.tensors import tensor_of
 
 # name -> (how entries are pruned, whether signs are elected)
 RULES = {
@@ -120,8 +121,8 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
     tensors = {}
     for p, tensor_name, (key, *_) in planned(state, "combined", config).filed:
         A, B = factors[p.target.name]
-        value = A if tensor_name == p.rule.names(p.target)[0] else B
-        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(get_tensor(gm, p.target.name).device)
+        value = A if tensor_name == cast(LoRA, p.rule).names(p.target)[0] else B
+        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(tensor_of(gm, p.target.name).device)
     return config, tensors
 
 
@@ -148,8 +149,10 @@ def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple
                     f"{key}: a feed-forward module for some of {', '.join(names)} alone, whose scales have no sum"
                 )
             tensors[key] = before + weight * scale
-    fields = {f: union(f, [getattr(c, f) for c, _ in parts]) for f in ("target_modules", "feedforward_modules")}
-    return dataclasses.replace(parts[0][0], **fields), tensors
+    fields: dict[str, Any] = {
+        f: union(f, [getattr(c, f) for c, _ in parts]) for f in ("target_modules", "feedforward_modules")
+    }
+    return dataclasses.replace(cast(IA3Config, parts[0][0]), **fields), tensors
 
 
 def union(field: str, entries: list[list[str] | str | None]) -> list[str] | str:
@@ -204,7 +207,9 @@ def by_factors(gm, parts: list[tuple[Placement, float]], how: Combination) -> tu
     As, Bs, scaled = [], [], []
     for p, weight in parts:
         A, B, scale = factors_of(gm, p)
-        As.append(A), Bs.append(B), scaled.append(weight * scale)
+        As.append(A)
+        Bs.append(B)
+        scaled.append(weight * scale)
     if how.type == "cat":
         return torch.cat([w * A for w, A in zip(scaled, As, strict=True)]), torch.cat(Bs, 1)
     if len({A.shape for A in As}) > 1:
@@ -220,7 +225,7 @@ def factors_of(gm, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
     """LoRA's A (r, n), B (m, r) in fp32 at least, and scale. Raises RecipeError for other methods."""
     if p.method != "LORA" or "lora_B_bias" in p.tensors:
         raise RecipeError(f"{p.target.name}: {p.method} has no two factors that can be summed: take an svd type")
-    f = p.rule.factors(wide(theta_of(gm, p)), p.target, p.config)
+    f = cast(Additive, p.rule).factors(wide(theta_of(gm, p)), p.target, p.config)
     return f.A.flatten(1), f.B, float(f.scale)
 
 

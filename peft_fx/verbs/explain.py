@@ -15,7 +15,7 @@ from ..passes.match.readers import describe, parameter_nodes, sites
 from ..planning.plan import Placement, Plan, make_plan
 from ..planning.possible import possible_targets
 from ..recipe import as_recipe
-from ..store.state import State, state_of
+from ..store.state import State, base_of, state_of
 from ..tables import Table, as_html
 from .explanation import Explanation
 from .rows import Row, possible_row
@@ -79,7 +79,8 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
 def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placement] = ()) -> dict[str, list[Lowering]]:
     """Adapter -> the lowerings of its placements, of adapters that act together, after those that are `present`."""
     decided: dict[str, list[Lowering]] = {}
-    for x in lower(state.base.graph, [*present, *asked], state.base.traces)[len(present) :]:
+    base = base_of(state)
+    for x in lower(base.graph, [*present, *asked], base.traces)[len(present) :]:
         decided.setdefault(x.placement.adapter, []).append(x)
     return decided
 
@@ -87,7 +88,7 @@ def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placem
 def possible(graph: fx.GraphModule) -> Explanation:
     """Every parameter that an adapter could take, and the lowering that an additive method would get there."""
     state = state_of(graph, "explain")
-    nodes, rows = parameter_nodes(state.base.graph), []
+    nodes, rows = parameter_nodes(base_of(state).graph), []
     for target in (t for t in possible_targets(state.table) if t.name in nodes):
         found, reason = sites(nodes[target.name])
         if found or target.kind != "norm":
@@ -112,7 +113,9 @@ def rows_of(
                         "refused" if x.form == "refused" else status, note, error))  # fmt: skip
     left_out = [(r.target_name, "refused", r.reason) for r in plan.refusals]
     left_out += [(str(u.entry), "unmatched", str(u)) for u in plan.unmatched]
-    return rows + [Row(adapter, name, "", (), "", config.peft_type, "", 0, *what) for name, *what in left_out]
+    return rows + [
+        Row(adapter, name, "", (), "", config.peft_type or "", "", 0, status, why) for name, status, why in left_out
+    ]
 
 
 def numel(shape: tuple[int, ...]) -> int:

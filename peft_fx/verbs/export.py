@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from ..engine.placed import adopt
 from ..engine.transitions import names_of, resident_of
@@ -51,7 +52,7 @@ def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
     program = lift(baked, state.range_constraints)
     device = next(graph.parameters(), torch.empty(0)).device
     if traced_device(program) not in (None, device):
-        program = torch.export.passes.move_to_device_pass(program, device)
+        program = move_to_device_pass(program, device)
     if path is not None:
         save(program, as_path(path, "a .pt2 file to write"), state, graph.training)
     return program

@@ -17,8 +17,8 @@ from ..planning.plan import Placement, make_plan
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
 from ..store.modules import derive
-from ..store.state import state_of
-from ..store.tensors import ADAPTERS, get_tensor, set_tensor
+from ..store.state import base_of, state_of
+from ..store.tensors import ADAPTERS, set_tensor, tensor_of
 
 
 def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
@@ -39,16 +39,15 @@ def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
     for placement in new:
         allocate_empty(gm, placement)
     present = [p for name in state.acting for p in state.recipe[name].placements]
-    accepted = [
-        x.placement for x in lower(state.base.graph, [*present, *new], state.base.traces) if x.form != "refused"
-    ]
-    shown = derive(gm, copy_graph(state.base.graph), state)
+    base = base_of(state)
+    accepted = [x.placement for x in lower(base.graph, [*present, *new], base.traces) if x.form != "refused"]
+    shown = derive(gm, copy_graph(base.graph), state)
     shown.meta["peft_fx"] = state.update(reports=run((Inject(tuple(accepted)),), shown))
     return shown
 
 
 def allocate_empty(gm: fx.GraphModule, placement: Placement) -> None:
-    base = get_tensor(gm, placement.target.name)
+    base = tensor_of(gm, placement.target.name)
     for name, spec in placement.tensors.items():
         if name not in placement.shared:
             tensor = empty_tensor(spec, base)

@@ -18,13 +18,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import CaptureError, GraphError
+from ...store.tensors import store_of
 from .trace import in_mode, quiet_cache, refusals
 
 
 def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs: dict) -> None:
     """Raises GraphError unless the graph's outputs and writes are the model's, operator by operator, in eval mode (a graph that
     is locked to its mode: in that one)."""
-    training = bool(gm.peft_fx.mode.locked) and gm.training
+    training = bool(store_of(gm).mode.locked) and gm.training
     try:
         with torch.enable_grad():
             expected, found = numbers(model, ((model, training), (gm, training)), args, kwargs)
@@ -50,7 +51,9 @@ def numbers(model: nn.Module, runs: tuple, args: tuple, kwargs: dict) -> list[li
     known, fakes, results = Numbers(), FakeTensorMode(allow_non_fake_inputs=True), []
     with quiet_cache(model), fakes, exporting():
         real = *(holder[name] for holder, name in held(model)), *tensors((args, kwargs))
-        made = {tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real}
+        made: dict[torch.Tensor, torch.Tensor] = {
+            tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real
+        }
         for index, tensor in enumerate(made.values()):
             known.find(tensor, "given", index)
         given = pytree.tree_map(lambda x: made[x] if isinstance(x, torch.Tensor) else x, (args, kwargs))

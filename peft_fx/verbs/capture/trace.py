@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def quiet_cache(model: nn.Module) -> Iterator[None]:
 
     Sub-modules may hold copies of their own: T5's stacks do.
     """
-    configs = []
+    configs: list[Any] = []
     if is_hugging_face(model):
         found = [getattr(module, "config", None) for module in model.modules()]
         found += [getattr(c, name, None) for c in found for name in getattr(c, "sub_configs", {})]
@@ -126,7 +127,7 @@ def innermost_module(model: nn.Module, error: BaseException) -> str:
     """Path and class of the last module on the error's stack."""
     paths = {id(m): path for path, m in model.named_modules()}
     found = ""
-    chain = error
+    chain: BaseException | None = error
     while chain is not None:
         frame = chain.__traceback__
         while frame is not None:
