@@ -30,10 +30,11 @@ except ImportError:  # Windows: writers of one folder have to take turns by them
     fcntl = None
 
 NEW, SAVED, FORMER = ".peft_fx-new-", ".peft_fx-saved", "former"
+StrPath = str | os.PathLike[str]
 Writers = Mapping[str, Callable[[Path], object]]
 
 
-def write_files(folder, writers: Writers) -> Path:
+def write_files(folder: StrPath, writers: Writers) -> Path:
     """Writes files (name -> function that writes one at the path it gets) into a folder, made if need be. Others stay.
 
     Links in the folder are replaced, not written through; the folder itself may be one. Returns the folder. Raises

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -21,7 +21,7 @@ from ..target import ModuleTable
 from .terminal import working
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG = "config.json"
 
@@ -89,7 +89,7 @@ def config_source(path: Path, source: str) -> str:
     return source
 
 
-def config_of(where: str, source: str):
+def config_of(where: str, source: str) -> PretrainedConfig:
     """transformers' config object. Raises ModelNotFound."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -100,7 +100,7 @@ def config_of(where: str, source: str):
         raise ModelNotFound(f"{source}: no config that this transformers can read: {first_line(error)}") from error
 
 
-def build(config, source: str) -> PreTrainedModel:
+def build(config: PretrainedConfig, source: str) -> PreTrainedModel:
     """The model on the meta device, in eval mode.
 
     The attention named in a config is not used: it may be code on the hub, and changes no target.
@@ -113,7 +113,7 @@ def build(config, source: str) -> PreTrainedModel:
     return model.eval()
 
 
-def model_class(config):
+def model_class(config: PretrainedConfig) -> Any:
     """The class that the config names among transformers' own, else the first auto class that knows the config."""
     import transformers
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ PLAIN_WIDTH = 120  # of tables that go to a file or a pipe, unless COLUMNS says 
 class OneLineErrors(TyperGroup):
     """Exit codes: 0, 2 for what the user can mend, 1 for a fault of ours, 130 when interrupted."""
 
-    def main(self, *args, standalone_mode: bool = True, **options):
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> None:
         try:
             code = super().main(*args, **options, standalone_mode=False)  # type: ignore[misc]  # it comes by name
         except UsageError as error:

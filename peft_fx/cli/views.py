@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -92,7 +93,7 @@ def node_of(node: fx.Node) -> Node:
     )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """An argument as literals, lists, dicts and `Ref`s."""
     if isinstance(value, fx.Node):
         return Ref(value.name)

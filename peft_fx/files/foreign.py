@@ -129,7 +129,9 @@ def place_of(name: str, names: Names) -> tuple[str, str, Place | None]:
     return COMPONENTS.get(prefix, UNNAMED), prefix, names.find(name.removeprefix(prefix)) if prefix else None
 
 
-def parts_of(name: str, tensor: torch.Tensor, tensor_name: str, method: str | None, place: Place, table: ModuleTable):
+def parts_of(
+    name: str, tensor: torch.Tensor, tensor_name: str, method: str | None, place: Place, table: ModuleTable
+) -> list[tuple[str, torch.Tensor]]:
     """(path, tensor) for each module that the name stands for: rows are cut, everything else is shared."""
     if len(place.paths) == 1 and not place.swapped:
         return [(place.paths[0], tensor)]
@@ -147,7 +149,7 @@ def parts_of(name: str, tensor: torch.Tensor, tensor_name: str, method: str | No
         )
     if place.swapped:
         return [(place.paths[0], torch.cat(tensor.chunk(2)[::-1]))]
-    return zip(place.paths, tensor.split(rows), strict=True)
+    return list(zip(place.paths, tensor.split(rows), strict=True))
 
 
 def as_peft(key: str, tensor: torch.Tensor, end: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..atomic import Writers, write_files
+from ..atomic import StrPath, Writers, write_files
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
 from ..missing import PEFT_VERSION
@@ -35,7 +35,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(header.replace(other, one, 1))
 
 
-def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor],
+def write_adapter(folder: StrPath, config: AdapterConfig, tensors: dict[str, torch.Tensor],
                   others: Writers | None = None) -> Path:  # fmt: skip
     """Writes config and tensors (file key -> tensor) into `folder`, made if need be; other files in it stay.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,7 +104,7 @@ def _path_of(paths: dict[nn.Module, list[str]], module: object) -> str | None:
     return paths[module][0] if isinstance(module, nn.Module) and module in paths else None
 
 
-def _get(config: object, name: str):
+def _get(config: object, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
@@ -116,6 +117,6 @@ def _is_literal(value: object) -> bool:
     return isinstance(value, LITERALS)
 
 
-def _literal(value):
+def _literal(value: Any) -> Any:
     """JSON's version of a literal, so that a table equals its own round trip."""
     return [_literal(v) for v in value] if isinstance(value, (tuple, list)) else value

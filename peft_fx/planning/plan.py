@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -286,7 +287,9 @@ def token_placements(selection: Selection, adapter: str, config: AdapterConfig) 
     return [token_placement(method, r, rows, adapter, config) for r in selection.tokens]
 
 
-def token_placement(method, rows: TokenRows, targets: dict[str, Target], adapter: str, config) -> Placement:
+def token_placement(
+    method: Method, rows: TokenRows, targets: dict[str, Target], adapter: str, config: Any
+) -> Placement:
     # the config of the placement names the module, whichever way the recipe found it
     config = replace(config, trainable_token_indices={rows.target.path: list(rows.ids)})
     placement = Placement(adapter, method.name, rows.target, config, method.tensors(rows.target, config))

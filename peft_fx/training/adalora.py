@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import fx
 
+from ..atomic import StrPath
 from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..files.write import file_config, write_adapter
@@ -104,7 +105,7 @@ class RankAllocator:
             kept = torch.tensor(pattern[f"{path}.lora_E"], device=tensors["lora_E"].device)
             tensors["lora_E"].data.masked_fill_(~kept.unsqueeze(1), 0.0)
 
-    def save(self, folder) -> Path:
+    def save(self, folder: StrPath) -> Path:
         """Writes the adapter as `save_adapter` does, with the kept components only."""
         return write_adapter(Path(folder), *self.files())
 

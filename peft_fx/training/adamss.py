@@ -50,7 +50,7 @@ class Subspaces:
     kept: tuple[torch.Tensor, ...] = ()
     importance: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.learning = torch.ones_like(self.rows[..., 0])
         self.masks = self.learning.clone()[..., None, None], torch.ones_like(self.B[..., :1], dtype=torch.bool)
 

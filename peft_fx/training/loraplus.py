@@ -10,6 +10,7 @@ Groups and defaults are PEFT's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -21,9 +22,9 @@ from ..target import ModuleRecord, ModuleTable
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
-def create_loraplus_optimizer(model, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float,
+def create_loraplus_optimizer(model: Any, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float,
                               loraplus_weight_decay: float = 0.0, loraplus_lr_embedding: float = 1e-6,
-                              **options) -> Optimizer:  # fmt: skip
+                              **options: Any) -> Optimizer:  # fmt: skip
     """An optimiser of that class for what trains in a PeftModel, a graph or a backend. options: its further arguments."""
     table = state_of(adapters_of(model)).table
     owned = [t for t in parameters_of(model) if t.tensor.requires_grad]

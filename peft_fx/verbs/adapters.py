@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
+from ..atomic import StrPath
 from ..engine.adding import with_adapter
 from ..engine.derive import derived
 from ..engine.filing import adapter_files
@@ -20,7 +22,9 @@ from ..store.lazy import copy_graph
 from ..store.state import base_of, state_of
 
 
-def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
+def apply(
+    graph: fx.GraphModule, recipe: Any, adapter_name: str = "default", *, lowering: str = "auto"
+) -> fx.GraphModule:
     """Adds the adapters of a recipe and makes them active, after those that already are.
 
     recipe: a config, a Recipe, a dict, a path to .json / .yaml, or a PEFT config object. adapter_name: the name of a
@@ -39,7 +43,7 @@ def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lower
 
 def load_adapter(
     graph: fx.GraphModule,
-    path,
+    path: StrPath,
     adapter_name: str = "default",
     *,
     trainable: bool = False,
@@ -85,7 +89,7 @@ def disable_adapter(tuned: fx.GraphModule) -> Iterator[fx.GraphModule]:
         tuned.graph = adapted
 
 
-def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -> Path:
+def save_adapter(tuned: fx.GraphModule, path: StrPath, adapter_name: str | None = None) -> Path:
     """Writes one adapter as PEFT's `adapter_config.json` and `adapter_model.safetensors`, atomically; returns the folder.
 
     adapter_name may be left out when there is one adapter, or one active.

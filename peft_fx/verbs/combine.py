@@ -59,7 +59,7 @@ class Combination:
     density: float | None = None
     majority_sign_method: str = "total"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise ValueError(f"combination_type={self.type!r}: expected one of {', '.join(TYPES)}")
         if self.majority_sign_method not in SIGNS:
@@ -84,7 +84,7 @@ class Combination:
 
 
 def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-            combination_type: str = "svd", **options) -> fx.GraphModule:  # fmt: skip
+            combination_type: str = "svd", **options: Any) -> fx.GraphModule:  # fmt: skip
     """The graph with one more resident LoRA adapter, which does not act until `set_adapter`, made of others.
 
     weights: one per adapter; negative ones subtract. options: svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
@@ -99,7 +99,9 @@ def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[fl
 
 
 @torch.no_grad()
-def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combination) -> tuple[LoraConfig, dict]:
+def combined(
+    gm: fx.GraphModule, names: Sequence[str], weights: Sequence[float], how: Combination
+) -> tuple[LoraConfig, dict]:
     """The config and file key -> tensor of the combination."""
     state = state_of(gm)
     refuse_lengths(names, weights)
@@ -127,7 +129,14 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
 
 
 @torch.no_grad()
-def weighted(gm, names, weights, type: str | None = None, *options, **named) -> tuple[AdapterConfig, dict]:
+def weighted(
+    gm: fx.GraphModule,
+    names: Sequence[str],
+    weights: Sequence[float],
+    type: str | None = None,
+    *options: Any,
+    **named: Any,
+) -> tuple[AdapterConfig, dict]:
     """`combined` with these fields of `Combination`; `combined_scales` where none are given and all adapters are IA3's."""
     plain = type is None and not options and not named
     if plain and all(state_of(gm).recipe[n].config.peft_type == "IA3" for n in names):
@@ -135,7 +144,7 @@ def weighted(gm, names, weights, type: str | None = None, *options, **named) -> 
     return combined(gm, names, weights, Combination(type or "svd", *options, **named))
 
 
-def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
+def combined_scales(gm: fx.GraphModule, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
     """The config and file key -> tensor of IA3 adapters as one IA3 adapter: l = sum_k w_k l_k, over those on a module."""
     refuse_lengths(names, weights)
     targets_of(state_of(gm), names)
@@ -188,7 +197,9 @@ def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]
     return groups
 
 
-def by_update(gm, parts: list[tuple[Placement, float]], how: Combination) -> tuple[torch.Tensor, torch.Tensor]:
+def by_update(
+    gm: fx.GraphModule, parts: list[tuple[Placement, float]], how: Combination
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n) and B (m, r) of the best rank r for the sum of updates."""
     T = mixed([update(gm, p) for p, _ in parts], [w for _, w in parts], how)
     rank = how.svd_rank or max(rank_of(p) for p, _ in parts)
@@ -202,7 +213,9 @@ def by_update(gm, parts: list[tuple[Placement, float]], how: Combination) -> tup
     return A, B
 
 
-def by_factors(gm, parts: list[tuple[Placement, float]], how: Combination) -> tuple[torch.Tensor, torch.Tensor]:
+def by_factors(
+    gm: fx.GraphModule, parts: list[tuple[Placement, float]], how: Combination
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n) and B (m, r) from the parts' own."""
     As, Bs, scaled = [], [], []
     for p, weight in parts:
@@ -221,7 +234,7 @@ def by_factors(gm, parts: list[tuple[Placement, float]], how: Combination) -> tu
     return mixed(As, signed, how), mixed(Bs, roots, how)
 
 
-def factors_of(gm, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
+def factors_of(gm: fx.GraphModule, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
     """LoRA's A (r, n), B (m, r) in fp32 at least, and scale. Raises RecipeError for other methods."""
     if p.method != "LORA" or "lora_B_bias" in p.tensors:
         raise RecipeError(f"{p.target.name}: {p.method} has no two factors that can be summed: take an svd type")
@@ -229,7 +242,7 @@ def factors_of(gm, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
     return f.A.flatten(1), f.B, float(f.scale)
 
 
-def update(gm, p: Placement) -> torch.Tensor:
+def update(gm: fx.GraphModule, p: Placement) -> torch.Tensor:
     """dW (m, n) in fp32 at least."""
     W, theta = base_weight(gm, p.target), wide(theta_of(gm, p))
     W = W.to(torch.promote_types(W.dtype, torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -32,10 +32,10 @@ class ParameterCount(NamedTuple):
         """Of those that are trained, in percent."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.share:.4f}"
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         cells = [f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.4f}"]
         heads = ("trainable params", "all params", "trainable%")
         return as_html([Table(heads, [cells], frozenset(heads))])
@@ -49,7 +49,7 @@ def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
-def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
+def explain(graph: fx.GraphModule, recipe: Any = None) -> Explanation:
     """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why.
 
     Printed, targets of equal layers are one line; `.rows` has each.

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from ..atomic import StrPath
 from ..engine.adding import base_weight, values_of
 from ..engine.placed import adopt
 from ..errors import AdapterFileError, GraphError, HotswapError
@@ -51,7 +52,7 @@ KEEP_CONSTANTS = {
 FOLD_CONSTANTS = {"freezing": True}
 
 
-def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
+def package(tuned: fx.GraphModule, path: StrPath, *, swappable: bool = True) -> Path:
     """Compiles the graph and writes it as a `.pt2`, atomically; `peft_fx.load_package` runs it without the model's code.
 
     swappable: whether `hotswap` and `switch` work on the package. If not, adapters are frozen, and the compiler folds what it
@@ -112,7 +113,7 @@ def with_tensor_outputs(tuned: fx.GraphModule, state: State) -> tuple[fx.GraphMo
     return new, [None if is_tensor(v) else [v.meta["val"] if isinstance(v, fx.Node) else v] for v in flat]
 
 
-def is_tensor(value) -> bool:
+def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -222,13 +223,13 @@ def refuse_folded(program: ExportedProgram, tensors: dict, compiled: list[str]) 
 class Compiled(nn.Module):
     """Runs the compiled code on flat inputs, after checking them: it would read wrong memory for others."""
 
-    def __init__(self, runner, data: dict):
+    def __init__(self, runner: Any, data: dict) -> None:
         super().__init__()
         self.run, self.inputs, self.outputs = runner.loader.boxed_run, data["inputs"], data["outputs"]
         self.device = torch.device(data["device"])
 
     @torch.no_grad()
-    def forward(self, *values):
+    def forward(self, *values: torch.Tensor) -> Any:
         given: list[torch.Tensor] = []
         bound: dict[str, int] = {}
         for value, expected in zip(values, self.inputs, strict=True):
@@ -266,7 +267,7 @@ def told(expected: dict) -> str:
     return f"{expected['name']} = {expected['dtype']} {shape}{ranges}"
 
 
-def seen(value) -> str:
+def seen(value: Any) -> str:
     return (
         f"{dtype_name(value)} {sizes(value.shape)} on {value.device}"
         if isinstance(value, torch.Tensor)
@@ -285,7 +286,7 @@ class Package:
     swappable: bool
     held: fx.GraphModule
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.held(*args, **kwargs)
 
     @property
@@ -310,17 +311,17 @@ class Package:
             raise HotswapError(f"{self.path}: packaged with swappable=False, its adapters are part of the code")
         return self.held
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise GraphError(
             f"a package cannot be copied or pickled; load it again: peft_fx.load_package({str(self.path)!r})"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         adapters = ", ".join(f"{name}: {config.peft_type}" for name, config in self.recipe.items())
         return f"Package({str(self.path)!r}, adapters=[{adapters}], swappable={self.swappable})"
 
 
-def load_package(path) -> Package:
+def load_package(path: StrPath) -> Package:
     """Loads a `.pt2` written by `package`: called with the same inputs, it gives the same outputs as the graph.
 
     Raises AdapterFileError for files of another origin. A package is native code: load files of people you trust only.

@@ -5,6 +5,8 @@ So a recipe can be judged on a model whose weights are not there (meta tensors),
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx, nn
 
 from ..engine.adding import empty_tensor
@@ -21,7 +23,7 @@ from ..store.state import base_of, state_of
 from ..store.tensors import ADAPTERS, set_tensor, tensor_of
 
 
-def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
+def preview(graph: fx.GraphModule, recipe: Any) -> fx.GraphModule:
     """`graph` with a recipe's adapters after those that are active. Raises RecipeError if the recipe chooses nothing."""
     state = state_of(graph, "preview")
     refuse_merged(state, "adding an adapter")

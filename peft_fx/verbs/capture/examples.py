@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ def is_hugging_face(model: nn.Module) -> bool:
     return hasattr(model, "config") and hasattr(model, "main_input_name")
 
 
-def refuse_no_call(model: nn.Module, args, kwargs) -> None:
+def refuse_no_call(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Raises CaptureError for example inputs with which the model cannot be called."""
     if not isinstance(args, (tuple, list)):
         remedy = "by name they are kwargs={...}" if isinstance(args, dict) else "one input is args=(x,)"
@@ -62,7 +62,7 @@ def build(name: str, model: PreTrainedModel) -> torch.Tensor:
     return BUILDERS[name](model)
 
 
-def ids(config, length: int) -> torch.Tensor:
+def ids(config: Any, length: int) -> torch.Tensor:
     vocabulary = config.get_text_config().vocab_size
     return torch.arange(BATCH * length).reshape(BATCH, length) % max(vocabulary - 3, 1) + min(2, vocabulary - 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -50,7 +50,7 @@ def capture(
     args: tuple = (),
     kwargs: dict | None = None,
     *,
-    dynamic_shapes="auto",
+    dynamic_shapes: Any = "auto",
     stamp: bool = True,
 ) -> fx.GraphModule:
     """Captures a model as an FX graph in the ATen dialect that shares the model's parameters.
@@ -96,7 +96,7 @@ def capture(
         return stamped(model, args, kwargs, dynamic_shapes, stamp)
 
 
-def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: bool) -> fx.GraphModule:
+def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, stamp: bool) -> fx.GraphModule:
     """The base graph; lists of equal layers are traced in part if `stamp` and that can be proved right."""
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     if lists := equal_lists(model) if stamp else {}:
@@ -107,7 +107,7 @@ def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: 
     return traced(model, args, kwargs, shapes, {})
 
 
-def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
+def traced(model: nn.Module, args: tuple, kwargs: dict, shapes: Any, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
     """The base graph of `model`; of `lists` only the first layers are traced, the others are stamped out."""
     table = module_table(model)
     mode, what = ByMode(model.training), described(model, lists)
@@ -217,7 +217,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
     return gm
 
 
-def get_attribute(module: nn.Module, name: str):
+def get_attribute(module: nn.Module, name: str) -> Any:
     for part in name.split("."):
         module = getattr(module, part)
     return module

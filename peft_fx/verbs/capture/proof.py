@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -91,7 +92,7 @@ def in_place_of(made: dict[torch.Tensor, torch.Tensor], module: nn.Module) -> It
             d.update(before)
 
 
-def tensors(values) -> list[torch.Tensor]:
+def tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
@@ -120,21 +121,21 @@ class Numbers(TorchDispatchMode):
     seen through all of them, and a detached tensor is another.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.expressions: dict[tuple, int] = {}
         self.memory: dict[int, int] = {}
         self.held: list[torch.Tensor] = []  # so that no other memory gets an address that is known
 
-    def number(self, *expression) -> int:
+    def number(self, *expression: object) -> int:
         return self.expressions.setdefault(expression, len(self.expressions))
 
-    def write(self, tensor: torch.Tensor, *expression) -> None:
+    def write(self, tensor: torch.Tensor, *expression: object) -> None:
         """Says what the memory behind a tensor holds."""
         self.held.append(tensor)
         self.memory[address(tensor)] = self.number(*expression)
 
-    def find(self, tensor: torch.Tensor, *expression) -> None:
+    def find(self, tensor: torch.Tensor, *expression: object) -> None:
         """The same of memory that is met for the first time."""
         if address(tensor) not in self.memory:
             self.write(tensor, *expression)
@@ -148,7 +149,7 @@ class Numbers(TorchDispatchMode):
             self.memory[address(tensor)], *shown, tensor.is_conj(), tensor.is_neg(), tensor.requires_grad
         )
 
-    def key(self, value):
+    def key(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.of(value)
         if isinstance(value, (tuple, list)):
@@ -157,7 +158,7 @@ class Numbers(TorchDispatchMode):
             return tuple((name, self.key(v)) for name, v in value.items())
         return type(value), str(value)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         expression = ALIKE.get(func, func), self.key(args), self.key(kwargs)
         output = func(*args, **kwargs)
@@ -172,7 +173,7 @@ class Numbers(TorchDispatchMode):
         return output
 
 
-def constant(tensor: torch.Tensor):
+def constant(tensor: torch.Tensor) -> Any:
     """What tells a constant from others of its shape: its values, if it has any."""
     if type(tensor) is not torch.Tensor:
         return id(tensor)

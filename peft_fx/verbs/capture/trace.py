@@ -17,7 +17,7 @@ from .examples import is_hugging_face
 from .quiet import brief, quiet_export
 
 
-def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, training: bool) -> ExportedProgram:
+def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool) -> ExportedProgram:
     """Exports `model` in the given mode and restores the mode of every module.
 
     Raises CaptureError naming the innermost module that was being traced.
@@ -83,7 +83,7 @@ def separate(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def auto_shapes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     """`Dim.AUTO` for every axis of every example tensor, by argument name: what the model fixes is found out by export."""
 
-    def shape(leaf):
+    def shape(leaf: Any) -> Any:
         return (Dim.AUTO,) * leaf.dim() if isinstance(leaf, torch.Tensor) else None
 
     return pytree.tree_map(shape, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
