@@ -84,9 +84,7 @@ def set_graph(gm: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = gm
 
 
-def build(
-    modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State
-) -> fx.GraphModule:
+def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State) -> Shared:
     """A GraphModule that owns the given root entries (objects, not copies); it runs `graph` once passes have run on it."""
     gm = Shared(nn.Module(), fx.Graph(), class_name="GraphModule")
     for name, module in modules.items():
@@ -102,7 +100,7 @@ def build(
     return gm
 
 
-def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
+def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> Shared:
     """A new GraphModule over the same tensors with its own module objects, graph, mode and state."""
     copies: dict[nn.Module, nn.Module] = {}
     modules = {name: shell(module, copies) for name, module in gm._modules.items() if module is not None}

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..engine.adding import empty_tensor
 from ..engine.derive import replicated
-from ..engine.transitions import refuse_merged, resident_of, swapped
+from ..engine.transitions import refuse_merged, swapped
 from ..errors import RecipeError
 from ..passes.core.base import run
 from ..passes.inject.inject import Inject, lower
@@ -19,7 +19,7 @@ from ..planning.plan import Placement, make_plan
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
 from ..store.modules import derive
-from ..store.state import base_of, state_of
+from ..store.state import Resident, base_of, state_of
 from ..store.tensors import ADAPTERS, set_tensor, tensor_of
 
 
@@ -27,7 +27,7 @@ def preview(graph: fx.GraphModule, recipe: Any) -> fx.GraphModule:
     """`graph` with a recipe's adapters after those that are active. Raises RecipeError if the recipe chooses nothing."""
     state = state_of(graph, "preview")
     refuse_merged(state, "adding an adapter")
-    gm = derive(graph, fx.Graph(), state)
+    gm: fx.GraphModule = derive(graph, fx.Graph(), state)
     new: list[Placement] = []
     for name, config in as_recipe(recipe).items():
         if name in state.recipe:
@@ -35,8 +35,9 @@ def preview(graph: fx.GraphModule, recipe: Any) -> fx.GraphModule:
         if config.layer_replication:
             gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
-        new += make_plan(state.table, name, config, strict=False).placements
-        state = swapped(state, name, resident_of(state, name, config))
+        plan = make_plan(state.table, name, config, strict=False)
+        new += plan.placements
+        state = swapped(state, name, Resident(config, plan))
         gm.meta["peft_fx"] = state
     for placement in new:
         allocate_empty(gm, placement)
