@@ -49,7 +49,7 @@ def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bo
     source = restored(gm, state)
     for group in by_target(chosen).values():
         results |= folded(source, group, check_finite)[0]
-    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+    with store_of(gm).sharing.writing(results.values()), torch.no_grad():
         write(gm, state, results)
 
 
