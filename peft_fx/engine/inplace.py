@@ -45,7 +45,7 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
 
 def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bool) -> None:
     """Merged placements, all that are on their targets, with the numbers that the adapters have now."""
-    state, results = state_of(gm), {}
+    state, results = state_of(gm), dict[str, torch.Tensor]()
     source = restored(gm, state)
     for group in by_target(chosen).values():
         results |= folded(source, group, check_finite)[0]
