@@ -26,8 +26,9 @@ from ...notices import warn
 from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...verbs.backend import Backend
+from .bindings import Bindings
 from .offloaded import HOOK, brought, owners
-from .raw import raw, raw_forward
+from .raw import PLAIN, raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
@@ -204,10 +205,13 @@ class Rows:
 
 
 class Hosts:
-    """Those of one model and its adapters. active: the adapters that act; mixed: thread -> `Rows` of the call it is in."""
+    """Those of one model and its adapters. active: the adapters that act; mixed: thread -> `Rows` of the call it is in.
 
-    def __init__(self, model: nn.Module, backend: Backend):
-        self.model, self.backend = model, backend
+    renew: calls `refresh`, with what else depends on the modules.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, renew: Callable[[], None]):
+        self.model, self.backend, self.renew = model, backend, renew
         self.active: tuple[str, ...] = ()
         self.opened: dict[nn.Module, Host] = {}
         self.graphs: dict[tuple, Traced] = {}
@@ -229,8 +233,18 @@ class Hosts:
         self.calls += 1
         if self.calls == 2:
             self.check_used()
+        if not self.bindings.hold():
+            self.rebind()
         with self.backend.adapters.peft_fx.sharing.forward():
             return self.model._call_impl(*args, **kwargs)
+
+    def rebind(self) -> None:
+        """Adapters follow to modules that were put in place of theirs. Raises TargetError where they cannot."""
+        state = self.backend.state
+        targets = [p.target for name in state.recipe for p in placements(state, name)]
+        if self.bindings.moved(self.model, targets, state):
+            self.backend.keep(self.backend.adapters)
+        self.renew()
 
     def check_used(self) -> None:
         """Warns of modules whose adapters did not act in the first call of the model."""
@@ -251,11 +265,16 @@ class Hosts:
         self.active = active
         self.lock()
         placed = {name: placements(self.backend.state, name) for name in self.backend.state.recipe}
-        paths = {p.target.path for found in placed.values() for p in found}
-        wholes = {path for path in paths if self.model.get_submodule(path)._modules}
+        targets = [p.target for found in placed.values() for p in found]
+        state = self.backend.state
+        self.bindings = Bindings(self.model, targets, (state.table.input_embedding, state.table.output_head))
+        present = {path for path, module in self.bindings.modules.items() if module is not None}
+        wholes = {path for path in present if self.model.get_submodule(path)._modules}
+        for module in self.opened.keys() - set(self.model.modules()):
+            self.opened.pop(module).close()
         self.chosen: dict[tuple[nn.Module, str], list[Placement]] = {}
         for name, found in placed.items():
-            for p in found:
+            for p in (p for p in found if p.target.path in present):
                 host = self.host(p.target.path, wholes)
                 self.chosen.setdefault((host.module, name), []).append(p)
                 if host.dynamo:
@@ -327,6 +346,8 @@ def kind(x: torch.Tensor) -> tuple:
 
 def take_over(model: nn.Module) -> None:
     """Warns where a PeftModel is around the model already; its adapters act no longer."""
+    for module in model.modules():
+        module.__dict__.pop(PLAIN, None)  # what was taken off once may be adapted again
     others = hosts_in(model)
     for hosts in others:
         hosts.close()

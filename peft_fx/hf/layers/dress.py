@@ -10,9 +10,10 @@ from torch import nn
 from ...engine.derive import placements
 from ...planning.plan import Placement
 from ...planning.selection import choose_saved
+from ..hosts.bindings import at
+from ..hosts.raw import PLAIN
 from .classes import put_on
 from .layer import ATTRIBUTE, SUBSTITUTES, Layer
-from .plain import PLAIN
 from .trained import TRAINED, Reading
 
 CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
@@ -20,10 +21,12 @@ CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters'
 
 def dress(tuner: nn.Module) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
-    layers = {tuner.model.get_submodule(path): layer for path, layer in layers_of(tuner).items()}
-    for module in tuner.model.modules():
-        if ATTRIBUTE in module.__dict__ and module not in layers:
-            undress(module)
+    found = {at(tuner.model, path): layer for path, layer in layers_of(tuner).items()}
+    layers = {module: layer for module, layer in found.items() if module is not None}
+    before = tuner.__dict__.get("layers", {})
+    for module in before.keys() - layers.keys():
+        undress(module)
+    tuner.__dict__["layers"] = layers
     for module, layer in layers.items():
         module.__dict__[ATTRIBUTE] = layer
         module.__dict__[TRAINED] = readings(layer)

@@ -81,7 +81,7 @@ class Tuner(nn.Module):
         self.dropouts = nn.ModuleList()
         self.__dict__["replaced"] = Replaced(model, backend)
         self.forget_importance()
-        self.__dict__["hosts"] = Hosts(model, backend)
+        self.__dict__["hosts"] = Hosts(model, backend, self.refresh)
         self.refresh()
 
     def __getstate__(self) -> dict:
