@@ -54,10 +54,9 @@ _HF = {
         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "get_peft_model",
     ),
     "hf.model.functional": (
-        "get_layer_status", "get_model_status", "get_peft_model_state_dict", "hotswap_adapter",
-        "hotswap_adapter_from_state_dict", "set_peft_model_state_dict",
+        "get_layer_status", "get_model_status", "get_peft_model_state_dict", "set_peft_model_state_dict",
     ),
-    "hf.model.hotswap": ("prepare_model_for_compiled_hotswap",),
+    "hf.model.hotswap": ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"),
     "hf.model.injection": ("inject_adapter_in_model",),
     "hf.compat.constants": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING",
@@ -103,11 +102,13 @@ if TYPE_CHECKING:
         get_layer_status,
         get_model_status,
         get_peft_model_state_dict,
-        hotswap_adapter,
-        hotswap_adapter_from_state_dict,
         set_peft_model_state_dict,
     )
-    from .hf.model.hotswap import prepare_model_for_compiled_hotswap
+    from .hf.model.hotswap import (
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        prepare_model_for_compiled_hotswap,
+    )
     from .hf.model.injection import inject_adapter_in_model
     from .hf.model.model import (
         PeftMixedModel,

@@ -56,7 +56,7 @@ def test_twenty_swaps_of_any_rank_and_scale_equal_eager_at_any_size(swapped):
     for i in range(20):
         folder = folders[i % len(folders)]
         report = peft_fx.hotswap(package, folder)
-        assert report.tensors and report.seconds < 5
+        assert report.tensors and report.elements
         fresh = peft_fx.load_adapter(captured(name), folder)
         for shape in ((2, 6), (1, 4), (3, 1)):
             close(output(package, name, *shape), output(fresh, name, *shape))

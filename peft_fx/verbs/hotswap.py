@@ -19,6 +19,7 @@ from ..engine.swapping import read, refolded, swap_of, write
 from ..engine.swaps import Swap, SwapReport
 from ..errors import HotswapError
 from ..store.state import state_of
+from ..store.unwrap import unwrapped
 
 
 def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
@@ -38,14 +39,14 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     new adapter needs other operators: a bias more, no groups, a tie undone.
     """
     start = time.perf_counter()
-    gm = getattr(tuned, "_orig_mod", tuned)
+    gm = unwrapped(tuned)
     state_of(gm, "hotswap")
     with gm.peft_fx.sharing.swapping():
         state = state_of(gm)
         refuse_freezing()
         if isinstance(path, Swap):
             slot, adapter_name = path.slot, path.adapter
-            if state.recipe.get(slot) is not path.resident or slot in state.merged:
+            if slot not in state.recipe or state.recipe[slot].home is not path.home or slot in state.merged:
                 raise HotswapError(
                     f"adapter {adapter_name!r}: this swap was prepared for another graph, or before a merge"
                 )
@@ -58,8 +59,6 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
             written, padded, zeroed, path = write(gm, state, slots, swap), swap.padded, swap.zeroed, swap.source
-        if state.gated:
-            state_of(gm).recipe[slot].name = adapter_name
     elements = sum(t.numel() for t in written)
     source = "memory" if isinstance(path, tuple) else str(path)
     return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)
@@ -70,7 +69,7 @@ def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> 
 
     Raises what `hotswap` raises, and HotswapError for a merged adapter, whose weights are folded when they are swapped.
     """
-    gm = getattr(tuned, "_orig_mod", tuned)
+    gm = unwrapped(tuned)
     state = state_of(gm, "prepare_swap")
     slot = slot_for(state, adapter_name)
     if slot in state.merged:

@@ -1,13 +1,17 @@
-"""What FSDP shards on its own."""
+"""What FSDP shards on its own, and models that it has sharded."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from ...errors import WrongTypeError
+from ...store.unwrap import wrappers
 
 NAMES = "FSDP_TRANSFORMER_CLS_TO_WRAP"  # accelerate's variable
 
@@ -28,3 +32,17 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> ModuleWrapPolicy:
             f"{NAMES} to classes of its modules"
         )
     return ModuleWrapPolicy({classes[name] for name in wanted})
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[bool]:
+    """Inside the block a model that FSDP 1 has sharded has its whole tensors; what is written into them stays.
+
+    Yields whether it is one. All processes have to come here, as for its state dict.
+    """
+    outermost = next((m for m in wrappers(model) if isinstance(m, FullyShardedDataParallel)), None)
+    if outermost is None:
+        yield False
+    else:
+        with FullyShardedDataParallel.summon_full_params(outermost):
+            yield True

@@ -18,7 +18,7 @@ FILES = [entry[0] for name, entry in METHODS.items() if name not in INTERNAL]
 # has under that name
 SUBMODULES = {
     "auto": ("hf.files.auto",),
-    "functional": ("hf.model.functional", "hf.model.injection"),
+    "functional": ("hf.model.functional", "hf.model.hotswap", "hf.model.injection"),
     "helpers": ("hf.compat.helpers", "hf.compat.signatures", "hf.compat.kappa"),
     "mapping": ("hf.compat.constants", "hf.compat.helpers", "hf.model.injection"),
     "mapping_func": ("hf.model.model",),
@@ -38,11 +38,12 @@ SUBMODULES = {
         "hf.compat.kbit",
         "hf.compat.helpers",
         "hf.model.functional",
+        "hf.model.hotswap",
         "hf.model.weights",
         "hf.layers.wrappers",
     ),
     "utils.constants": ("hf.compat.constants",),
-    "utils.hotswap": ("hf.model.functional", "hf.model.hotswap"),
+    "utils.hotswap": ("hf.model.hotswap",),
     "utils.other": (
         "hf.compat.constants",
         "hf.compat.kbit",

@@ -10,6 +10,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from ...atomic import write_files
 from ...errors import NotAFolderError
 from ...files.write import write_adapter, write_tensors
+from ...notices import warn
 from ..model.tuner import DEFAULT, IN_MODEL
 from .card import CARD, card_of
 from .contents import adapter_contents
@@ -31,7 +32,9 @@ def save_pretrained(model, save_directory, safe_serialization: bool = True, sele
     if unknown := [n for n in names if n not in model.peft_config]:
         raise ValueError(f"there is no adapter {unknown[0]!r} to save; there are: {', '.join(model.peft_config)}")
     if not safe_serialization:
-        raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        warn(
+            "safe_serialization=False would write a pickle: adapters are written as safetensors, which everything reads"
+        )
     if path_initial_model_for_weight_conversion is not None:
         raise ValueError(
             "path_initial_model_for_weight_conversion is for initialisations that change the base weight (PiSSA, CorDA, "

@@ -1,4 +1,4 @@
-"""Adapters' tensors that accelerate keeps elsewhere: its hooks bring a module's at its call; these are never called."""
+"""Adapters' tensors that accelerate keeps elsewhere. Its hooks bring a module's for its call; no adapter's module is called."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ...engine.derive import placements
 from ...planning.plan import Placement
 from ...planning.selection import choose_saved
 from ..hosts.bindings import at
@@ -62,7 +61,7 @@ def layers_of(tuner: nn.Module) -> dict[str, Layer]:
     """Path -> what is on the module there, in the order of adapters and their targets."""
     state, layers = tuner.backend.state, {}
     for adapter, resident in state.recipe.items():
-        for p in placements(state, adapter):
+        for p in resident.placements:
             layer = layers.setdefault(p.target.path, Layer(tuner, p.target.path))
             layer.placed.setdefault(adapter, []).append(p)
         for saved in choose_saved(state.table, resident.config)[0]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ...engine.derive import placements
 from ...planning.matching import inside
 from ...planning.plan import Placement
 from ...store.tensors import ADAPTERS, get_tensor, owner_of
@@ -54,7 +53,7 @@ class Layer:
         """The adapter's placements on the module; where it is trained whole, on the modules in it too."""
         if adapter not in self.saved:
             return self.placed.get(adapter, [])
-        return [p for p in placements(self.tuner.backend.state, adapter) if inside(p.target.path, self.path)]
+        return [p for p in self.tuner.state.recipe[adapter].placements if inside(p.target.path, self.path)]
 
     def tensor(self, p: Placement, name: str) -> torch.Tensor:
         shared = p.resolve(name)

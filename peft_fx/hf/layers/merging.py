@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ...engine.merging import by_target, folded
-from ...store.tensors import get_tensor
+from ...engine.inplace import fold_again
 from .layer import Layer
 
 
@@ -27,12 +26,4 @@ def refold(layer: Layer, check_finite: bool) -> None:
     """The module's merged weights from what they were before, with the scales of now."""
     tuner = layer.tuner
     chosen = [p for name in tuner.merged_adapters for p in layer.placed.get(name, ())]
-    gm = tuner.backend.adapters
-    targets = {name for p in chosen for name in (p.target.name, p.target.bias_name)}
-    weights = [t for name in targets if (t := get_tensor(tuner.model, name)) is not None]
-    with gm.peft_fx.sharing.writing(weights):
-        tuner.replaced.undo(targets)
-        results = {}
-        for group in by_target(chosen).values():
-            results |= folded(gm, group, check_finite)[0]
-        tuner.replaced.write(results)
+    fold_again(tuner.backend.adapters, chosen, check_finite)

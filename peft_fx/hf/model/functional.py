@@ -8,18 +8,19 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
 
-from ...engine.derive import planned
 from ...engine.filing import adapter_files
-from ...engine.swaps import SwapReport
+from ...engine.transitions import planned
 from ...files.keys import of_model
 from ...files.match import needless
 from ...methods.base import HALF
 from ...notices import warn
 from ...planning.plan import PREFIX
-from ...recipe import as_config
 from ...store.state import state_of
+from ...store.unwrap import unwrapped
 from ..compat.constants import UPCAST_DTYPES, PeftWarning
+from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
 from ..files.embeddings import loaded_embeddings
 from .model import DEFAULT
@@ -37,13 +38,17 @@ def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: s
                               save_embedding_layers="auto") -> dict[str, torch.Tensor]:  # fmt: skip
     """File key -> tensor of one adapter; the tensors are the model's own, or those of a state dict of the whole model.
 
-    The keys of a model that adapters were injected into have no base_model.model. in front, as in PEFT. unwrap_compiled: `model`
-    is what torch.compile made of it. save_embedding_layers: whether the base's embedding and head are among them.
+    The keys of a model that adapters were injected into have no base_model.model. in front, as in PEFT. unwrap_compiled is not
+    read: wrappers are seen through, and of a model that FSDP 1 has sharded the tensors are gathered.
+    save_embedding_layers: whether the base's embedding and head are among them.
     """
-    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     tuner = tuner_of(model)
     tuner.known((adapter_name,))
-    tensors = adapter_contents(tuner, adapter_name, save_embedding_layers, state_dict)[1]
+    with gathered(model) as sharded:
+        tensors = adapter_contents(tuner, adapter_name, save_embedding_layers, state_dict)[1]
+        if sharded:
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    model = unwrapped(model)
     return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if is_injected(model) else tensors
 
 
@@ -58,13 +63,12 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     Returns missing_keys and unexpected_keys, as the file's keys, of this adapter alone. Raises AdapterFileError for a tensor
     of another shape, which ignore_mismatched_sizes leaves out with a warning.
     """
-    tuner = tuner_of(model)
+    tuner, bare = tuner_of(model), is_injected(unwrapped(model))
     tuner.known((adapter_name,))
     gm = tuner.backend.adapters
     config = state_of(gm).recipe[adapter_name].config
     plan = planned(state_of(gm), adapter_name, config)
     wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
-    bare = is_injected(model)
     keyed = {PREFIX + k.removeprefix(PREFIX) if bare and k not in wanted else k: k for k in peft_model_state_dict}
     keyed = of_model(keyed, state_of(gm).table)
     found = {key: peft_model_state_dict[k] for key, k in keyed.items()}
@@ -76,35 +80,13 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
             lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in others.items()]
             warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning)
             given = {k: t for k, t in given.items() if k not in others}
-    kept = adapter_files(gm, adapter_name)[1]
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
     others = {k: t for k, t in found.items() if k not in wanted}
-    with loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+    with gathered(model), loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+        kept = adapter_files(gm, adapter_name)[1]
         tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
     return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
-
-
-def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, torch_device: str | None = None,
-                    **kwargs) -> SwapReport:  # fmt: skip
-    """Another adapter's numbers, of any method that the resident one has, in its place: nothing is compiled again."""
-    return tuner_of(model).hotswap(model_name_or_path, adapter_name)
-
-
-def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
-                                    parameter_prefix: str = "") -> SwapReport:  # fmt: skip
-    """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may name the adapter."""
-    bare = {without(key, adapter_name): tensor for key, tensor in state_dict.items()}
-    if is_injected(model):
-        bare = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in bare.items()}
-    return tuner_of(model).hotswap((as_config(config), bare), adapter_name)
-
-
-def without(key: str, adapter: str) -> str:
-    """A tensor's key in files, from the one that PEFT's layers have: ...lora_A.<adapter>.weight."""
-    parts = key.split(".")
-    place = next((i for i in (len(parts) - 1, len(parts) - 2) if parts[i] == adapter), None)
-    return key if place is None else ".".join(parts[:place] + parts[place + 1 :])
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -144,9 +126,12 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """A record per adapted module. Raises TypeError for a model without adapters."""
-    found = layer_status(tuner_of(model))
-    return [replace(r, name=r.name.removeprefix("model.")) for r in found] if is_injected(model) else found
+    found, bare = layer_status(tuner_of(model)), is_injected(unwrapped(model))
+    return [replace(r, name=r.name.removeprefix("model.")) for r in found] if bare else found
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    return model_status(tuner_of(model), "None" if is_injected(model) else type(model).__name__)
+    tuner, model = tuner_of(model), unwrapped(model)
+    if not is_injected(model):
+        return model_status(tuner, type(tuner.model).__name__, tuner._get_name())
+    return model_status(tuner, type(model).__name__ if isinstance(model, PreTrainedModel) else "other", "None")

@@ -1,12 +1,79 @@
-"""Swapping adapters in a PeftModel that is compiled, or will be."""
+"""Swapping adapters in a PeftModel: into the tensors that there are, or, where nothing is compiled, into larger ones."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from ...config import AdapterConfig
+from ...engine.swaps import SwapReport
+from ...engine.widening import widened
+from ...errors import HotswapError
+from ...files.read import read_adapter
 from ...notices import warn
-from ...verbs.widen import prepare_hotswap
-from .tuner import tuner_of
+from ...recipe import as_config
+from ...store.unwrap import is_compiled, unwrapped
+from .tuner import Tuner, tuner_of
+
+
+def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, torch_device: str | None = None,
+                    **kwargs) -> SwapReport:  # fmt: skip
+    """Another adapter's numbers, of any method that the resident one has, in its place: nothing is compiled again.
+
+    Of a model that is not compiled an adapter gets wider tensors where the new rank is larger: new Parameters.
+    """
+    return swapped(model, model_name_or_path, adapter_name)
+
+
+def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
+                                    parameter_prefix: str = "") -> SwapReport:  # fmt: skip
+    """`hotswap_adapter` from memory. Scales follow the config, its patterns included."""
+    return swapped(model, (as_config(config), dict(state_dict)), adapter_name)
+
+
+def swapped(model: nn.Module, source, name: str) -> SwapReport:
+    """Raises HotswapError, and has changed nothing, for what does not fit."""
+    tuner = tuner_of(model)
+    try:
+        return tuner.hotswap(source, name)
+    except HotswapError:
+        rank = wanted_rank(tuner, source)
+        if rank is None or compiled_outside(model, tuner):
+            raise
+        with tuner.changing():
+            before = tuner.backend.adapters
+            try:
+                widen(tuner, rank)
+                return tuner.hotswap(source, name)
+            except BaseException:
+                tuner.backend.keep(before)
+                tuner.refresh()
+                raise
+
+
+def wanted_rank(tuner: Tuner, source) -> int | None:
+    """The largest rank of the adapters and of a new one, if that is the new one's."""
+    config = source[0] if isinstance(source, tuple) else read_adapter(source, tuner.backend.state.table)[0]
+    there = [largest_rank(resident.config) for resident in tuner.state.recipe.values()]
+    new = largest_rank(config)
+    return new if new > max(there) else None
+
+
+def largest_rank(config: AdapterConfig) -> int:
+    """0 for a method without ranks."""
+    if not config.ranked:
+        return 0
+    return max([getattr(config, config.ranked), *(getattr(config, "rank_pattern", None) or {}).values()])
+
+
+def compiled_outside(model: nn.Module, tuner: Tuner) -> bool:
+    """Whether a user has compiled the model. The face sets the innermost model's own call for its lock."""
+    return is_compiled(model) and (unwrapped(model) is not model or model is not tuner.model)
+
+
+def widen(tuner: Tuner, rank: int) -> None:
+    """Wider tensors for every adapter, zeros in what is new."""
+    tuner.backend.keep(widened(tuner.backend.adapters, tuner.state, rank))
+    tuner.refresh()
 
 
 def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, config=None,
@@ -21,9 +88,8 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         raise ValueError(
             f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
         )
-    tuner = tuner_of(getattr(model, "_orig_mod", model))
-    own_call = model._compiled_call_impl if model is not tuner.model else None
-    if (hasattr(model, "_orig_mod") or own_call) and check_compiled != "ignore":
+    tuner = tuner_of(model)
+    if compiled_outside(model, tuner) and check_compiled != "ignore":
         text = (
             "call prepare_model_for_compiled_hotswap before compiling the model: what is compiled has narrower tensors"
         )
@@ -32,9 +98,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         warn(text)
     if target_rank is None:
         return
-    tuner.backend.set_adapter(())  # there is no graph to put any into
-    tuner.backend.keep(prepare_hotswap(tuner.backend.adapters, max_rank=target_rank))
-    tuner.refresh()
+    widen(tuner, target_rank)
     for given in config.values() if isinstance(config, dict) else () if config is None else (config,):
         given.r = target_rank
         given.rank_pattern = dict.fromkeys(given.rank_pattern or {}, target_rank)

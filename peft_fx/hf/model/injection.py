@@ -12,7 +12,7 @@ from ...notices import warn
 from ...planning.modules import module_table
 from ...planning.plan import PREFIX, make_plan
 from ...recipe import as_config
-from .tuner import CHILD, DEFAULT, INJECTED, Tuner
+from .tuner import DEFAULT, INJECTED, Tuner
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -54,7 +54,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 def remove_all(model: nn.Module) -> nn.Module:
     """The model as it was before adapters were injected; what is merged stays merged."""
     injected(model).unload()
-    del model.__dict__[INJECTED], model._modules[CHILD], model.peft_config
+    del model.__dict__[INJECTED], model.peft_config
     model.__dict__.pop("_hf_peft_config_loaded", None)  # a mark of transformers' and diffusers'
     return model
 

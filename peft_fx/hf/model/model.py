@@ -122,7 +122,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_adapter(self) -> str:
         """The one that acts, the first of several."""
-        return next(iter(self.base_model.chosen), DEFAULT)
+        return next(iter(self.base_model.state.active), DEFAULT)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -240,7 +240,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return layer_status(self.base_model)
 
     def get_model_status(self) -> TunerModelStatus:
-        return model_status(self.base_model, type(self).__name__)
+        return model_status(self.base_model, type(self.get_base_model()).__name__, self.base_model._get_name())
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all)."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ...engine.derive import placements
 from ...planning.plan import Placement
 from ...store.state import state_of
 from ...store.tensors import ADAPTERS, get_tensor
+from ...store.unwrap import unwrapped
 from ...verbs.backend import Backend
 from .tuner import tuner_of
 
@@ -33,7 +33,7 @@ class Owned:
 
 def adapters_of(model) -> fx.GraphModule:
     """The graph module that holds the adapters. Raises GraphError or TypeError where there are none."""
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if isinstance(model, Backend):
         return model.adapters
     if isinstance(model, fx.GraphModule):
@@ -49,7 +49,7 @@ def tensors_of(model) -> list[Owned]:
     return [
         Owned(name, get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"), p)
         for adapter in state.recipe
-        for p in placements(state, adapter)
+        for p in state.recipe[adapter].placements
         for name in p.tensors
         if name not in p.shared
     ]
