@@ -11,7 +11,8 @@ from ...planning.plan import Placement
 from ...planning.selection import choose_saved
 from ..hosts.bindings import at
 from ..hosts.raw import PLAIN
-from .classes import put_on
+from .classes import learn, put_on
+from .containers import containers
 from .layer import ATTRIBUTE, SUBSTITUTES, Layer
 from .trained import TRAINED, Reading
 
@@ -72,11 +73,10 @@ def layers_of(tuner: nn.Module) -> dict[str, Layer]:
 def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
     """What `Recipe` takes."""
     attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
-    found = [
-        (p.config.peft_type, "attention" if attention else p.target.kind)
-        for name in layer.placed
-        for p in layer.updates(name)
-    ]
+    placed = [p for name in layer.placed for p in layer.updates(name)]
+    for method in dict.fromkeys(p.config.peft_type for p in placed):
+        learn(method, (*containers(layer, True), *containers(layer, False)))
+    found = [(p.config.peft_type, "attention" if attention else p.target.kind) for p in placed]
     found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
     return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
 
