@@ -39,22 +39,22 @@ class Bindings:
 
     def __init__(self, model: nn.Module, targets: Iterable[Target], resized: Iterable[str | None]):
         self.modules = {t.path: at(model, t.path) for t in targets}
-        edges: dict[tuple[int, str], tuple[dict, str, nn.Module]] = {}
+        edges: dict[int, tuple[dict, dict[str, nn.Module]]] = {}
         for path, found in self.modules.items():
             module = model
             for part in path.split(".") if path and found is not None else ():
                 kept = module._modules
                 module = getattr(module, part)
                 if part in kept:  # else it is in what a wrapper holds
-                    edges[id(kept), part] = kept, part, module
-        self.edges = list(edges.values())
+                    edges.setdefault(id(kept), (kept, {}))[1][part] = module
+        self.edges = [(kept, (*found,), [*found.values()]) for kept, found in edges.values()]
         held = {path: m.__dict__ for path, m in self.modules.items() if path in resized and m is not None}
         self.sizes = [(path, kept, name, kept[name]) for path, kept in held.items() for name in SIZES if name in kept]
 
     def hold(self) -> bool:
-        """At each call: a look into a dict for each module on the way."""
-        for kept, name, module in self.edges:
-            if kept.get(name) is not module:
+        """At each call: a look into the dicts of the modules on the way."""
+        for kept, names, modules in self.edges:
+            if [*map(kept.get, names)] != modules:  # modules are equal to themselves alone
                 return False
         return all(kept[name] == size for _, kept, name, size in self.sizes)
 
