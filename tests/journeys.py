@@ -1,7 +1,8 @@
-"""Scripts of users of TRL, transformers, diffusers and sentence-transformers, as they stand: `python journeys.py <name> <who> <folder>`.
+"""Scripts of users of TRL, transformers, diffusers and sentence-transformers, as they stand.
 
-who: "peft", which runs them on PEFT; "installed", on peft_fx with PEFT installed; "hidden", where PEFT cannot be found. Each
-gives what it computed, name -> numbers, which become `<folder>/<who>.json`. See test_as_peft.py.
+`python journeys.py <name> <who> <folder>`. name: one of TOGETHER. who: "peft", which runs them on PEFT; "installed", on
+peft_fx with PEFT installed; "late", when TRL has been imported before; "hidden", where PEFT cannot be found. Each gives what it computed, name -> numbers, which become
+`<folder>/<who>.json`. See test_as_peft.py.
 """
 
 import json
@@ -124,6 +125,19 @@ def grpo(folder):
     trainer = GRPOTrainer(
         model, reward_funcs=lambda completions, **_: [float(len(c.split())) for c in completions], train_dataset=rows(),
         args=GRPOConfig(str(folder), num_generations=2, max_completion_length=6, **RUN), processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+    )  # fmt: skip
+    return trained(trainer, "loss", "reward")
+
+
+def rloo(folder):
+    from peft import LoraConfig
+    from trl import RLOOConfig, RLOOTrainer
+
+    model, tokenizer = language_model()
+    trainer = RLOOTrainer(
+        model, reward_funcs=lambda completions, **_: [float(len(c.split())) for c in completions], train_dataset=rows(),
+        args=RLOOConfig(str(folder), num_generations=2, max_completion_length=6, **RUN), processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
     )  # fmt: skip
     return trained(trainer, "loss", "reward")
@@ -390,20 +404,40 @@ def of_sentence_transformers(folder):
     return found
 
 
+# what runs in one process -> its journeys
+TOGETHER = {
+    "trl": (sft, sft_head, dpo, kto, reward, grpo, rloo),
+    "transformers": (of_transformers, swaps_of_transformers),
+    "diffusers": (of_diffusers, swaps_of_diffusers, training_of_diffusers),
+    "sentence_transformers": (of_sentence_transformers,),
+}
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("PEFT adapts a model")
+
+
 def main(name, who, folder):
     if who == "hidden":
         sys.meta_path[:] = [WithoutPeft if finder is PathFinder else finder for finder in sys.meta_path]
+    if who == "late":
+        import trl.trainer.dpo_trainer
+        import trl.trainer.sft_trainer  # noqa: F401  they have names of PEFT's by now
     if who != "peft":
         import peft_fx
 
         peft_fx.as_peft()
-    place = Path(folder, who)
-    place.mkdir(parents=True)
-    found = globals()[name](place)
-    engines = {
-        "peft": any(m.startswith("peft.tuners.lora") and getattr(sys.modules[m], "__file__", None) for m in sys.modules)
-    }
-    Path(folder, f"{who}.json").write_text(json.dumps({"found": found, **engines}))
+    if who in ("installed", "late"):
+        from peft.tuners.tuners_utils import BaseTuner
+
+        BaseTuner.__init__ = refuse
+    found = {}
+    for journey in TOGETHER[name]:
+        place = Path(folder, who, journey.__name__)
+        place.mkdir(parents=True)
+        found |= {f"{journey.__name__}: {what}": values for what, values in journey(place).items()}
+    file = getattr(sys.modules["peft"], "__file__", None)
+    Path(folder, f"{who}.json").write_text(json.dumps({"found": found, "peft": file}))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ SUBMODULES = {
     "peft_model": ("hf.model.model", "hf.model.functional"),
     "tuners": ("",),
     **{f"tuners.{file}": ("", f"hf.layers.classes:{file}") for file in FILES},
-    **{f"tuners.{file}.layer": (f"hf.layers.classes:{file}",) for file in FILES},
+    **{f"tuners.{file}.layer": (f"hf.layers.classes:{file}", f"methods.{file}") for file in FILES},
     "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -11,7 +10,7 @@ from ...config import AdapterConfig
 from ...errors import ImportOrderError, UnsupportedError
 from ...missing import NAMES as MISSING
 from ...missing import not_yet
-from ..compat.submodules import make_submodules
+from ..compat.submodules import look_up, make_submodules
 from .changes import Changes
 
 OURS = __name__.partition(".")[0]
@@ -46,10 +45,7 @@ def attribute(name: str):
     """A name of ours, or a class that stands for what is missing."""
     if name in MISSING and name.endswith("Config"):
         return refusing(name)
-    try:
-        return getattr(import_module(OURS), name)
-    except AttributeError as error:
-        raise AttributeError(f"module {NAME!r} has no attribute {name!r}") from error
+    return look_up(OURS, NAME, ("",), name)
 
 
 def refusing(name: str) -> type:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
 
@@ -29,31 +28,8 @@ def diffusers_unloads(module: ModuleType, changes: Changes) -> None:
     changes.functions({theirs: recurse_remove_peft_layers})
 
 
-def fuses_models(module: ModuleType, changes: Changes) -> None:
-    mixin = module.PeftAdapterMixin
-    changes.attribute(mixin, "fuse_lora", fusing(mixin.fuse_lora))
-
-
-def fuses_text_encoders(module: ModuleType, changes: Changes) -> None:
-    theirs = module.fuse_text_encoder_lora
-    changes.functions({theirs: fusing(theirs)})
-
-
-def fusing(theirs: Callable) -> Callable:
-    from ..model.injection import injected
-    from .fusing import fuse
-
-    @wraps(theirs)
-    def fuse_lora(model, *args, **kwargs):
-        return (theirs if injected(model) is None else fuse)(model, *args, **kwargs)
-
-    return fuse_lora
-
-
 # their module -> what is done to it; what that needs is imported then: torch takes a second
 CALLERS: dict[str, Then] = {
-    "diffusers.loaders.lora_base": fuses_text_encoders,
-    "diffusers.loaders.peft": fuses_models,
     "diffusers.utils.peft_utils": diffusers_unloads,
     "transformers.integrations.peft": transformers_loads,
 }

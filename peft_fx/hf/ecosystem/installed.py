@@ -17,6 +17,7 @@ from torch import nn
 from ...config import AdapterConfig
 from ...errors import NoAdaptersError
 from ...methods import INTERNAL, METHODS, get_config
+from ...store.unwrap import unwrapped
 from ..compat.submodules import SUBMODULES
 from ..model import model as models
 from ..model.tuner import tuner_of
@@ -33,20 +34,21 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
     def ours(*args, **kwargs) -> bool:
         """Whether a call with these arguments is for us: adapted models decide, then configs."""
         given = (*args, *kwargs.values())
-        for model in (getattr(m, "_orig_mod", m) for m in given if isinstance(m, nn.Module)):
+        for model in (unwrapped(m) for m in given if isinstance(m, nn.Module)):
             if is_ours(model):
                 return True
             if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
                 return False
-        return any(isinstance(c, peft.PeftConfig) and known(c) for c in given)
+        configs = (c for value in given for c in (value.values() if isinstance(value, dict) else (value,)))
+        return any(isinstance(c, peft.PeftConfig) and known(c) for c in configs)
 
     changes.functions({theirs: led(theirs, function, ours) for theirs, function in functions(peft)})
     for name in ("PeftModel", "PeftMixedModel"):
         lead_model(getattr(peft, name), ours, peft, changes)
     for table in (peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING):
-        for peft_type in here():
-            if peft_type in table:
-                changes.item(table, peft.PeftType(peft_type), tuner_class(peft_type))
+        for peft_type in here() & table.keys():
+            key = peft.PeftType(peft_type)
+            changes.item(table, key, led_tuner(table[key], tuner_class(peft_type), ours))
     configs = [(get_config(peft_type), peft.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)) for peft_type in here()]
     changes.bases(AdapterConfig, (*AdapterConfig.__bases__, peft.PeftConfig))
     for config, theirs in configs:
@@ -88,6 +90,15 @@ def led(theirs: Callable, function: Callable, ours: Callable[..., bool]) -> Call
         return (function if ours(*args, **kwargs) else theirs)(*args, **kwargs)
 
     return either
+
+
+def led_tuner(theirs: type, own: type, ours: Callable[..., bool]) -> type:
+    """What makes a tuner of ours, or one of PEFT's class, and has that one's attributes: PEFT asks it about models of its own."""
+
+    def new(cls, *args, **kwargs):
+        return own(*args, **kwargs) if ours(*args, **kwargs) else plain(cls)
+
+    return type(theirs)(theirs.__name__, (theirs,), {"__new__": new, "__module__": theirs.__module__})
 
 
 def lead_model(cls: type, ours: Callable[..., bool], peft: ModuleType, changes: Changes) -> None:
