@@ -74,9 +74,9 @@ def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
     """What `Recipe` takes."""
     attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
     placed = [p for name in layer.placed for p in layer.updates(name)]
-    for method in dict.fromkeys(p.config.peft_type for p in placed):
+    for method in dict.fromkeys(str(p.config.peft_type) for p in placed):
         learn(method, (*containers(layer, True), *containers(layer, False)))
-    found = [(p.config.peft_type, "attention" if attention else p.target.kind) for p in placed]
+    found = [(str(p.config.peft_type), "attention" if attention else p.target.kind) for p in placed]
     found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
     return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
 
