@@ -115,9 +115,7 @@ def inspections():
     tuned = peft_fx.apply(base, LORA | {"target_modules": ["q_proj"], "init_lora_weights": False})
     graphs, recipe = {"base": base, "merged": peft_fx.merge(tuned)}, json.dumps(LORA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            facts, "open_model", lambda source: SimpleNamespace(graph=lambda: graphs[source], table=None, weights=True)
-        )
+        patch.setattr(facts, "open_model", lambda source: SimpleNamespace(graph=lambda: graphs[source], weights=True))
         return {
             "possible": facts.gather("base", None, None, None),
             "recipe": facts.gather("base", recipe, None, None),

@@ -17,7 +17,7 @@ from ..store.tensors import ROOT
 from ..suggestions import did_you_mean
 from ..target import ModuleTable
 from ..verbs.rows import Row, possible_row
-from .model import open_model
+from .model import Built, open_model
 from .nodes import View
 
 
@@ -80,13 +80,13 @@ def gather(
     """
     wanted = recipe_of(recipe, adapter)  # before the model, which takes longer
     opened = open_model(source)
-    table = None if traced or wanted is not None or target is not None else opened.table
-    if table is None or undecided(table):
-        from .graphs import inspected
+    listed = wanted is None and target is None and not traced
+    if listed and isinstance(opened, Built) and not undecided(opened.table):
+        rows = tuple(possible_row(t) for t in possible_targets(opened.table) if t.kind != "norm")
+        return Inspection(model_of(source, opened.table, opened.model, opened.weights), rows)
+    from .graphs import inspected
 
-        return inspected(source, opened, wanted, target)
-    rows = tuple(possible_row(t) for t in possible_targets(table) if t.kind != "norm")
-    return Inspection(model_of(source, table, opened.model, opened.weights), rows)
+    return inspected(source, opened, wanted, target)
 
 
 def model_of(source: str, table: ModuleTable, model: nn.Module, weights: bool, mode: str | None = None) -> Model:
