@@ -83,7 +83,7 @@ class Traced:
     ) -> Ready:
         """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
-        key = tuple(map(likeness, chosen))
+        key = *map(likeness, chosen), *(room(backend, p) for p in chosen)
         if key not in self.adapted:
             gm, further = sizeless(lambda fakes: adapted(backend, module, path, chosen, fakes, own), module, args)
             where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
@@ -125,6 +125,11 @@ def likeness(p: Placement) -> tuple:
     shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
     shared = tuple((name, p.resolve(name)) for name in p.shared)
     return p.adapter, type(get_method(p.method)), repr(p.config), bare(p), p.target.has_bias, shapes, shared, p.lowering
+
+
+def room(backend: Backend, p: Placement) -> tuple:
+    """The sizes of a placement's tensors, which may be wider than its config says: a graph may hold them as numbers."""
+    return tuple(held(backend.adapters, f"{ADAPTERS}.{p.resolve(n).name}").tensor.shape for n in p.tensors)
 
 
 def attributes(module: nn.Module) -> Iterator[tuple]:

@@ -221,13 +221,14 @@ class Tuner(nn.Module):
             self.set_requires_grad(name, False)
 
     def cast_to_base(self, name: str) -> None:
-        """An adapter's parameters in the dtype of the weights that they are for."""
+        """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
         for p in placements(self.backend.state, name):
-            dtype = get_tensor(self.model, p.target.name).dtype
-            for tensor in p.tensors:
-                parameter = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}")
-                if isinstance(parameter, nn.Parameter) and dtype.is_floating_point:
-                    parameter.data = parameter.data.to(dtype)
+            dtype = get_tensor(self.model, p.target.tensor_name).dtype
+            for key, spec in p.tensors.items():
+                tensor = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
+                numbers = tensor.is_floating_point() and dtype.is_floating_point and spec.dtype is None
+                if numbers and (spec.trainable or tensor.dim()):
+                    tensor.data = tensor.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
                              combination_type: str | None = None, *options, **named) -> None:  # fmt: skip
