@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from transformers import TrainerCallback
 
-from ..hf.model.tuner import tuner_of
+from ..verbs.tensors import holder_of
 
 
 class AllocatorCallback(TrainerCallback):
     """For a PeftModel. What allocators remember is not in a Trainer's checkpoints."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        tuner_of(model).forget_importance()  # the numbers may be a checkpoint's now
+        holder_of(model).forget_importance()  # the numbers may be a checkpoint's now
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        tuner_of(model).update_and_allocate(state.global_step)
+        holder_of(model).update_and_allocate(state.global_step)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
-from ..hf.model.tensors import Owned, adapters_of, parameters_of
 from ..store.state import state_of
 from ..target import ModuleRecord, ModuleTable
+from ..verbs.tensors import Owned, adapters_of, parameters_of
 
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 

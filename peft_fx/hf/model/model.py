@@ -23,6 +23,7 @@ from ...recipe import as_config
 from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
+from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
@@ -200,8 +201,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         return result
 
     def load_fitting(self, tensors: dict, adapter_name: str) -> _IncompatibleKeys:
-        from .functional import set_peft_model_state_dict  # which is made of what is here
-
         return set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes=True)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:

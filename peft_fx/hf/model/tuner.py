@@ -19,7 +19,7 @@ from ...config import AdapterConfig
 from ...engine.derive import derived, frozen, placements
 from ...engine.merging import by_target, folded, refuse_no_weight
 from ...engine.swaps import SwapReport
-from ...errors import AdapterNameError, MergeError, NoAdaptersError, RecipeError, TargetError, WrongTypeError
+from ...errors import AdapterNameError, MergeError, RecipeError, TargetError, WrongTypeError
 from ...notices import warn
 from ...planning.plan import clashes
 from ...recipe import as_config
@@ -32,6 +32,7 @@ from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
+from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replaced import Replaced
@@ -39,7 +40,6 @@ from ..hosts.replication import deeper, is_deeper, shallow
 from .configs import Configs
 
 DEFAULT = "default"
-INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
 PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
 IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
@@ -434,8 +434,5 @@ def tuner_of(model: nn.Module) -> Tuner:
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
-        raise NoAdaptersError(
-            f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
-            "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
-        )
+        raise no_adapters(model)
     return tuner
