@@ -95,6 +95,20 @@ def test_an_adapter_of_any_rank_is_swapped_in_where_nothing_is_compiled(there, n
     torch.testing.assert_close(model(X), before)
 
 
+@pytest.mark.parametrize("there, new", RANKS)
+def test_a_convolutions_graph_follows_the_rank(there, new, tmp_path):
+    x, models = torch.linspace(-1, 1, 300).view(1, 3, 10, 10), {}
+    for rank in (there, new):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Conv2d(3, 6, 3))
+        config = peft_fx.LoraConfig(r=rank, target_modules=["0"], init_lora_weights=False)
+        models[rank] = peft_fx.get_peft_model(base, config).eval()
+    models[there](x)
+    models[new].save_pretrained(tmp_path)
+    peft_fx.hotswap_adapter(models[there], tmp_path, "default")
+    torch.testing.assert_close(models[there](x), models[new](x))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_refused_swap_changes_nothing(compiled, tmp_path):
     other = peft_fx.get_peft_model(Small(), peft_fx.LoraConfig(r=7, target_modules=["lin0", "lin1"]))

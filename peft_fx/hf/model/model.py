@@ -315,8 +315,8 @@ class PeftMixedModel(PeftModel):
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.base_model.known(names)
-        for name in names:
+        self.base_model.refuse_to_delete(names)
+        for name in dict.fromkeys(names):
             self.base_model.delete_adapter(name)
 
 

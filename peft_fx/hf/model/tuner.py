@@ -262,9 +262,7 @@ class Tuner(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.known((adapter_name,))
-        if adapter_name in self.merged_adapters:
-            raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
+        self.refuse_to_delete((adapter_name,))
         self.backend.delete(adapter_name)
         self.work.pop(adapter_name, None)
         self.chosen = tuple(n for n in self.chosen if n != adapter_name)
@@ -274,6 +272,12 @@ class Tuner(nn.Module):
             self.set_requires_grad(new)
             warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
         self.refresh()
+
+    def refuse_to_delete(self, names: Iterable[str]) -> None:
+        """Raises AdapterNameError, a ValueError, for an unknown adapter, MergeError, another one, for a merged one."""
+        self.known(names)
+        if merged := [name for name in names if name in self.merged_adapters]:
+            raise MergeError(f"adapter {', '.join(merged)} is merged: call unmerge_adapter() before deleting it")
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
