@@ -26,6 +26,7 @@ _NAMES = {
     "errors": (
         "AdapterFileError", "CaptureError", "GraphError", "HotswapError", "MergeError", "PeftFxError", "RecipeError",
     ),
+    "hf.ecosystem.as_peft": ("as_peft",),
     "methods.lora": ("LoraConfig",),
     "methods.own": ("method",),
     "recipe": ("Recipe",),
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
+    from .hf.ecosystem.as_peft import as_peft
     from .hf.files.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,

@@ -13,6 +13,10 @@ class CaptureError(PeftFxError, RuntimeError):
     """The model cannot be captured as one FX graph; names the module and the remedy."""
 
 
+class GraphError(PeftFxError, RuntimeError):
+    """A graph that breaks a pass's `requires` or `ensures`, or an operation a captured graph cannot do."""
+
+
 class RecipeError(PeftFxError, ValueError):
     """A config, recipe or selection that cannot be applied to this graph."""
 
@@ -43,7 +47,7 @@ class UnknownMethodError(RecipeError, KeyError):
     __str__ = Exception.__str__  # KeyError's would quote the message
 
 
-class AdapterNameError(RecipeError, KeyError):
+class AdapterNameError(RecipeError, GraphError, KeyError):
     """A name that no adapter has, or that none can have."""
 
     __str__ = Exception.__str__
@@ -73,8 +77,8 @@ class HotswapError(PeftFxError, ValueError, RuntimeError):
     """A swap that cannot be done in place; no tensor has been changed."""
 
 
-class GraphError(PeftFxError, RuntimeError):
-    """A graph that breaks a pass's `requires` or `ensures`, or an operation a captured graph cannot do."""
+class ImportOrderError(PeftFxError, ImportError):
+    """`as_peft` after the import of what has gone without PEFT."""
 
 
 class UnmatchedWarning(UserWarning, RuntimeWarning):

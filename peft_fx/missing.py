@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+PEFT_VERSION = "0.21.2"  # the release of PEFT whose names, numbers and files these are
 # peft_type -> PEFT's name for its classes, before "Config" and "Model"
 METHODS = {
     "ADAPTION_PROMPT": "AdaptionPrompt",

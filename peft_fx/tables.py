@@ -123,12 +123,14 @@ def drawn(table: Table, width: int) -> Iterator[list[Cell]]:
         for i, (column, n) in enumerate(zip(columns, natural, strict=True))
     ]
     least[0] = min(least[0], max(width // 2, longest_number(columns[0])))
+    numbers = [longest_number(column) for column in columns]
     gap = GAPS[sum(natural) + GAPS[0] * (len(natural) - 1) > width]
     for i, band in enumerate(bands(least, width, gap)):
         if i:
             yield []
         room = width - gap * (len(band) - 1)
-        widths = fitted([natural[j] for j in band], [least[j] for j in band], room)
+        floors = ([least[j] for j in band], [numbers[j] for j in band])
+        widths = fitted([natural[j] for j in band], floors, room)
         right = [table.is_right(j) for j in band]
         for number, row in enumerate(rows):
             yield from row_lines([row[j] for j in band], widths, right, gap)
@@ -169,14 +171,12 @@ def bands(least: Sequence[int], width: int, gap: int) -> list[list[int]]:
     return result
 
 
-def fitted(natural: Sequence[int], least: Sequence[int], room: int) -> list[int]:
-    """Widths of columns: the widest ones are made narrower until all fit."""
+def fitted(natural: Sequence[int], floors: Sequence[Sequence[int]], room: int) -> list[int]:
+    """Widths of columns: the widest ones are made narrower until all fit, down to one floor, then to the next."""
     widths = list(natural)
-    while sum(widths) > room:
-        wide = [i for i in range(len(widths)) if widths[i] > least[i]]
-        if not wide:
-            break
-        widths[max(wide, key=widths.__getitem__)] -= 1
+    for floor in floors:
+        while sum(widths) > room and (wide := [i for i in range(len(widths)) if widths[i] > max(floor[i], 1)]):
+            widths[max(wide, key=widths.__getitem__)] -= 1
     return widths
 
 

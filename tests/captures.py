@@ -18,7 +18,7 @@ def capture(model, *args, **options):
 def assert_adapts(graph, model, target, inputs):
     """LoRA on `target` equals the model with the update added to that weight."""
     tuned = peft_fx.apply(graph, {**LORA, "target_modules": [target]})
-    A, B = [tuned.get_parameter(f"peft_fx.adapters.default.{target}.weight.lora_{x}") for x in "AB"]
+    A, B = [tuned.get_parameter(f"peft_fx.adapters.default.{target}.on_weight.lora_{x}") for x in "AB"]
     updated = copy.deepcopy(model)
     weight = updated.get_submodule(target).weight
     with torch.no_grad():

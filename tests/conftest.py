@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import gc
+import math
 import os
 
 # Read when huggingface_hub is imported; a try without a network takes 20 s.
@@ -8,12 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from peft_fx.passes.inject import inject
-
-COUNTED = inject.CHEAPER
-# At the sizes of most tests a count says nothing about real ones: what has an activation form takes it.
-inject.CHEAPER = 0.0
-
 
 # Files that take a minute or more. First, so that no worker begins one when the others are done.
 LONG = (
@@ -52,8 +47,24 @@ def smollm2():
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
-@pytest.fixture(autouse=True)
-def counted_forms(request, monkeypatch):
-    """Tests marked `counted` choose forms as users get them."""
-    if "counted" in request.keywords:
-        monkeypatch.setattr(inject, "CHEAPER", COUNTED)
+# The share of the activation form's cost below which the weight form is chosen, so that there is no choice.
+FORMS = {"activation": 0.0, "weight": math.inf}
+
+
+def choose(monkeypatch, form):
+    from peft_fx.passes.inject import inject
+
+    monkeypatch.setattr(inject, "CHEAPER", FORMS[form])
+
+
+@pytest.fixture
+def activation_form(monkeypatch):
+    """What has an activation form takes it, whatever is counted: for tests of that form through `get_peft_model` and the like,
+    which take no `lowering=`. A test says why it needs it."""
+    choose(monkeypatch, "activation")
+
+
+@pytest.fixture(params=FORMS)
+def each_form(request, monkeypatch):
+    """The test runs once with each form, where there are both: for what does not take `lowering=`."""
+    choose(monkeypatch, request.param)

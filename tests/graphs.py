@@ -72,10 +72,10 @@ def captured(name):
     return model_and_graph(name)[1]
 
 
-def tuned(graph, config, seed=0, adapter_name="default"):
-    """`apply`, with every tensor that trains moved away from its initial value."""
+def tuned(graph, config, seed=0, adapter_name="default", **options):
+    """`apply`, with every tensor that trains moved away from its initial value. options: of `apply`."""
     torch.manual_seed(seed)
-    new = peft_fx.apply(graph, {"peft_type": "LORA", **config}, adapter_name)
+    new = peft_fx.apply(graph, {"peft_type": "LORA", **config}, adapter_name, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in new.named_parameters():

@@ -69,10 +69,12 @@ def inspected(*arguments) -> dict:
 # What is opened
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("source", ["model", "base_pt2"])
+SOURCES = ["{model}", "{config_only}", "{config_only}/config.json", "{base_pt2}"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_source_lists_the_same_possible_targets(files, source):
-    found = inspected(getattr(files, source))
+    found = inspected(source.format(**vars(files)))
     assert {t["status"] for t in found["targets"]} == {"possible"}
     assert [t["target"] for t in found["targets"]] == [
         "model.embed_tokens.weight",
@@ -83,7 +85,24 @@ def test_every_source_lists_the_same_possible_targets(files, source):
     ]  # fmt: skip
     assert found["model"]["name"] == "LlamaForCausalLM"
     assert found["model"]["parameters"] == sum(p.numel() for p in tiny.build("llama").parameters())
-    assert found["model"]["weights"] is (source == "base_pt2")
+    assert found["model"]["weights"] is (source == "{base_pt2}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--all"], ["--format", "json"]])
+def test_a_list_of_possible_targets_takes_no_graph(files, monkeypatch, arguments):
+    monkeypatch.setattr("peft_fx.verbs.capture.model.capture", lambda model: 1 / 0)
+    text = shown(files.config_only, *arguments)
+    assert "nodes" not in text or json.loads(text)["totals"]["nodes_before"] is None
+    if arguments == ["--format", "json"]:
+        found = json.loads(text)
+        assert found["passes"] == [] and found["model"]["mode"] is None and found["target"] is None
+        assert {(t["lowering"], t["reason"]) for t in found["targets"]} == {("", "")}
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_asked_for_is_drawn_whole(files):
+    lines = shown(files.config_only, "--format", "code").splitlines()
+    assert any("aten.embedding" in line for line in lines) and lines[-1].lstrip().startswith("return ")
 
 
 def test_a_config_file_is_a_model(files):
@@ -324,7 +343,7 @@ def test_a_traceback_is_shown_on_request(files):
 
 
 def test_a_fault_of_ours_is_one_line_too(files, monkeypatch):
-    monkeypatch.setattr("peft_fx.cli.facts.gather", lambda *a: 1 / 0)
+    monkeypatch.setattr("peft_fx.cli.gathering.gather", lambda *a: 1 / 0)
     result = invoke(files.config_only)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

@@ -132,7 +132,7 @@ def test_a_failing_forward_lets_swaps_pass(tmp_path):
         with pytest.raises(error):
             graph(**wrong)
     fx.hotswap(graph, b)
-    assert not graph.peft_fx.sharing.forwards
+    assert graph.peft_fx.sharing.call() is None
 
 
 def test_a_forward_inside_a_forward_passes_a_swap_that_waits(tmp_path):
@@ -158,9 +158,10 @@ def test_a_failing_write_lets_forwards_pass():
     with pytest.raises(ZeroDivisionError), sharing.swapping(), sharing.writing([torch.ones(1)]):
         1 / 0  # noqa: B018
     with sharing.forward():
-        assert sharing.forwards
+        assert sharing.call() is not None
     with sharing.swapping(), sharing.writing([]):
-        assert sharing.is_written
+        assert sharing.call() is None and sharing.writer_waits
+    assert not sharing.writer_waits and not sharing.running
 
 
 def test_a_swap_between_forward_and_backward_makes_backward_raise(tmp_path):

@@ -73,18 +73,41 @@ def label(case):
     return "-".join([name, *(f"{k}={v}" for k, v in options.items() if k != "target_modules")])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=map(label, CASES))
-def case(request):
-    """(subject, our graph, the definition over the same numbers)."""
-    name, options, parts = request.param
+WEIGHT_ONLY = {
+    "embedding_max_norm", "attention_cross", "attention_cross-lora_bias=True", "views-target_parameters=['inner.in_out']",
+    "rows-target_parameters=['inner.chosen']", "rows-target_parameters=['inner.second']",
+}  # fmt: skip
+# (case, form)
+CELLS = [
+    (x, form) for form in ("activation", "weight") for x in CASES if form == "weight" or label(x) not in WEIGHT_ONLY
+]
+
+
+def adapted(case, form):
+    """The subject with LoRA, and the options of that."""
+    name, options, _ = case
     options = {"r": 4, "init_lora_weights": False, "target_modules": ["layer"], **options}
     torch.manual_seed(5)
-    ours = fx.apply(c.captured(name), fx.LoraConfig(**options))
+    return fx.apply(c.captured(name), fx.LoraConfig(**options), lowering=form), options
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=[f"{form}-{label(x)}" for x, form in CELLS])
+def case(request):
+    """(subject, our graph, the definition over the same numbers)."""
+    (name, _, parts), form = request.param
+    ours, options = adapted(*request.param)
+    assert {row.lowering for row in fx.explain(ours).rows} == {form}
     c.randomise(ours)
     alpha, r = options.get("alpha_pattern", {}).get("layer", options.get("lora_alpha", 8)), options["r"]
     scale = alpha / math.sqrt(r) if options.get("use_rslora") else alpha / r
     tensors = c.saved(lambda folder: fx.save_adapter(ours, folder))
     return name, ours, c.definition(name, tensors, {k: (*part, scale) for k, part in parts.items()})
+
+
+@pytest.mark.parametrize("case", [x for x in CASES if label(x) in WEIGHT_ONLY], ids=label)
+def test_what_no_operator_takes_has_the_weight_form_alone(case):
+    with pytest.raises(fx.RecipeError, match="lowering='activation' was asked for, but"):
+        adapted(case, "activation")
 
 
 def test_outputs_and_gradients_agree(case):

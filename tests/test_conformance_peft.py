@@ -235,13 +235,14 @@ HALF = [("linear", LAYER), ("Conv1D", LAYER), ("conv2d", LAYER), ("embedding", L
         ("mixtral", {"target_modules": [], "target_parameters": EXPERTS})]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["activation", "weight"])
 @pytest.mark.parametrize(
     "name, options", quick(HALF, "linear", "Conv1D", "conv2d", "embedding"), ids=[h[0] for h in HALF]
 )
-def test_a_bf16_base_loses_no_more_than_with_peft(name, options, tmp_path):
+def test_a_bf16_base_loses_no_more_than_with_peft(name, options, form, tmp_path):
     bf16, slack = torch.bfloat16, 1.25  # not the same roundings on both sides
     theirs = c.peft_model(name, {**SMALL_UPDATE, **options}, bf16)
-    ours = fx.load_adapter(c.captured(name, bf16), c.save_peft(theirs, tmp_path))
+    ours = fx.load_adapter(c.captured(name, bf16), c.save_peft(theirs, tmp_path), lowering=form)
     unmerged, merged = c.run(ours, name, bf16), c.run(fx.merge(ours), name, bf16)
     peft_unmerged = c.run(theirs, name, bf16)
     peft_merged = c.run(c.quiet(theirs.merge_and_unload), name, bf16)

@@ -14,10 +14,10 @@ EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj
 LAYER = {"target_modules": ["layer"]}
 
 
-def adapted(name, dtype=torch.float32, adapter="default", base=None, **options):
+def adapted(name, dtype=torch.float32, adapter="default", base=None, lowering="auto", **options):
     """A subject with one randomised adapter."""
     config = fx.LoraConfig(**{"r": 2, "init_lora_weights": False, **options})
-    gm = fx.apply(base or c.captured(name, dtype), config, adapter_name=adapter)
+    gm = fx.apply(base or c.captured(name, dtype), config, adapter_name=adapter, lowering=lowering)
     torch.manual_seed(5)
     with torch.no_grad():
         for n, p in gm.named_parameters():
@@ -46,7 +46,7 @@ def same_bits(before, after):
 
 @pytest.mark.parametrize("name", quick(("mixtral", "mixtral_batched"), "mixtral"))
 def test_no_node_has_the_size_of_the_experts_update(name):
-    gm = adapted(name, **EXPERTS)
+    gm = adapted(name, lowering="activation", **EXPERTS)
     experts = [p.shape for n, p in c.build(name).named_parameters() if "experts" in n]
     smallest = min(s.numel() for s in experts)
     assert all(x.lowering == "activation" for x in fx.explain(gm).rows)
@@ -63,14 +63,14 @@ LOW_PRECISION = [("linear", LAYER), ("Conv1D", LAYER), ("conv2d", LAYER), ("embe
     "name, options", quick(LOW_PRECISION, "linear", "Conv1D", "conv2d", "embedding"), ids=[x[0] for x in LOW_PRECISION]
 )
 def test_a_bf16_base_gets_no_fp32_activation_but_casts_of_the_factors(name, options):
-    gm = adapted(name, torch.bfloat16, **options)
+    gm = adapted(name, torch.bfloat16, lowering="activation", **options)
     wide = [(n, v) for n, v in inserted(gm) if v.dtype == torch.float32]
     assert all(all(isinstance(s, int) for s in v.shape) for _, v in wide), "an fp32 tensor has a batch axis"
     factors = {p.numel() for n, p in gm.named_parameters() if "lora_" in n}
     assert all(v.numel() in factors | {1} for _, v in wide)
 
 
-def test_every_kind_that_an_operator_recognises_takes_the_activation_form():
+def test_every_kind_that_an_operator_recognises_has_the_activation_form():
     for name in (
         "linear",
         "Conv1D",
@@ -81,12 +81,12 @@ def test_every_kind_that_an_operator_recognises_takes_the_activation_form():
         "conv3d",
         "embedding",
     ):
-        (row,) = fx.explain(adapted(name, **{**LAYER, "r": 4})).rows
+        (row,) = fx.explain(adapted(name, lowering="activation", **{**LAYER, "r": 4})).rows
         assert row.lowering == "activation", (name, row.reason)
 
 
 def test_a_module_called_twice_is_one_target_with_two_sites():
-    gm = adapted("twice", target_modules=["shared"])
+    gm = adapted("twice", target_modules=["shared"], lowering="activation")
     assert len(fx.explain(gm).rows) == 1
     assert sum(tag_of(n).get("role") == "result" for n in gm.graph.nodes) == 2
 
@@ -271,7 +271,7 @@ def test_a_merged_copy_of_a_module_shares_no_memory_with_the_adapter():
     merged = fx.merge(gm)
     with torch.no_grad():
         merged.lm_head.weight.zero_()
-    assert gm.get_parameter("peft_fx.adapters.default.lm_head.weight.weight").abs().sum() > 0
+    assert gm.get_parameter("peft_fx.adapters.default.lm_head.on_weight.weight").abs().sum() > 0
 
 
 def test_parameters_of_the_user_s_model_are_never_touched():

@@ -94,9 +94,9 @@ def test_a_resumed_run_with_another_scale_saves_what_acts(tmp_path):
     model, x = wrapped("LORA", lora_alpha=60, init_lora_weights=False), torch.randn(2, 8)
     other = wrapped("LORA", lora_alpha=6, init_lora_weights=False)
     with torch.no_grad():
-        other.base_model.adapters.default.first.weight.lora_B.mul_(2)
+        other.base_model.adapters.default.first.on_weight.lora_B.mul_(2)
     assert not model.load_state_dict(other.state_dict()).missing_keys
-    assert torch.equal(model.base_model.adapters.default.first.weight.scaling, torch.tensor(20.0))
+    assert torch.equal(model.base_model.adapters.default.first.on_weight.scaling, torch.tensor(20.0))
     model.save_pretrained(tmp_path)
     loaded = peft_fx.PeftModel.from_pretrained(Net(), tmp_path).eval()
     loaded.get_base_model().load_state_dict(model.get_base_model().state_dict())

@@ -7,7 +7,6 @@ from methods import MODULES
 from torch.func import functional_call
 
 import peft_fx as fx
-from peft_fx.engine.derive import placements
 from peft_fx.store.state import state_of
 from peft_fx.store.tensors import get_tensor
 from peft_fx.training.adalora import RankAllocator, orthogonality
@@ -94,7 +93,7 @@ def test_multihead_attention_has_the_definition_s_weights(options, subject):
     tuned = fx.apply(c.captured(subject), options | {"target_modules": ["attn"]})
     c.randomise(tuned)
     model = c.build(subject).double()
-    weights, found = dict(model.named_parameters()), placements(state_of(tuned), "default")
+    weights, found = dict(model.named_parameters()), state_of(tuned).recipe["default"].placements
     for p in found:
         tensors = {
             spec.key: get_tensor(tuned, f"peft_fx.adapters.{p.resolve(name).name}").double().detach()

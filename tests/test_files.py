@@ -214,7 +214,7 @@ def test_modules_that_peft_saved_by_their_names_ending_are_read(tmp_path):
     peft_folder(tmp_path, "nested", **options)
     plan = make_plan(table_of("nested"), "x", read_config(tmp_path))
     found = match_tensors(plan, read_tensors(tmp_path), where="w")
-    assert {"x.head.weight.weight", "x.lm_head.weight.weight", "x.tied_head.weight.weight"} <= found.keys()
+    assert {"x.head.on_weight.weight", "x.lm_head.on_weight.weight", "x.tied_head.on_weight.weight"} <= found.keys()
 
 
 # Damaged and hostile folders

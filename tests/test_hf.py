@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 import peft_fx
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+EACH_FORM = pytest.mark.usefixtures("each_form")
 
 LORA = dict(r=4, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
 TASKS = {"tied_llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION"}
@@ -58,6 +59,7 @@ WAYS = {
 }
 
 
+@EACH_FORM
 def test_a_call_gives_what_peft_gives(llamas):
     reference, model = llamas
     labels = inputs("tied_llama")["input_ids"].clone()
@@ -138,6 +140,7 @@ def test_the_base_is_frozen_and_counted_as_in_peft(capsys):
     assert all(("lora_" in n) == p.requires_grad for n, p in models[1].named_parameters())
 
 
+@EACH_FORM
 @pytest.mark.slow
 def test_adapters_come_go_and_take_turns(llamas, tmp_path):
     reference, model = llamas
@@ -164,6 +167,7 @@ def test_adapters_come_go_and_take_turns(llamas, tmp_path):
     assert not torch.equal(logits(model), second)
 
 
+@EACH_FORM
 @pytest.mark.slow
 def test_adapters_of_several_types_act_together(tmp_path):
     base = model_of("tied_llama")
@@ -195,6 +199,7 @@ def test_disabled_inside_the_block(llamas):
     assert torch.equal(logits(model), before)
 
 
+@EACH_FORM
 @pytest.mark.slow
 @pytest.mark.parametrize("target_modules", ["all-linear", ["embed_tokens", "q_proj"]], ids=["linear", "tied"])
 def test_merging_gives_what_peft_gives_and_unmerging_changes_no_bit(tmp_path, target_modules):

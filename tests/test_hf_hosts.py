@@ -68,12 +68,8 @@ def test_a_model_prepared_for_swaps_takes_larger_ranks_without_compiling(tmp_pat
     with torch.compiler.set_stance("fail_on_recompile"):
         peft_fx.hotswap_adapter(model, tmp_path, "default")
         found = logits(model)
-    torch.testing.assert_close(
-        found,
-        pefts(model, tmp_path / "new").logits
-        if False
-        else logits(peft.PeftModel.from_pretrained(model_of("tied_llama").eval(), tmp_path)),
-    )
+    theirs = peft.PeftModel.from_pretrained(model_of("tied_llama").eval(), tmp_path)
+    torch.testing.assert_close(found, logits(theirs))
     with pytest.raises(ValueError, match="before"):
         peft_fx.prepare_model_for_compiled_hotswap(model, target_rank=16)
 
@@ -87,6 +83,7 @@ def test_inductor_and_export_take_it_too():
     torch.testing.assert_close(program.module()(**inputs("tied_llama"), use_cache=False).logits, expected)
 
 
+@pytest.mark.usefixtures("activation_form")  # PEFT's, down to the bits; in weight form bf16 rounds elsewhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_is_pefts(tmp_path, dtype):
     model = peft_fx.get_peft_model(model_of("tied_llama").to(dtype).eval(), {"peft_type": "LORA", **LORA}).eval()
@@ -94,8 +91,9 @@ def test_autocast_is_pefts(tmp_path, dtype):
     reference = peft.PeftModel.from_pretrained(model_of("tied_llama").to(dtype).eval(), tmp_path)
     for enabled in (True, False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            assert torch.equal(logits(model), logits(reference)) or dtype == torch.bfloat16
-            torch.testing.assert_close(logits(model), logits(reference), atol=1e-2, rtol=0)
+            # without autocast PEFT casts a half-precision base's input to the adapter's dtype, we the adapter to the base's
+            tolerance = 0 if enabled or dtype == torch.float32 else 1e-2
+            torch.testing.assert_close(logits(model), logits(reference), atol=tolerance, rtol=0)
 
 
 def test_copies_are_adapted_and_apart():

@@ -9,6 +9,7 @@ from graphs import inputs, model_of
 
 import peft_fx
 from peft_fx import functional
+from peft_fx.hf.model.injection import remove_adapter
 
 LORA = dict(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -89,3 +90,42 @@ def test_a_swap(injected, tmp_path):
         peft_fx.hotswap_adapter(injected, tmp_path, "default")
         found = compiled(**inputs("tied_llama")).logits
     torch.testing.assert_close(found, logits(other))
+
+
+def test_a_forward_sets_the_scale_of_what_it_calls_next(injected):
+    """As diffusers' models do for `scale` among their arguments; nobody's forward waits for itself."""
+    once = logits(injected)
+    layers = [m for m in injected.modules() if hasattr(m, "scale_layer")]
+
+    def scale(factor):
+        for layer in layers:
+            layer.scale_layer(factor)
+
+    before = injected.model.layers[0].register_forward_pre_hook(lambda *_: scale(0.5))
+    after = injected.model.layers[0].register_forward_hook(lambda *_: scale(2.0))
+    inside = logits(injected)
+    before.remove(), after.remove()
+    scale(0.5)
+    assert len(layers) == 2 and torch.equal(logits(injected), inside) and not torch.equal(inside, once)
+    scale(2.0)
+    assert torch.equal(logits(injected), once)
+
+
+def test_taken_away_the_model_is_as_it_was(injected):
+    plain = model_of("tied_llama").eval()
+    remove_adapter(injected, "default")
+    assert injected.state_dict().keys() == plain.state_dict().keys() and not hasattr(injected, "peft_config")
+    assert torch.equal(logits(injected), logits(plain)) and type(injected.lm_head) is type(plain.lm_head)
+    peft_fx.inject_adapter_in_model(peft_fx.LoraConfig(**LORA), injected)
+    assert not torch.equal(logits(injected), logits(plain))
+
+
+def test_a_swap_takes_keys_that_name_the_adapter(injected):
+    """As diffusers gives them."""
+    before = logits(injected)
+    tensors = peft_fx.get_peft_model_state_dict(injected)
+    named = {k.replace(".weight", ".default.weight"): 2 * t for k, t in tensors.items()}
+    peft_fx.hotswap_adapter_from_state_dict(injected, named, "default", peft_fx.LoraConfig(**LORA))
+    after = logits(injected)
+    peft_fx.set_peft_model_state_dict(injected, {k: t / 2 for k, t in tensors.items()})
+    assert torch.equal(logits(injected), before) and not torch.equal(after, before)

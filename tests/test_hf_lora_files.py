@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from diffusion import close, kohya, unet
 from safetensors.torch import save_file
-from test_diffusers import close, kohya, unet
 
 import peft_fx
 

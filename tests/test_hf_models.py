@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from test_compile import mixtral, vit, whisper
+from layered import mixtral, vit, whisper
 
 import peft_fx
 

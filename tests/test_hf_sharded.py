@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
+import sharded
 import torch
 from graphs import model_of
 from peft_fx.utils.other import fsdp_auto_wrap_policy
@@ -39,8 +39,7 @@ def test_one_process_gives_pefts_losses_and_files(whole, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_give_the_losses_and_files_of_one_process(kind, whole, tmp_path):
-    script = Path(__file__).parent / "sharded.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", sharded.__file__]
     done = subprocess.run([*launch, "peft_fx", kind, tmp_path], timeout=300, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert_same(json.loads((tmp_path / "losses.json").read_text()), tmp_path, whole)

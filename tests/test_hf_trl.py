@@ -63,7 +63,7 @@ def load(base, tmp_path):
     def loaded(library, **config):
         if not (tmp_path / "start").exists():
             torch.manual_seed(1)
-            theirs = peft.LoraConfig(**LORA, init_lora_weights=False, **config)
+            theirs = peft.LoraConfig(**{**LORA, **config}, init_lora_weights=False)
             peft.get_peft_model(copy.deepcopy(base[0]), theirs).save_pretrained(tmp_path / "start")
         model = library.PeftModel.from_pretrained(copy.deepcopy(base[0]), tmp_path / "start", is_trainable=True)
         return model
@@ -112,6 +112,24 @@ def test_supervised_fine_tuning_gives_pefts_losses_and_resumes(base, load, fine_
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base[0]), tmp_path / "ours" / "checkpoint-4")
     written = peft.get_peft_model_state_dict(back)
     assert written.keys() == ours.keys() and all(torch.equal(written[k], ours[k]) for k in ours)
+
+
+WHOLE = {
+    "head": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [1, 5, 9]}, "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize("config", WHOLE.values(), ids=WHOLE)
+def test_a_head_that_is_read_and_not_called_is_trained(base, load, fine_tuned, tmp_path, config):
+    """TRL multiplies by `lm_head.weight` itself: it has to get the numbers that are trained."""
+    _, expected = fine_tuned(load(peft, **config), tmp_path / "theirs", eval_strategy="no")
+    model = load(peft_fx)
+    before = {k: t.clone() for k, t in peft_fx.get_peft_model_state_dict(model).items()}
+    trainer, found = fine_tuned(model, tmp_path / "ours", eval_strategy="no")
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5) and found["loss"][-1] < found["loss"][0]
+    after = peft_fx.get_peft_model_state_dict(trainer.model)
+    assert after.keys() == before.keys() and not any(torch.equal(after[k], before[k]) for k in after)
 
 
 def test_preferences_are_learnt_beside_a_reference_adapter_as_in_peft(trl, base, load, preferred, tmp_path):

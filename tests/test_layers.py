@@ -19,7 +19,7 @@ LAYERS = (
     {"verbs"},
     {"training"},
     {"hf"},
-    {"", "cli"},
+    {"", "__main__", "cli"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted([*(ROOT / "peft_fx").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])

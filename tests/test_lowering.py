@@ -12,7 +12,6 @@ from peft_fx.passes.inject.inject import tag_of
 from torch import nn
 
 import peft_fx as fx
-from peft_fx.engine.derive import placements
 from peft_fx.store.state import state_of
 
 
@@ -34,7 +33,6 @@ def placed(graph):
     return {(t["adapter"], t["form"]) for t in map(tag_of, graph.graph.nodes) if t.get("role")}
 
 
-@pytest.mark.counted
 def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     graph = fx.capture(Layer(), kwargs={"x": torch.randn(32, 128, 256)})
     lora = {"peft_type": "LORA", "target_modules": ["layer"]}
@@ -48,7 +46,6 @@ def test_the_form_that_costs_less_at_the_captured_sizes_is_chosen_and_says_so():
     assert rows(fx.apply(graph, lora, lowering="weight")) == {("LORA", "weight")}
 
 
-@pytest.mark.counted
 def test_few_rows_are_cheaper_by_the_activation_form_and_many_by_the_weight_form():
     wide_rank = {"peft_type": "LORA", "r": 200, "target_modules": ["layer"]}
     for batch, form in ((1, "activation"), (64, "weight")):
@@ -71,7 +68,7 @@ CELLS = {cell[0]: cell for cell in reversed([x for x in cells("PEFT") + cells("D
 def test_both_forms_give_the_same_outputs_and_gradients(cell, tmp_path):
     _, options, subject = cell
     tuned = fx.apply(c.captured(subject), options)
-    chosen = [p for p in placements(state_of(tuned), "default") if p.target.name == "layer.weight"]
+    chosen = [p for p in state_of(tuned).recipe["default"].placements if p.target.name == "layer.weight"]
     for p in chosen:
         only = "activation" if p.rule.activation_only(p.target, p.config) else "" if forms_of(p.rule) else "weight"
         if only:

@@ -7,7 +7,6 @@ from methods import MODULES
 from peft_fx.passes.forms.lowering import from_canonical, to_canonical
 
 import peft_fx as fx
-from peft_fx.engine.derive import placements
 from peft_fx.store.state import state_of
 from peft_fx.store.tensors import get_tensor
 
@@ -73,7 +72,7 @@ def test_every_weight_there_is_the_definition_s_and_files_bring_it_back(name, op
     c.randomise(tuned)
     state, base = state_of(tuned), c.build(subject).double().state_dict()
     merged = fx.merge(tuned)
-    chosen = placements(state, "default")
+    chosen = state.recipe["default"].placements
     assert len(chosen) == 2
     keys = {name: spec.key for p in reversed(chosen) for name, spec in p.tensors.items() if spec.key}
     dealt = [i.flatten() for p in chosen for name, i in numbers(tuned, p).items() if name.startswith("unilora_indices")]

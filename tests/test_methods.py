@@ -12,6 +12,8 @@ from peft_fx.methods import INTERNAL, METHODS, get_method
 from peft_fx.planning.kinds import module_targets
 from peft_fx.planning.modules import module_table
 from peft_fx.planning.plan import PREFIX
+from peft_fx.store.state import state_of
+from peft_fx.store.tensors import get_tensor
 
 TOLERANCE = 1e-5
 PEFT, DEFINED, REFUSED = cells("PEFT"), cells("DEFINED"), cells("REFUSED")
@@ -112,13 +114,11 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
     model = c.build(subject).double().requires_grad_(False)
     record = module_table(model)["layer"]
     (target,) = module_targets(record)
-    (placement,) = [
-        p for p in fx.verbs.derive.placements(tuned.meta["peft_fx"], "default") if p.method not in ("SAVED",)
-    ]
+    (placement,) = [p for p in state_of(tuned).recipe["default"].placements if p.method not in ("SAVED",)]
     tensors = {}
     for tensor, spec in placement.tensors.items():
         key = spec.key or tensor
-        value = fx.store.get_tensor(tuned, f"peft_fx.adapters.{placement.resolve(tensor).name}").detach()
+        value = get_tensor(tuned, f"peft_fx.adapters.{placement.resolve(tensor).name}").detach()
         tensors[key] = value.double().requires_grad_(spec.trainable) if value.is_floating_point() else value
     W, b = model.layer.weight, getattr(model.layer, "bias", None)
     new_W, new_b = MODULES[name].definition(W.mT if target.transposed else W, b, tensors, options)
@@ -135,7 +135,7 @@ def test_outputs_gradients_and_merged_weights_are_the_definition_s(cell, tmp_pat
     assert c.error(c.run(tuned, subject), [t.detach() for t in output]) <= TOLERANCE
     c.loss(c.floats(tuned(**c.inputs(subject)))).backward()
     found = {
-        spec.key or tensor: fx.store.get_tensor(tuned, f"peft_fx.adapters.{placement.resolve(tensor).name}").grad
+        spec.key or tensor: get_tensor(tuned, f"peft_fx.adapters.{placement.resolve(tensor).name}").grad
         for tensor, spec in placement.tensors.items()
         if spec.trainable
     }

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import peft_fx
 from peft_fx.cli import app
 from peft_fx.cli.method_facts import KINDS, facts, names
 from peft_fx.methods import INTERNAL, METHODS
 from peft_fx.planning.plan import ROOT_KEY
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOLS = Path(peft_fx.__file__).resolve().parent.parent / "tools"
 
 
 def shown(*arguments) -> str:

@@ -13,6 +13,7 @@ import peft_fx as fx
 from peft_fx.methods import METHODS, get_config
 from peft_fx.methods.base import OutputMap, Rewrite, Tensor
 from peft_fx.methods.lora import LoRA
+from peft_fx.store.tensors import get_tensor
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "own-method.md"
 RECIPE = {"peft_type": "LORA_XS", "r": 2, "target_modules": ["q_proj", "down_proj"]}
@@ -80,7 +81,7 @@ def test_its_formula_is_what_the_graph_computes_and_merges(page):
         for layer in model.model.layers:
             for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
                 path = next(n for n, m in model.named_modules() if m is module)
-                R = fx.store.get_tensor(tuned, f"peft_fx.adapters.default.{path}.weight.R")
+                R = get_tensor(tuned, f"peft_fx.adapters.default.{path}.weight.R")
                 U, S, Vh = torch.linalg.svd(module.weight, full_matrices=False)
                 module.weight += (U * S)[:, :2] @ R @ Vh[:2]
     expected = c.run(model, "llama")

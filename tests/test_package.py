@@ -56,7 +56,7 @@ def test_twenty_swaps_of_any_rank_and_scale_equal_eager_at_any_size(swapped):
     for i in range(20):
         folder = folders[i % len(folders)]
         report = peft_fx.hotswap(package, folder)
-        assert report.tensors and report.seconds < 5
+        assert report.tensors and report.elements
         fresh = peft_fx.load_adapter(captured(name), folder)
         for shape in ((2, 6), (1, 4), (3, 1)):
             close(output(package, name, *shape), output(fresh, name, *shape))
@@ -382,7 +382,7 @@ DAMAGES = {
     "json cut off": (lambda n, c: c[:30] if n.endswith("peft_fx.json") else c, "damaged"),
     "another format": (with_json(format=99), "format 99"),
     "a method that does not exist": (with_json(recipe={"default": {"peft_type": "NOPE"}}), "NOPE"),
-    "other shapes": (with_json(constants={"peft_fx.adapters.default.plain.weight.lora_A": [[9, 9], "float32"]}), "expected"),
+    "other shapes": (with_json(constants={"peft_fx.adapters.default.plain.on_weight.lora_A": [[9, 9], "float32"]}), "expected"),
 }  # fmt: skip
 
 

@@ -56,3 +56,8 @@ def test_a_script_of_pefts_with_its_import_changed(world):
 def test_serving_in_a_process_of_ones_own(world, capsys):
     exec(code("docs/serving.md", "In a process of your own"), world)
     assert "sql" in capsys.readouterr().out
+
+
+def test_a_script_with_peft_fx_in_pefts_place(world, capsys):
+    exec(code("docs/ecosystem.md", "In a script"), world)
+    assert "peft_fx" in capsys.readouterr().out and isinstance(world["tuned"], peft_fx.PeftModel)

@@ -136,8 +136,8 @@ def test_tied_targets_use_transposed_factors_of_the_embedding():
     plan = plan_of("tied_llama", target_modules=["lm_head"], ensure_weight_tying=True)
     head = next(p for p in plan.placements if p.target.path == "lm_head")
     assert head.shared == {
-        "lora_A": Shared("default.model.embed_tokens.weight.lora_embedding_B", transposed=True),
-        "lora_B": Shared("default.model.embed_tokens.weight.lora_embedding_A", transposed=True),
+        "lora_A": Shared("default.model.embed_tokens.on_weight.lora_embedding_B", transposed=True),
+        "lora_B": Shared("default.model.embed_tokens.on_weight.lora_embedding_A", transposed=True),
     }
 
 
@@ -146,7 +146,7 @@ def test_all_tied_modules_share_one_pair_of_factors():
     plan = plan_of("t5", target_modules=["lm_head"], ensure_weight_tying=True)
     assert len(plan.placements) == 4
     trained = {p.resolve(n).name for p in plan.placements for n, t in p.tensors.items() if t.trainable}
-    assert trained == {f"default.shared.weight.lora_embedding_{factor}" for factor in "AB"}
+    assert trained == {f"default.shared.on_weight.lora_embedding_{factor}" for factor in "AB"}
 
 
 def test_tied_factors_are_the_same_update():

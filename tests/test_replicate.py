@@ -44,10 +44,9 @@ def test_outputs_and_gradients_equal_pefts(case):
         parameter.requires_grad_(True)
     expected.square().sum().backward()
     gradients = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if "lora_" in n}
-    from peft_fx.engine.derive import placements
 
     state = tuned.meta["peft_fx"]
-    for placement in placements(state, "default"):
+    for placement in state.recipe["default"].placements:
         for name, key, _ in placement.saved():
             gradient = tuned.get_parameter(f"peft_fx.adapters.{placement.state_name(name)}").grad
             assert torch.allclose(gradient, gradients[key], rtol=1e-4, atol=1e-5 * gradients[key].abs().max())

@@ -14,6 +14,7 @@ import peft_fx
 ROOT = Path(peft_fx.__file__).parent
 HEAVY = "torch transformers sympy rich.progress"
 COMMAND = "import sys; sys.argv = ['peft-fx', {}]\nfrom peft_fx.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+CONFIG = '{"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}'
 IMPORTS = {  # code -> what it must not import
     "import peft_fx": HEAVY + " typer yaml",
     "import peft_fx; dir(peft_fx); peft_fx.LoraConfig": "transformers sympy",
@@ -26,6 +27,8 @@ IMPORTS = {  # code -> what it must not import
     COMMAND.format("'inspect', '--help'"): HEAVY,
     COMMAND.format("'methods', 'lora'"): "transformers.modeling_utils",
     COMMAND.format("'inspect', 'graph.pt2'"): "transformers.modeling_utils",
+    f"open('config.json', 'w').write({CONFIG!r})\n"
+    + COMMAND.format("'inspect', 'config.json'"): "peft_fx.verbs.capture.model peft_fx.engine torch.export.pt2_archive",
 }
 
 
@@ -40,6 +43,12 @@ def python(code: str, folder: Path = ROOT.parent) -> str:
 def test_nothing_is_imported_that_is_not_needed(code, tmp_path):
     found = python(f"{code}\nimport sys; print(*set({IMPORTS[code].split()}) & set(sys.modules))", tmp_path)
     assert not found.splitlines()[-1]
+
+
+def test_the_command_leaves_no_work_to_garbage_collection():
+    command = COMMAND.format("'--version'")
+    found = python(f"{command}\nimport gc; print(gc.isenabled(), gc.get_freeze_count() > 0)")
+    assert found.splitlines()[-1] == "False True"
 
 
 @pytest.mark.slow

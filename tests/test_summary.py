@@ -14,7 +14,7 @@ PLAIN = {"target_modules": ["turned", "plain", "head"], "r": 4}
 
 
 def lora():
-    return tuned(captured("mixed"), PLAIN, 1)
+    return tuned(captured("mixed"), PLAIN, 1, lowering="activation")
 
 
 def two():

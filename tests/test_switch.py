@@ -6,6 +6,7 @@ import torch
 
 import peft_fx as fx
 
+TOLERANCE = 1e-5  # alone an adapter may have another form than beside another, and its roundings
 LAYER = {"target_modules": ["layer"]}
 LORA = {"peft_type": "LORA", "r": 2, "init_lora_weights": False, **LAYER}
 METHODS = [
@@ -30,6 +31,10 @@ def adapter(subject, config, seed, folder):
     return c.run(tuned, subject)
 
 
+def forms(graph):
+    return {(r.target, r.lowering) for r in fx.explain(graph).rows}
+
+
 def pair(subject, config, folder):
     """A graph with adapters a and b resident, a active; what each gives alone, and the base."""
     alone = {name: adapter(subject, config, seed, folder / name) for seed, name in enumerate("ab", 3)}
@@ -40,18 +45,19 @@ def pair(subject, config, folder):
 
 @ALL
 def test_a_switch_gives_what_each_adapter_gives_alone(subject, config, tmp_path):
-    """Bit for bit where both adapters have the form that they have alone: a second map of the input has the weight form."""
+    """Bit for bit where both adapters have the form that they have alone: a second map of the input has the weight form, and
+    nothing is counted where two share a target."""
     both, alone, base = pair(subject, config, tmp_path)
     reserved = fx.reserve(both, slots=2)
-    exact = config["peft_type"] not in ("OFT", "BOFT") and not config.get("use_dora")
+    exact = forms(fx.apply(c.captured(subject), config, "a")) == forms(fx.set_adapter(both, ["a", "b"]))
     for names, expected in (("a", alone["a"]), ("b", alone["b"]), (None, base), (["a"], alone["a"])):
         fx.switch(reserved, names)
         found = c.run(reserved, subject)
-        assert c.error(found, expected) <= 1e-6
+        assert c.error(found, expected) <= TOLERANCE
         assert not (exact or names is None) or all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
     together = c.run(fx.set_adapter(both, ["a", "b"]), subject)
     assert fx.switch(reserved, ["a", "b"]) == {"a": 1.0}
-    assert c.error(c.run(reserved, subject), together) <= 1e-6
+    assert c.error(c.run(reserved, subject), together) <= TOLERANCE
 
 
 @ALL
@@ -62,13 +68,13 @@ def test_switches_weights_and_a_new_adapter_recompile_nothing(subject, config, t
     c.run(compiled, subject)
     with torch.compiler.set_stance("fail_on_recompile"):
         fx.switch(compiled, "b")
-        assert c.error(c.run(compiled, subject), alone["b"]) <= 1e-6
+        assert c.error(c.run(compiled, subject), alone["b"]) <= TOLERANCE
         assert fx.hotswap(compiled, tmp_path / "c", "c").adapter == "c"
-        assert c.error(c.run(compiled, subject), alone["b"]) <= 1e-6
+        assert c.error(c.run(compiled, subject), alone["b"]) <= TOLERANCE
         fx.switch(compiled, ["c"])
-        assert c.error(c.run(compiled, subject), expected) <= 1e-6
+        assert c.error(c.run(compiled, subject), expected) <= TOLERANCE
         fx.switch(compiled, None)
-        assert c.error(c.run(compiled, subject), base) <= 1e-6
+        assert c.error(c.run(compiled, subject), base) <= TOLERANCE
 
 
 def test_a_weight_is_a_factor_of_an_additive_update_and_an_interpolation_of_others(tmp_path):
@@ -77,7 +83,7 @@ def test_a_weight_is_a_factor_of_an_additive_update_and_an_interpolation_of_othe
         reserved = fx.reserve(both, slots=2)
         fx.switch(reserved, ["b"], weights=[0.25])
         expected = [y + 0.25 * (z - y) for y, z in zip(base, alone["b"], strict=True)]
-        assert c.error(c.run(reserved, subject), expected) <= 1e-6
+        assert c.error(c.run(reserved, subject), expected) <= TOLERANCE
 
 
 def test_gates_pass_gradients_to_the_adapters_that_act_only(tmp_path):
@@ -98,7 +104,7 @@ def test_a_slot_holds_any_rank_up_to_the_one_reserved(tmp_path):
         expected = adapter("wide", {**LORA, "r": rank}, rank, tmp_path / str(rank))
         fx.hotswap(reserved, tmp_path / str(rank), "new")
         fx.switch(reserved, "new")
-        assert c.error(c.run(reserved, "wide"), expected) <= 1e-6
+        assert c.error(c.run(reserved, "wide"), expected) <= TOLERANCE
 
 
 def test_slots_are_saved_merged_exported_and_loaded(tmp_path):
@@ -110,12 +116,12 @@ def test_slots_are_saved_merged_exported_and_loaded(tmp_path):
     fx.save_adapter(reserved, tmp_path / "again", "c")
     assert c.error(c.saved(lambda f: fx.save_adapter(reserved, f, "c")), c.saved(
         lambda f: fx.save_adapter(fx.load_adapter(c.captured("wide"), tmp_path / "c"), f))) == 0  # fmt: skip
-    assert c.error(c.run(fx.merge(reserved), "wide"), alone["b"]) <= 1e-6
+    assert c.error(c.run(fx.merge(reserved), "wide"), alone["b"]) <= TOLERANCE
     fx.export(reserved, tmp_path / "graph.pt2")
     loaded = fx.load(tmp_path / "graph.pt2")
-    assert c.error(c.run(loaded, "wide"), alone["b"]) <= 1e-6
+    assert c.error(c.run(loaded, "wide"), alone["b"]) <= TOLERANCE
     fx.switch(loaded, "a")
-    assert c.error(c.run(loaded, "wide"), alone["a"]) <= 1e-6
+    assert c.error(c.run(loaded, "wide"), alone["a"]) <= TOLERANCE
     assert {(r.adapter, r.status) for r in fx.explain(loaded).rows} >= {("a", "active"), ("b", "resident")}
 
 
@@ -134,7 +140,7 @@ def test_misuse_is_refused_and_changes_nothing(tmp_path):
         fx.switch(reserved, "b", weights=[1, 2])
     with pytest.raises(fx.HotswapError, match="no slot is free for adapter 'c'; taken: a, b"):
         fx.hotswap(reserved, tmp_path / "a", "c")
-    assert c.error(c.run(reserved, "wide"), alone["a"]) <= 1e-6
+    assert c.error(c.run(reserved, "wide"), alone["a"]) <= TOLERANCE
     fx.switch(reserved, "a", weights=[0.5])
     with pytest.raises(fx.MergeError, match="acts with weight 0.5"):
         fx.merge(reserved)

@@ -1,5 +1,5 @@
-"""The `peft-fx` command. One module per job: `commands`, `model` (what to open), `facts`, `nodes` and `method_facts` (what is
-shown, as data), `as_*` and `methods` (one way to show it each), `terminal` (streams and errors)."""
+"""The `peft-fx` command. One module per job: `commands`, `model` (what to open), `facts`, `graphs`, `views`, `nodes` and
+`method_facts` (what is shown, as data), `as_*` and `methods` (one way to show it each), `terminal` (streams and errors)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,13 @@ def peft_fx(
 
 
 def main() -> None:
-    gc.disable()  # its sweeps are a fifth of a short process's time, and find next to nothing
-    app()
+    """Runs without garbage collection: its sweeps are a fifth of a short process's time and find next to nothing, also the
+    one that the interpreter makes at the end, which sees nothing of what is frozen."""
+    gc.disable()
+    try:
+        app()
+    finally:
+        gc.freeze()
 
 
 __all__ = ["app", "main"]

@@ -20,6 +20,7 @@ def show(inspection: Inspection, console: Console, expand: bool) -> None:
 
 def document(inspection: Inspection) -> dict:
     view = inspection.view
+    before, after = inspection.nodes or (None, None)
     return {
         "format": FORMAT,
         "model": asdict(inspection.model),
@@ -30,8 +31,8 @@ def document(inspection: Inspection) -> dict:
             "refused": inspection.count("refused"),
             "unmatched": inspection.count("unmatched"),
             "parameters_added": inspection.added,
-            "nodes_before": inspection.nodes[0],
-            "nodes_after": inspection.nodes[1],
+            "nodes_before": before,
+            "nodes_after": after,
         },
         "target": None if view.target is None else {
             "name": view.target,

@@ -35,8 +35,10 @@ def show(inspection: Inspection, console: Console, expand: bool) -> None:
 
 def header(inspection: Inspection, console: Console) -> None:
     model = inspection.model
-    nodes = f"{inspection.nodes[0]:,}" + (f" → {inspection.nodes[1]:,}" if len(set(inspection.nodes)) > 1 else "")
-    facts = [f"{model.parameters:,} parameters", "/".join(model.dtypes), f"{nodes} nodes", model.mode]
+    facts = [f"{model.parameters:,} parameters", "/".join(model.dtypes)]
+    if inspection.nodes is not None:
+        before, after = inspection.nodes
+        facts += [f"{before:,}" + (f" → {after:,}" if after != before else "") + " nodes", model.mode]
     facts += [] if model.weights else ["shapes only"]
     paragraph(console, [Cell(model.name, "bold"), *map(Cell, facts)])
     console.print(f"  [dim]{escape(model.source)}[/]", soft_wrap=True)

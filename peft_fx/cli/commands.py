@@ -9,7 +9,8 @@ import typer
 
 from .terminal import stdout
 
-FORMATS = ("table", "code", "json", "dot")  # of `inspect`, one module as_* each
+# of `inspect`, one module as_* each -> whether it draws the graph itself
+FORMATS = {"table": False, "code": True, "json": False, "dot": True}
 
 
 def known_format(name: str) -> str:
@@ -75,7 +76,8 @@ def inspect(
 ):
     """Show a model's targets, and what a recipe or an adapter does to them.
 
-    Without --recipe and --adapter: every parameter that could be adapted, or, for a .pt2, the adapters in it.
+    Without --recipe and --adapter: every parameter that could be adapted, or, for a .pt2, the adapters in it. A config whose
+    modules say that by themselves is not traced for it; what a graph would add (nodes, mode, lowering, reason) is left out.
 
     [bold]--format json[/] prints one object; keys may be added, none changes:
 
@@ -92,9 +94,9 @@ def inspect(
     """
     if recipe is not None and adapter is not None:
         raise typer.BadParameter("--recipe and --adapter exclude each other: an adapter brings its own config")
-    from .facts import gather
+    from .gathering import gather
 
-    inspection = gather(model, recipe, adapter, target)
+    inspection = gather(model, recipe, adapter, target, FORMATS[format])
     import_module(f".as_{format}", __package__).show(inspection, stdout(), every)
 
 

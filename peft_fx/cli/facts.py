@@ -6,32 +6,29 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import fx
+from torch import nn
 
 from ..errors import RecipeError
 from ..files.read import local_folder, read_config
 from ..methods import INTERNAL, METHODS
-from ..passes.core.base import Report, op_counts, settings
 from ..recipe import READERS, Recipe, as_recipe
-from ..store.state import state_of
 from ..store.tensors import ROOT
 from ..suggestions import did_you_mean
-from ..verbs.explain import Row, explain, possible_targets
-from ..verbs.preview import preview
-from .model import open_model
-from .nodes import View, view_of
-from .terminal import working
+from ..target import ModuleTable
+from ..verbs.rows import Row
+from .nodes import View
 
 
 @dataclass(frozen=True)
 class Model:
-    """weights: False for a model built from its config alone. mode: "train and eval", or the one mode it has."""
+    """weights: False for a model built from its config alone. mode: "train and eval", or the one mode that the graph has; None
+    without a graph."""
 
     source: str
     name: str
     parameters: int
     dtypes: tuple[str, ...]
-    mode: str
+    mode: str | None
     weights: bool
 
 
@@ -49,13 +46,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Inspection:
-    """rows: targets, one each. nodes: of the base graph and of the adapted one. view: the graph, or what --target chose."""
+    """rows: targets, one each. nodes: of the base graph and of the adapted one; None where no graph was needed. view: the
+    graph, or what --target chose."""
 
     model: Model
     rows: tuple[Row, ...]
-    steps: tuple[Step, ...]
-    nodes: tuple[int, int]
-    view: View
+    steps: tuple[Step, ...] = ()
+    nodes: tuple[int, int] | None = None
+    view: View = View()
 
     @property
     def adapted(self) -> bool:
@@ -71,29 +69,17 @@ class Inspection:
         return sum(r.status in statuses for r in self.rows)
 
 
-def gather(source: str, recipe: str | None, adapter: str | None, target: str | None) -> Inspection:
-    """Opens, plans, derives. Raises PeftFxError."""
-    wanted = recipe_of(recipe, adapter)  # before the model, which takes longer
-    reports: list[tuple[Report, fx.GraphModule, int]] = []
-
-    def keep(report: Report, gm: fx.GraphModule) -> None:
-        reports.append((report, gm, sum(op_counts(gm).values())))
-
-    with settings(on_report=keep):
-        opened = open_model(source)
-        base = shown = opened.graph
-        rows = explain(base).rows
-        if wanted is not None:
-            with working("splicing"):
-                wanted = renamed(wanted, set(state_of(base).recipe))
-                shown = preview(base, wanted)
-                rows += explain(shown, wanted).rows
-    rows = rows or possible_targets(base).rows
-    state = state_of(shown)
-    steps = tuple(step(report, after) for report, gm, after in reports if gm is base or gm is shown)
-    nodes = (len(state.base.graph.nodes), len(shown.graph.nodes))
-    view = view_of(state.base.graph, shown.graph, target, [r.target for r in rows], state.table)
-    return Inspection(model_of(source, opened.graph, opened.weights), rows, steps, nodes, view)
+def model_of(source: str, table: ModuleTable, model: nn.Module, weights: bool, mode: str | None = None) -> Model:
+    base = {p for name, p in model.named_parameters() if not name.startswith(f"{ROOT}.")}
+    dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in base)
+    return Model(
+        source=source,
+        name=table.model_class or type(model).__name__,
+        parameters=sum(p.numel() for p in base),
+        dtypes=tuple(d for d, _ in dtypes.most_common()),
+        mode=mode,
+        weights=weights,
+    )
 
 
 def recipe_of(recipe: str | None, adapter: str | None) -> Recipe | None:
@@ -121,30 +107,3 @@ def parsed(text: str) -> dict:
         return READERS[".json"](text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"--recipe: not valid JSON: {error}") from error
-
-
-def renamed(recipe: Recipe, taken: set[str]) -> Recipe:
-    """The recipe with a free name in the place of "default", which a `.pt2` may use already."""
-    if "default" not in taken or "default" not in recipe:
-        return recipe
-    return Recipe({("new" if name == "default" else name): config for name, config in recipe.items()})
-
-
-def model_of(source: str, graph: fx.GraphModule, weights: bool) -> Model:
-    base = {p for name, p in graph.named_parameters() if not name.startswith(f"{ROOT}.")}
-    dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in base)
-    mode = graph.peft_fx.mode
-    only = "train" if mode.training else "eval"
-    return Model(
-        source=source,
-        name=state_of(graph).table.model_class or type(graph).__name__,
-        parameters=sum(p.numel() for p in base),
-        dtypes=tuple(d for d, _ in dtypes.most_common()),
-        mode=only if mode.locked else "train and eval",
-        weights=weights,
-    )
-
-
-def step(report: Report, after: int) -> Step:
-    before = after - sum(report.op_difference.values())
-    return Step(report.name, report.changed, report.seconds, before, after, report.op_difference)

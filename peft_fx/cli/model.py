@@ -1,4 +1,4 @@
-"""What MODEL names, opened as a captured graph: a config becomes a model on the meta device, without weights.
+"""What MODEL names: a `.pt2`'s graph, or a config, which becomes a model on the meta device, without weights.
 
 Only transformers' own model classes are built: no code that a folder or the hub brings along is run.
 """
@@ -6,16 +6,17 @@ Only transformers' own model classes are built: no code that a folder or the hub
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..errors import CaptureError, PeftFxError
 from ..files.read import CONFIG as ADAPTER_CONFIG
 from ..files.read import HUB_ID
-from ..verbs.capture.model import capture
-from ..verbs.export import load
+from ..planning.modules import module_table
+from ..target import ModuleTable
 from .terminal import working
 
 CONFIG = "config.json"
@@ -26,24 +27,49 @@ class ModelNotFound(PeftFxError, ValueError):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """graph: as captured or loaded. weights: whether its tensors hold numbers."""
+class Archive:
+    """A `.pt2`: a graph with its weights."""
 
-    graph: fx.GraphModule
-    weights: bool
+    path: Path
+    weights = True
+
+    @property
+    def table(self) -> None:
+        """It is in the graph."""
+
+    def graph(self) -> fx.GraphModule:
+        from ..verbs.export import load
+
+        with working(f"loading {self.path.name}"):
+            return load(self.path)
 
 
-def open_model(source: str) -> Opened:
-    """Opens a `.pt2`, a config file, a model folder or a hub id. Raises PeftFxError."""
+@dataclass(frozen=True)
+class Built:
+    """A model on the meta device, to be captured if someone asks for its graph."""
+
+    model: nn.Module
+    weights = False
+
+    @cached_property
+    def table(self) -> ModuleTable:
+        return module_table(self.model)
+
+    def graph(self) -> fx.GraphModule:
+        from ..verbs.capture.model import capture
+
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        with working(f"capturing {type(self.model).__name__}" + (f", {layers} layers" if layers else "")):
+            return capture(self.model)
+
+
+def open_model(source: str) -> Archive | Built:
+    """What a `.pt2`, a config file, a model folder or a hub id holds. Raises PeftFxError."""
     path = Path(source).expanduser()
     if path.suffix == ".pt2":
-        with working(f"loading {path.name}"):
-            return Opened(load(path), weights=True)
+        return Archive(path)
     with working(f"building {source}"):
-        model = build(config_of(config_source(path, source), source), source)
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    with working(f"capturing {type(model).__name__}" + (f", {layers} layers" if layers else "")):
-        return Opened(capture(model), weights=False)
+        return Built(build(config_of(config_source(path, source), source), source))
 
 
 def config_source(path: Path, source: str) -> str:
@@ -74,7 +100,7 @@ def config_of(where: str, source: str):
         raise ModelNotFound(f"{source}: no config that this transformers can read: {first_line(error)}") from error
 
 
-def build(config, source: str) -> torch.nn.Module:
+def build(config, source: str) -> nn.Module:
     """The model on the meta device, in eval mode.
 
     The attention named in a config is not used: it may be code on the hub, and changes no target.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -18,12 +17,13 @@ from ..passes.forms.lowering import to_canonical
 from ..planning.plan import Placement
 from ..planning.selection import completed
 from ..store.modules import derive
-from ..store.state import Resident, State, state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.state import state_of
+from ..store.tensors import ADAPTERS, ROOT, get_tensor
 from ..target import ModuleTable, Target
-from .derive import frozen, planned, refuse_merged, refuse_slots, replicated
+from .derive import frozen, replicated
 from .placed import describe, put
 from .residual import on_whole_base
+from .transitions import addable, added, refuse_slots, resident_of
 
 LOWERINGS = ("auto", "activation", "weight")
 
@@ -39,24 +39,20 @@ class Source(NamedTuple):
     drawn: bool = False
 
 
-def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, activate: bool,
-                 deeper: bool = False) -> fx.GraphModule:  # fmt: skip
+def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, activate: bool,
+                 lowering: str = "auto", deeper: bool = False) -> fx.GraphModule:  # fmt: skip
     """A graph module with one more resident adapter, not yet derived. source: what `Source` takes, None for initial values.
 
     deeper: the model has the layers of the config's layer_replication already.
     """
     state = state_of(gm, "apply")
-    resident = dataclasses.replace(resident, config=completed(state.table, resident.config))
-    config = resident.config
-    if resident.lowering not in LOWERINGS:
-        raise RecipeError(f"lowering={resident.lowering!r}: expected one of {LOWERINGS}")
-    refuse_merged(state, "adding an adapter")
+    config = own = completed(state.table, config)
+    if lowering not in LOWERINGS:
+        raise RecipeError(f"lowering={lowering!r}: expected one of {LOWERINGS}")
     refuse_slots(state, "adding an adapter", "peft_fx.hotswap(graph, path, name) puts one into a free slot")
     if source is None:
         refuse_to_begin(config)
-    if name in state.recipe:
-        raise RecipeError(f"there is an adapter {name!r} already; give another adapter_name, or use peft_fx.hotswap")
-    only_one_with_biases(state, name, config)
+    addable(state, name, config)
     gm = derive(gm, fx.Graph(), state) if state.recipe else frozen(gm)
     if config.layer_replication and not deeper:
         gm = replicated(gm, config.layer_replication)
@@ -67,27 +63,26 @@ def with_adapter(gm, name: str, resident: Resident, source, trainable: bool, act
             f"{source.where}: {text}: load it for inference alone, or save the whole adapter to train on"
         )
     if source is not None:
-        config, tensors = on_whole_base(gm, name, resident.config, source.tensors, source.where)
-        if trainable and config is not resident.config:
+        config, tensors = on_whole_base(gm, name, config, source.tensors, source.where)
+        if trainable and config is not own:
             warn(
                 f"adapter {name!r} began with a part of the base weight, and is LoRA of twice the rank here: what it began with "
                 "is trained too, which PEFT keeps"
             )
-        resident, source = dataclasses.replace(resident, config=config), source._replace(tensors=tensors)
-    plan = planned(state, name, config)
+        source = source._replace(tensors=tensors)
+    resident = resident_of(state, name, config, lowering)
+    plan, new = resident.plan, added(state, name, resident, activate)
     for entry in plan.unmatched:
         warn(f"adapter {name!r}: {entry}", UnmatchedWarning)
     for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
         if text:
             warn(f"adapter {name!r}: {text}")
-    recipe = {**state.recipe, name: resident}
-    if not config.ensure_weight_tying and not any(r.config.layer_replication for r in recipe.values()):
+    if not config.ensure_weight_tying and not any(r.config.layer_replication for r in new.recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
     values = source and match_tensors(plan, source.tensors, where=source.where)
     for placement in plan.placements:
         allocate(gm, placement, values, trainable, source is not None and source.drawn)
-    active = (*state.active, name) if activate else state.active
-    gm.meta["peft_fx"] = state.update(recipe=recipe, active=active)
+    gm.meta[ROOT] = new
     return gm
 
 
@@ -98,14 +93,6 @@ def warn_of_ties(adapter: str, placements: Iterable[Placement], table: ModuleTab
         warn(
             f"adapter {adapter!r}: {found[0]} is tied to {', '.join(found[1])}, which does not change with it: files and merged "
             "models are no longer tied. LoRA, modules_to_save and tokens keep ties with ensure_weight_tying=True"
-        )
-
-
-def only_one_with_biases(state: State, name: str, config: AdapterConfig) -> None:
-    other = next((n for n, r in state.recipe.items() if r.config.bias != "none"), None)
-    if other and config.bias != "none":
-        raise RecipeError(
-            f"adapters {other!r} and {name!r} both train biases (bias={config.bias!r}); only one of them can"
         )
 
 
@@ -168,9 +155,3 @@ def offloaded_to(module: nn.Module):
     hook = getattr(module, "_hf_hook", None)
     devices = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
     return next((d for d in devices if d is not None), None)
-
-
-def without(state: State, name: str) -> State:
-    """The state with an adapter less."""
-    recipe = {n: r for n, r in state.recipe.items() if n != name}
-    return state.update(recipe=recipe, active=tuple(n for n in state.active if n != name))

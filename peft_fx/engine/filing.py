@@ -15,7 +15,7 @@ from ..planning.plan import Placement
 from ..planning.selection import resolved_target_modules
 from ..store.state import State, state_of
 from ..store.tensors import ADAPTERS, get_tensor
-from .derive import names_of, planned
+from .transitions import names_of, planned
 
 
 def adapter_files(
@@ -62,7 +62,7 @@ def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tenso
 
 
 def only_adapter(state: State) -> str:
-    for places in (tuple(state.residents.values()), state.active):
+    for places in (tuple(state.residents.values()), state.acting):
         if len(places) == 1:
             return places[0]
     raise RecipeError(f"which adapter? Give adapter_name, one of: {', '.join(state.residents) or 'none resident'}")

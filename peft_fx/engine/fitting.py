@@ -15,7 +15,7 @@ from ..planning.kinds import Refusal, one_line_each
 from ..planning.plan import Placement, Plan
 from ..target import sizes
 from .adding import fill
-from .derive import planned as plan_of
+from .transitions import planned as plan_of
 
 WIDEN = "; widen it before compiling with peft_fx.prepare_hotswap(tuned, max_rank=...)"
 

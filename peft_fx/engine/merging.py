@@ -23,19 +23,13 @@ from .derive import acting
 def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
     """The adapters that act. Raises MergeError where a gate lets only a part of one through."""
     if not state.gated:
-        return state.active
+        return state.acting
     weights = acting(tuned, state)
     if part := next((slot for slot, weight in weights.items() if weight != 1), None):
         raise MergeError(
             f"adapter {state.recipe[part].name!r} acts with weight {weights[part]}: switch it to 1 and merge then"
         )
     return tuple(name for name in state.active if name in weights)
-
-
-def refuse_no_weight(chosen: list[Placement]) -> None:
-    for p in chosen:
-        if reason := p.rule.no_weight:
-            raise MergeError(f"{p.target.name}: refused: {p.method} cannot be merged: {reason}")
 
 
 def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:

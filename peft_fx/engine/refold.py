@@ -9,7 +9,6 @@ the graph's device for keep_base="cpu", and the folded weights once more for "de
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,27 +18,27 @@ from torch import fx, nn
 from ..errors import MergeError, RecipeError
 from ..methods.base import block_diagonal
 from ..passes.inject.inject import lower
-from ..planning.kinds import one_line_each
-from ..planning.plan import clashes
 from ..store.modules import shell
 from ..store.state import Resident, State, state_of
 from ..store.tensors import REPLACED, ROOT, get_tensor, set_tensor
 from ..target import ModuleTable, Target, sizes
-from .adding import allocate, only_one_with_biases
-from .derive import placements
-from .merging import by_target, folded, refuse_no_weight
-from .replaced import equal, restored, shelve, stays_tied
+from .adding import allocate
+from .inplace import MODEL, write
+from .merging import by_target, folded
+from .placed import copy_all
+from .replaced import equal, restored, shelve, shelved, stays_tied
+from .transitions import mergeable, only_one_with_biases, resident_of, swapped, unmerged
 
 
 @dataclass(frozen=True)
 class Fold:
     """What a swap is going to change in every graph over the same folded tensors.
 
-    writes: (folded tensor, what it becomes). first: name of a tensor that no merge has replaced yet -> (the base's, where
+    writes: name -> (folded tensor, what it becomes). first: name of a tensor that no merge has replaced yet -> (the base's, where
     it is kept; the folded one). padded: how many results are less than their tensor holds. adapter: the new one's tensors.
     """
 
-    writes: list[tuple[torch.Tensor, torch.Tensor]]
+    writes: dict[str, tuple[torch.Tensor, torch.Tensor]]
     first: dict[str, tuple[torch.Tensor, torch.Tensor]]
     padded: int
     adapter: nn.Module
@@ -53,24 +52,26 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
     Returns the tensors written, how many of them hold less than they could, and the targets that the new adapter leaves out.
     Raises MergeError or RecipeError, and has changed nothing then.
     """
-    old = {p.target.name for p in placements(state, adapter)}
+    old = {p.target.name for p in state.recipe[adapter].placements}
     fold = computed(gm, state, adapter, config, values)
     sharing = gm.peft_fx.sharing
     graphs = [g for g in {gm, *sharing.all()} if state_of(g).merge_report is state.merge_report]
-    written = [t for t, _ in fold.writes] + [t for _, t in fold.first.values()]
+    written = [t for t, _ in fold.writes.values()] + [t for _, t in fold.first.values()]
     with sharing.writing(written), torch.no_grad():
-        for tensor, value in fold.writes:
-            tensor.copy_(value)
+        if MODEL in gm.meta:
+            write(gm, state, {name: value for name, (_, value) in (fold.writes | fold.first).items()})
+        else:
+            copy_all(fold.writes.values())
         for graph in graphs:
-            for name, (kept, value) in fold.first.items():
-                set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
-                set_tensor(graph, name, value)
+            if MODEL not in gm.meta:
+                for name, (kept, value) in fold.first.items():
+                    set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
+                    set_tensor(graph, name, value)
             graph.peft_fx.adapters._modules[adapter] = shell(fold.adapter)
-            shelve(graph, (adapter,))
-            own = state_of(graph)
-            recipe = {**own.recipe, adapter: fold.resident}
-            graph.meta[ROOT] = own.update(recipe=recipe, merge_report=fold.report)
-    new = {p.target.name for p in placements(state_of(gm), adapter)}
+            if MODEL not in gm.meta:
+                shelve(graph, (adapter,))
+            graph.meta[ROOT] = swapped(state_of(graph), adapter, fold.resident).update(merge_report=fold.report)
+    new = {p.target.name for p in state_of(gm).recipe[adapter].placements}
     return written, fold.padded, tuple(sorted(old - new))
 
 
@@ -79,21 +80,18 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
     old = state.recipe[adapter]
     if config.layer_replication != old.config.layer_replication:
         raise RecipeError("layer_replication changes the base model: load this adapter into a graph of its own")
-    others = {name: r for name, r in state.recipe.items() if name != adapter}
-    only_one_with_biases(state.update(recipe=others), adapter, config)
+    only_one_with_biases(state, adapter, config)
     lowering = old.lowering if config.peft_type == old.config.peft_type else "auto"
-    resident = dataclasses.replace(old, config=config, lowering=lowering, room=old.room and config)
-    new = state.update(recipe={**state.recipe, adapter: resident})
-    chosen = [p for name in state.merged for p in placements(new, name)]
-    refuse_no_weight(chosen)
-    if refused := clashes(chosen):
-        raise MergeError("\n".join(one_line_each(refused)))
+    resident = resident_of(state, adapter, config, lowering, name=old.name, room=old.room and config)
+    new = swapped(unmerged(state), adapter, resident)
+    mergeable(new, state.merged)
+    chosen = new.placed(state.merged)
     refuse_what_cannot_be_unmerged(new)
 
     scratch = restored(gm, state, move=False)
     trainable = any(t.requires_grad for t in scratch.peft_fx.adapters._modules[adapter].parameters())
     scratch.peft_fx.adapters._modules[adapter] = nn.Module()
-    for p in placements(new, adapter):
+    for p in resident.placements:
         read = {t.tensor_name for spec in p.tensors.values() for t in (p.target, *spec.sources)}
         with brought(scratch, gm, read):
             allocate(scratch, p, values, trainable)
@@ -110,15 +108,15 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
 
     finals = {name: get_tensor(scratch, name) for name in names}
     keep_ties(gm, scratch, finals, groups, state.table)
-    targets = {p.target.name: p.target for name in state.merged for p in (*placements(state, name), *chosen)}
-    writes, first, padded, seen = [], {}, 0, {}
+    targets = {p.target.name: p.target for p in (*state.placed(state.merged), *chosen)}
+    writes, first, padded, seen = {}, {}, 0, {}
     for name, final in finals.items():
         now = get_tensor(gm, name)
         value = fitted(name, final, now, targets.get(name))
         padded += final is None or value.shape != final.shape
         if name in shelved(gm):
             if id(now) not in seen:
-                writes.append((now, value))
+                writes[name] = now, value
             seen[id(now)] = now
         else:
             if id(now) not in seen:
@@ -130,17 +128,11 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
 
 def refuse_what_cannot_be_unmerged(state: State) -> None:
     """An adapter whose dropout, say, has no form in the graph could be folded, and never come back."""
-    back = [p for name in state.before_merge for p in placements(state, name)]
-    refused = [x for x in lower(state.base.graph, back, state.base.traces) if x.form == "refused"]
+    refused = [x for x in lower(state.base.graph, state.placed(state.acting), state.base.traces) if x.form == "refused"]
     if refused:
         raise RecipeError(
             f"{refused[0].placement.target.name}: refused, since unmerge could not bring it: {refused[0].reason}"
         )
-
-
-def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Tensor name -> what a merge replaced there."""
-    return dict(gm.peft_fx.replaced.named_buffers(remove_duplicate=False))
 
 
 def waiting_device(gm: fx.GraphModule) -> torch.device | None:

@@ -12,9 +12,9 @@ from ..planning.plan import Placement
 from ..store.modules import derive
 from ..store.state import State
 from ..store.tensors import ADAPTERS, REPLACED, get_tensor, owner_of, set_tensor
-from .derive import placements
 from .merging import theta_of
 from .placed import put
+from .transitions import unmerged
 
 
 def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor, keep_base: str | None) -> None:
@@ -71,6 +71,11 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 
+def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Tensor name -> what a merge replaced there."""
+    return dict(gm.peft_fx.replaced.named_buffers(remove_duplicate=False))
+
+
 def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
     """Takes merged adapters out of parameters() and state_dict(), where the model's own names alone remain."""
     for name in names:
@@ -100,15 +105,14 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
 
     move: weights that waited elsewhere come to the graph's device. Raises MergeError if they were not kept.
     """
-    shelf = dict(merged.peft_fx.replaced.named_buffers(remove_duplicate=False))
+    shelf = shelved(merged)
     missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
     if missing:
         raise MergeError(
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
             "derive from the unmerged graph, or merge with keep_base='device' or 'cpu'"
         )
-    before = state.update(active=state.before_merge, merged=(), before_merge=(), merge_report=())
-    new = derive(merged, fx.Graph(), before)
+    new = derive(merged, fx.Graph(), unmerged(state))
     back: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
         group = next((g for g in state.table.tied if name in g), (name,))
@@ -123,8 +127,7 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
             )
         set_tensor(new, name, back[group[0]])
     new.peft_fx.replaced = nn.Module()
-    for name in state.merged:
-        unshelve(new, placements(state, name))
+    unshelve(new, state.placed(state.merged))
     return new
 
 

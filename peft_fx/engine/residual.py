@@ -22,7 +22,7 @@ from ..passes.forms.lowering import to_canonical
 from ..planning.plan import Placement
 from ..store.state import state_of
 from ..store.tensors import REPLACED, get_tensor
-from .derive import planned
+from .transitions import planned
 
 
 def pissa(W: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,11 @@ from torch import fx
 
 from ..errors import GraphError, HotswapError
 from ..planning.plan import Placement, check_adapter_name
-from ..store.state import Resident, State, state_of
+from ..store.state import State, state_of
 from ..store.tensors import ADAPTERS, GATES, get_tensor, set_tensor
 from ..store.unwrap import unwrapped
 from .adding import allocate, fill
-from .derive import names_of, placements
+from .transitions import names_of
 
 
 def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Tensor]:
@@ -31,15 +31,10 @@ def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Te
     return {f"{ADAPTERS}.{name}": tensor for name, tensor in made.items()}
 
 
-def emptied(resident: Resident) -> Resident:
-    """A free slot for what fits into this one."""
-    return Resident(resident.room, resident.lowering, None, resident.room)
-
-
 def allocate_slot(gm: fx.GraphModule, state: State, slot: str) -> None:
     """Registers the tensors of a free slot."""
     gm.peft_fx.adapters._modules.pop(slot, None)
-    for placement in placements(state, slot):
+    for placement in state.recipe[slot].placements:
         allocate(gm, placement, None, trainable=False)
 
 

@@ -14,10 +14,11 @@ from ..planning.kinds import Refusal
 from ..planning.plan import Plan
 from ..store.state import State
 from .fitting import by_place, neutral, planned, planned_writes, refuse_faults, with_targets_of
-from .placed import describe
+from .placed import copy_all, describe
 from .refold import refold
 from .residual import on_whole_base
 from .swaps import Swap
+from .transitions import publish
 
 
 def read(gm: fx.GraphModule, state: State, slot: str, path) -> tuple[AdapterConfig, Plan, dict]:
@@ -38,7 +39,7 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
     slots: the slot's tensors by state name.
     """
     config, plan, values = read(gm, state, slot, path)
-    old, new = by_place(planned(state, slot, state.recipe[slot].config).placements), by_place(plan.placements)
+    old, new = by_place(state.recipe[slot].placements), by_place(plan.placements)
     faults = [
         Refusal(p.target.name, f"the resident adapter has no {p.method} there") for k, p in new.items() if k not in old
     ]
@@ -50,20 +51,24 @@ def swap_of(gm, state: State, slot: str, slots: dict, name: str, path) -> Swap:
     refuse_faults(name, faults)
     if left_out:
         config = with_targets_of(state.recipe[slot].config, config)
-        new = by_place(planned(state, slot, config).placements)
+        plan = planned(state, slot, config)
+        new = by_place(plan.placements)
     names, fitting, padded = planned_writes(gm, slot, slots, old, new, values, left_out)
     zeroed = tuple(old[k].target.name for k in left_out)
     source = "memory" if isinstance(path, tuple) else str(path)
-    return Swap(name, slot, source, config, names, fitting, padded, zeroed, state.recipe[slot])
+    return Swap(name, slot, source, config, plan, names, fitting, padded, zeroed, state.recipe[slot].home)
 
 
 def write(gm, state: State, slots: dict, swap: Swap) -> list[torch.Tensor]:
     """Copies a swap's numbers into the graph's tensors, and returns these."""
     written = [slots[name] for name in swap.names]
     with gm.peft_fx.sharing.writing(written), torch.no_grad():
-        torch._foreach_copy_(written, list(swap.values))
-        state.recipe[swap.slot].config = swap.config
-        describe(gm, planned(state, swap.slot, swap.config).placements)
+        copy_all(zip(written, swap.values, strict=True))
+        resident = state.recipe[swap.slot].update(
+            config=swap.config, plan=swap.plan, name=swap.adapter if state.gated else None
+        )
+        publish(gm, swap.slot, resident)
+        describe(gm, resident.placements)
     return written
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..config import AdapterConfig
 from ..folding import folded_names
-from ..store.state import Resident
+from ..planning.plan import Plan
 from ..tables import Shown, Table, counted
 
 
@@ -36,18 +36,19 @@ class SwapReport(Shown):
 class Swap(Shown):
     """An adapter in memory, checked and padded for the slots of one graph, from `prepare_swap`.
 
-    names: the state names of the tensors to write. resident: what it was made for.
+    names: the state names of the tensors to write. home: of the resident adapter whose tensors it was made for.
     """
 
     adapter: str
     slot: str
     source: str
     config: AdapterConfig
+    plan: Plan
     names: tuple[str, ...]
     values: tuple[torch.Tensor, ...]
     padded: int
     zeroed: tuple[str, ...]
-    resident: Resident
+    home: object
 
     def parts(self) -> list[str | Table]:
         what = f"{counted(len(self.values), 'tensor')} for {self.slot!r}{fitting(self.padded, self.zeroed)}"

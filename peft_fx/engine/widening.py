@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import fx, nn
 
@@ -13,14 +11,13 @@ from ..store.modules import derive
 from ..store.resident import adapter_of
 from ..store.state import State
 from ..target import sizes
-from .derive import placements
 from .fitting import by_place, fitted, planned, slots_of
 from .placed import put
 
 
 def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.GraphModule:
     """The module, not yet its graph, with adapter tensors and residents of its own; None: with the ranks that they have."""
-    recipe = {name: dataclasses.replace(r, room=r.room and wide(r.room, max_rank)) for name, r in state.recipe.items()}
+    recipe = {name: r.update(room=r.room and wide(r.room, max_rank), home=object()) for name, r in state.recipe.items()}
     state = state.update(recipe=recipe)
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
@@ -28,7 +25,7 @@ def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.Gra
         tree.derived = dict(tree.derived)
         slots = slots_of(tuned, adapter)
         larger = by_place(planned(state, adapter, wide(resident.config, max_rank)).placements)
-        for place, p in by_place(placements(state, adapter)).items():
+        for place, p in by_place(resident.placements).items():
             for name, spec in p.tensors.items():
                 if name in p.shared:
                     continue

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from ..atomic import Writers, write_files
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
+from ..missing import PEFT_VERSION
 from ..planning.plan import Plan
 from .read import CONFIG, TENSORS
-
-PEFT_VERSION = "0.21.2"  # the release of PEFT whose files these are
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

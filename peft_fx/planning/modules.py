@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from ..store.resident import Adapters
 from ..target import ModuleRecord, ModuleTable
 from .renamings import renamings
 
@@ -14,20 +17,21 @@ ATTRIBUTES = (
     "scale_grad_by_freq", "sparse", "is_transposed", "num_experts", "in_features", "out_features", "num_embeddings",
     "embedding_dim", "embed_dim", "num_heads", "batch_first", "_qkv_same_embed_dim",
 )  # fmt: skip
+ADAPTED = "_peft_fx_adapted"  # of a class that was made for adapted modules: the class that they had
 LITERALS = (bool, int, float, str, type(None))
 
 
 def module_table(model: nn.Module) -> ModuleTable:
     """Records every module of `model`, its own parameters and persistent buffers, aliases and tied parameters."""
     paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in own_modules(model):
         paths.setdefault(module, []).append(path)
     config = getattr(model, "config", None)
     return ModuleTable(
         records=tuple(record_of(module, found) for module, found in paths.items()),
         model_type=_get(config, "model_type"),
         name_or_path=getattr(model, "name_or_path", None) or _get(config, "_name_or_path") or None,
-        model_class=type(model).__name__,
+        model_class=own_class(model).__name__,
         output_head=_path_of(paths, _embeddings(model, "get_output_embeddings")),
         input_embedding=_path_of(paths, _embeddings(model, "get_input_embeddings")),
         tied=tied_parameters(paths),
@@ -40,18 +44,31 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
     persistent = (n for n in module._buffers if n not in module._non_persistent_buffers_set)
     return ModuleRecord(
         path=paths[0],
-        type=type(module).__name__,
-        bases=tuple(c.__name__ for c in type(module).__mro__ if c not in (nn.Module, object)),
+        type=own_class(module).__name__,
+        bases=tuple(c.__name__ for c in own_class(module).__mro__ if c not in (nn.Module, object)),
         parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
         buffers={n: tuple(module._buffers[n].shape) for n in persistent if module._buffers[n] is not None},
         # without __getattr__, in which diffusers' models look into their config, with a warning
         attributes={
             n: _literal(v)
             for n in ATTRIBUTES
-            if _is_literal(v := vars(module).get(n, getattr(type(module), n, _MISSING)))
+            if _is_literal(v := vars(module).get(n, getattr(own_class(module), n, _MISSING)))
         },
         aliases=tuple(paths[1:]),
     )
+
+
+def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module), aliases as often as they occur; adapters that the model holds are none of its own."""
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Adapters):
+            yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
+
+
+def own_class(module: nn.Module) -> type:
+    """The module's class, adapters or none."""
+    return getattr(type(module), ADAPTED, type(module))
 
 
 def tied_parameters(paths: dict[nn.Module, list[str]]) -> tuple[tuple[str, ...], ...]:

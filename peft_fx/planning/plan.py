@@ -62,8 +62,12 @@ class Placement:
         return on_target(get_method(self.method), self.target, self.tensors)
 
     def state_name(self, tensor: str) -> str:
-        """Dotted name of a tensor below the graph module's `peft_fx.adapters`."""
-        return f"{self.adapter}.{self.target.name}.{tensor}"
+        """Dotted name of a tensor below the graph module's `peft_fx.adapters`: <adapter>.<module>.on_<parameter>.<tensor>.
+
+        No module there is called "weight" or "bias": loops over all modules of a model take these for tensors.
+        """
+        path, _, parameter = self.target.name.rpartition(".")
+        return ".".join(filter(None, (self.adapter, path, f"on_{parameter}", tensor)))
 
     def file_key(self, tensor: str) -> str:
         """The tensor's key in PEFT's `adapter_model.safetensors`."""

@@ -1,4 +1,4 @@
-"""The tensors of resident adapters as modules: `adapters.<adapter>.<target>.<tensor>`.
+"""The tensors of resident adapters as modules: `adapters.<adapter>.<module>.on_<parameter>.<tensor>`.
 
 What follows from the config alone, scales for instance, is no state: it is in no state dict, so that another config's cannot
 come with one, and it is made anew where a module's tensors were cast, or came into memory without numbers.

@@ -10,6 +10,7 @@ So every forward sees the numbers from before a swap or those from after it, nev
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -22,8 +23,21 @@ from .lazy import Lazy
 from .summary import OURS, summary, summary_html
 
 
+class Forward:
+    """A call that runs, held by the frame that it is called from. seen: what it acts with, once something has looked at it."""
+
+    __slots__ = ("__weakref__", "rows", "seen")
+
+    def __init__(self):
+        self.seen = self.rows = None
+
+
 class Sharing:
-    """One for all graphs derived from one another; a copy of a graph has one of its own."""
+    """One for all graphs derived from one another; a copy of a graph has one of its own.
+
+    running: thread -> a weak reference to its outermost call. A frame that an exception ends where nobody expects one takes
+    its call with it.
+    """
 
     def __init__(self):
         from torch._dynamo.eval_frame import skip_code  # slow to import
@@ -31,76 +45,106 @@ class Sharing:
         for function in (Shared.__call__, Sharing.begin, Sharing.end, Lazy._generate, Lazy.recompile):
             skip_code(function.__code__)  # Dynamo, which meets them on its way to `forward`, lets them run as they are
         self.changed = threading.Condition()
-        self.forwards: dict[int, int] = {}  # thread -> how many nested ones it is in
-        self.waiting: set[int] = set()  # threads whose forward has to wait
-        self.writer_waits = self.is_written = False
-        self.swaps = threading.Lock()
+        self.running: dict[int, weakref.ref[Forward]] = {}
+        self.waiting: dict[int, weakref.ref[Forward]] = {}  # calls that begin after the write, before the next one
+        self.writer_waits = False
+        self.swaps = threading.RLock()
         self.graphs: weakref.WeakSet[fx.GraphModule] = weakref.WeakSet()
 
     def __reduce__(self):
         return Sharing, ()
 
-    def begin(self) -> None:
-        """A forward begins: at once if its thread is in one already, else after the write that waits or goes on."""
-        thread = threading.get_ident()
+    def call(self) -> Forward | None:
+        """The one that this thread is in."""
+        found = self.running.get(threading.get_ident())
+        return None if found is None else found()
+
+    def begin(self) -> Forward | None:
+        """A call begins: at once, or after the write that waits or goes on. None if its thread is in one already."""
+        if self.call() is not None:
+            return None
+        forward, thread = Forward(), threading.get_ident()
         with self.changed:
-            if thread in self.forwards or not (self.writer_waits or self.is_written):
-                self.forwards[thread] = self.forwards.get(thread, 0) + 1
-                return
-            self.waiting.add(thread)
-            try:
+            if self.writer_waits:
+                self.waiting[thread] = weakref.ref(forward)
                 while thread in self.waiting:
                     self.changed.wait()
-            except BaseException:  # an interrupt
-                self.waiting.discard(thread)
-                self.forwards.pop(thread, None)
-                self.changed.notify_all()
-                raise
+            else:
+                self.running[thread] = weakref.ref(forward)
+        return forward
 
-    def end(self) -> None:
-        thread = threading.get_ident()
-        with self.changed:
-            self.forwards[thread] -= 1
-            if not self.forwards[thread]:
-                del self.forwards[thread]
-                self.changed.notify_all()
+    def end(self, forward: Forward | None) -> None:
+        """The outermost call ends; the others end with it."""
+        if forward is not None:
+            with self.changed:
+                self.running.pop(threading.get_ident(), None)
+                if self.writer_waits:
+                    self.changed.notify_all()
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Around several calls that have to see the same numbers, or around code compiled from more than the graph."""
-        self.begin()
+        forward = None
         try:
+            forward = self.begin()
             yield
         finally:
-            self.end()
+            self.end(forward)
 
     @contextlib.contextmanager
     def swapping(self) -> Iterator[None]:
-        """Raises GraphError inside a forward of the same thread, which could not end."""
-        if threading.get_ident() in self.forwards:
-            raise GraphError("adapters cannot be swapped or switched from inside a forward of a graph that has them")
+        """One thread at a time. Raises GraphError inside a forward of the same thread, which could not end."""
+        self.refuse_inside()
         with self.swaps:
             yield
 
+    def refuse_inside(self) -> None:
+        if self.call() is not None:
+            raise GraphError(
+                "adapters cannot be changed from inside a forward of a model or graph that has them: do it between two calls"
+            )
+
     @contextlib.contextmanager
     def writing(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Nothing reads `tensors` inside the block, on their devices neither."""
+        """Nothing reads `tensors` inside the block, on their devices neither. An interrupt waits for its end."""
+        self.refuse_inside()
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
         try:
             with self.changed:
                 self.writer_waits = True
-                while self.forwards:
-                    self.changed.wait()
-                self.is_written = True
-            synchronize(devices)  # forwards have returned, their kernels may run still
-            yield
-            synchronize(devices)  # the next forward may be on another stream
+                while any(call() is not None for call in list(self.running.values())):
+                    self.changed.wait(0.1)  # a call that an interrupt ended says nothing
+                with uninterrupted():
+                    synchronize(devices)  # forwards have returned, their kernels may run still
+                    yield
+                    synchronize(devices)  # the next forward may be on another stream
         finally:
-            with self.changed:
-                self.writer_waits = self.is_written = False
-                self.forwards |= dict.fromkeys(self.waiting, 1)  # ahead of the next writer
+            with uninterrupted(), self.changed:
+                self.writer_waits = False
+                self.running |= self.waiting
                 self.waiting.clear()
                 self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Inside the block the thread's own forward does not count: what is written is what that forward asks for itself."""
+        thread = threading.get_ident()
+        with self.changed:
+            mine = self.running.pop(thread, None)
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            if mine is not None:
+                with self.changed:
+                    self.running[thread] = mine
+
+    @torch.no_grad()
+    def put(self, values: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Other numbers into these tensors when no forward is going on, but for the thread's own, which asks for them."""
+        if values:
+            with self.between(), self.swapping(), self.writing(values):
+                torch._foreach_copy_(list(values), list(values.values()))
 
     def add(self, *graphs: fx.GraphModule) -> None:
         with self.changed:
@@ -109,6 +153,22 @@ class Sharing:
     def all(self) -> list[fx.GraphModule]:
         with self.changed:
             return list(self.graphs)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside the block is heard at its end. Python raises it in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[tuple] = []
+    before = signal.signal(signal.SIGINT, lambda *args: heard.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if heard and callable(before):
+            before(*heard[0])
 
 
 def synchronize(devices: Iterable[torch.device]) -> None:
@@ -123,12 +183,20 @@ class Shared(Lazy):
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        sharing = self.peft_fx.sharing
-        sharing.begin()
+        sharing, forward = self.peft_fx.sharing, None
         try:
+            forward = sharing.begin()
             return super().__call__(*args, **kwargs)
         finally:
-            sharing.end()
+            sharing.end(forward)
+
+    def __deepcopy__(self, memo):
+        with self.peft_fx.sharing.forward():
+            return super().__deepcopy__(memo)
+
+    def train(self, mode: bool = True):
+        self.peft_fx.train(mode)  # first, since it may refuse
+        return super().train(mode)
 
     def __str__(self) -> str:
         return summary(self) if OURS in self.meta else super().__repr__()

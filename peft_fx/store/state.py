@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..errors import GraphError
+from ..planning.plan import Placement, Plan
 from ..target import ModuleTable
 from .lazy import copy_graph
 from .summary import told
@@ -32,18 +35,32 @@ class BaseGraph:
         raise GraphError("a captured graph cannot be pickled; write it with peft_fx.export(graph, 'model.pt2')")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Resident:
-    """A resident adapter's config, shared by all graphs derived from one another, since they share its tensors.
+    """A resident adapter: its config, and what that puts where.
 
-    lowering: the form in which its methods enter the graph, "activation" or "weight", or "auto". Of a slot, name: what is in
+    home: stands for the tensors that it is in; the same in all graphs over these, whatever is swapped into them. lowering: the
+    form in which its methods enter the graph, "activation" or "weight", or "auto". Of a slot, name: what is in
     it, None while it is free; room: the config of the largest adapter that fits, and of what a free slot holds.
     """
 
     config: AdapterConfig
+    plan: Plan
     lowering: str = "auto"
     name: str | None = None
     room: AdapterConfig | None = None
+    home: object = field(default_factory=object, compare=False)
+
+    @cached_property
+    def placements(self) -> tuple[Placement, ...]:
+        chosen = self.plan.placements
+        return chosen if self.lowering == "auto" else tuple(replace(p, lowering=self.lowering) for p in chosen)
+
+    def update(self, **changes) -> Resident:
+        return replace(self, **changes)
+
+    def __deepcopy__(self, memo):
+        return self.update(config=deepcopy(self.config, memo), home=object())
 
 
 @dataclass(frozen=True)
@@ -60,21 +77,21 @@ class Acted:
 
 @dataclass(frozen=True)
 class State:
-    """Everything a graph module knows about itself, without a tensor.
+    """Everything a graph module, or a model with adapters, knows about itself, without a tensor.
 
-    recipe: resident adapters in the order they were added. active: those in the graph, in order. merged: those folded
-    into the weights, in order; before_merge: what was active then; acted: its graph. merge_report: one dict per merged
+    recipe: resident adapters in the order they were added. active: those that are set, in order; enabled: whether they act;
+    merged: those folded into the weights, in order. acted: what acted before a merge. merge_report: one dict per merged
     target. reports: what the passes did that made this graph. gated: adapters are switched as data; what the recipe and the
     others name are slots then, and callers say what is in them. mixed: each row of a batch chooses among the active adapters.
     """
 
     table: ModuleTable
-    base: BaseGraph
+    base: BaseGraph | None
     range_constraints: dict = field(default_factory=dict)
-    recipe: dict[str, Resident] = field(default_factory=dict)
+    recipe: Mapping[str, Resident] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    enabled: bool = True
     merged: tuple[str, ...] = ()
-    before_merge: tuple[str, ...] = ()
     acted: Acted | None = None
     merge_report: tuple[dict, ...] = ()
     reports: tuple = ()
@@ -83,6 +100,15 @@ class State:
 
     def update(self, **changes) -> State:
         return replace(self, **changes)
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that are in the graph, in order."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    def placed(self, names: Iterable[str]) -> tuple[Placement, ...]:
+        """What these adapters put where, in order."""
+        return tuple(p for name in names for p in self.recipe[name].placements)
 
     @property
     def residents(self) -> dict[str, str]:

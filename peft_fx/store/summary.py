@@ -83,7 +83,7 @@ def status(graph: fx.GraphModule, adapter: str) -> str:
     if adapter in state.merged:
         return "merged into the weights"
     if not state.gated:
-        return "active" if adapter in state.active else "not active"
+        return "active" if adapter in state.acting else "not active"
     gate = getattr(graph.peft_fx.gates, adapter, None)
     if gate is None or gate.is_meta:
         return "in a slot"

@@ -18,7 +18,6 @@ import torch
 from torch import fx
 
 from ..config import AdapterConfig
-from ..engine.derive import placements
 from ..errors import RecipeError
 from ..files.write import file_config, write_adapter
 from ..planning.plan import make_plan
@@ -129,6 +128,6 @@ def factors(tuned: fx.GraphModule, adapter: str) -> dict[str, dict[str, torch.Te
     """Module path in PEFT's files -> the adapter's A, E and B there."""
     return {
         p.target.file_path: {n: get_tensor(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in COMPONENTS}
-        for p in placements(state_of(tuned, "AdaLoRA"), adapter)
+        for p in state_of(tuned, "AdaLoRA").recipe[adapter].placements
         if p.method == "ADALORA"
     }

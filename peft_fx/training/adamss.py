@@ -19,7 +19,6 @@ from functools import partial
 import torch
 from torch import fx
 
-from ..engine.derive import placements
 from ..errors import RecipeError
 from ..store.state import state_of
 from ..store.tensors import ADAPTERS, get_tensor
@@ -96,7 +95,7 @@ class SubspaceAllocator:
             raise RecipeError(f"adapter {adapter!r}: only AdaMSS with use_asa=True allocates subspaces")
         self.subspaces = [
             Subspaces(p.target.file_path, *(get_tensor(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in NAMES))
-            for p in placements(state, adapter)
+            for p in state.recipe[adapter].placements
             if p.method == "ADAMSS"
         ]
         self.total = sum(s.learning.numel() for s in self.subspaces)

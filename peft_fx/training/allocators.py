@@ -46,7 +46,7 @@ WORK = {
 def work_of(tuned: fx.GraphModule) -> dict[str, Work]:
     """Adapter -> what it does while it trains, of those that act and do something."""
     state = state_of(tuned)
-    configs = {name: state.recipe[name].config for name in state.active}
+    configs = {name: state.recipe[name].config for name in state.acting}
     found = {name: WORK[c.peft_type] for name, c in configs.items() if c.peft_type in WORK}
     return {name: work for name, work in found.items() if work.wanted(configs[name])}
 

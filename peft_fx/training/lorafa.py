@@ -82,7 +82,7 @@ def create_lorafa_optimizer(model, r: int, lora_alpha: float, lr: float, weight_
     """
     state = state_of(adapters_of(model))
     if use_rslora is not None:
-        others = [n for n in state.active if getattr(state.recipe[n].config, "use_rslora", False) != use_rslora]
+        others = [n for n in state.acting if getattr(state.recipe[n].config, "use_rslora", False) != use_rslora]
         if others:
             raise ValueError(
                 f"use_rslora={use_rslora}, but the configs of {', '.join(others)} say otherwise: leave it out"

@@ -9,14 +9,15 @@ from pathlib import Path
 from torch import fx
 
 from ..engine.adding import with_adapter
-from ..engine.derive import derived, names_of, refuse_merged, refuse_slots
+from ..engine.derive import derived
 from ..engine.filing import adapter_files
+from ..engine.transitions import activated, refuse_merged, refuse_slots
 from ..files.paths import as_path
 from ..files.read import read_adapter
 from ..files.write import write_adapter
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
-from ..store.state import Resident, state_of
+from ..store.state import state_of
 
 
 def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
@@ -32,7 +33,7 @@ def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lower
     recipe = as_recipe(recipe, adapter_name)
     gm = graph
     for name, config in recipe.items():
-        gm = with_adapter(gm, name, Resident(config, lowering), None, trainable=True, activate=True)
+        gm = with_adapter(gm, name, config, None, trainable=True, activate=True, lowering=lowering)
     return derived(gm, state_of(gm))
 
 
@@ -52,8 +53,8 @@ def load_adapter(
     """
     state = state_of(graph, "load_adapter")
     config, tensors = read_adapter(path, state.table)
-    resident, source = Resident(config, lowering), (tensors, str(path))
-    gm = with_adapter(graph, adapter_name, resident, source, trainable, activate=not state.active)
+    source = (tensors, str(path))
+    gm = with_adapter(graph, adapter_name, config, source, trainable, activate=not state.active, lowering=lowering)
     return derived(gm, state_of(gm))
 
 
@@ -65,7 +66,7 @@ def set_adapter(tuned: fx.GraphModule, names: str | list[str]) -> fx.GraphModule
     state = state_of(tuned, "set_adapter")
     refuse_merged(state, "set_adapter")
     refuse_slots(state, "set_adapter", "which adapters act is data there, peft_fx.switch(graph, names) writes it")
-    return derived(tuned, state.update(active=names_of(state, names)))
+    return derived(tuned, activated(state, names))
 
 
 @contextlib.contextmanager

@@ -17,10 +17,12 @@ from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.adding import with_adapter, without
-from ..engine.derive import names_of, placements
+from ..config import AdapterConfig
+from ..engine.adding import with_adapter
+from ..engine.inplace import MODEL
 from ..engine.python_parts import as_written, compiled_module, give_frames, of_torch, used_by
 from ..engine.swaps import SwapReport
+from ..engine.transitions import activated, deleted, names_of, publish, resident_of
 from ..errors import GraphError, RecipeError
 from ..files.read import read_adapter
 from ..notices import warn
@@ -32,7 +34,7 @@ from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
 from ..store.modules import ByDevice, ByMode, Store, build
-from ..store.state import BaseGraph, Resident, State, state_of
+from ..store.state import BaseGraph, State, state_of
 from ..store.tensors import ROOT, get_tensor
 from ..store.unwrap import unwrapped
 from .adapters import save_adapter
@@ -109,8 +111,7 @@ class Backend:
                 if config.layer_replication and not deeper:
                     raise RecipeError("layer_replication changes the model, not its graphs: capture the model for it")
                 trainable = not config.inference_mode if source is None else self.trainable
-                resident = Resident(config, self.lowering)
-                gm = with_adapter(gm, name, resident, source, trainable, activate=True, deeper=deeper)
+                gm = with_adapter(gm, name, config, source, trainable, True, self.lowering, deeper)
             self.model, self.frames = model, frames
             self.keep(gm)
             self.open(self.acting())
@@ -120,18 +121,22 @@ class Backend:
         """From now on the adapters are those of `gm`."""
         self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
 
-    def add(self, name: str, resident: Resident, source: tuple | None = None, trainable: bool = True) -> None:
+    def become(self, state: State) -> None:
+        """Other adapters act from now on."""
+        self.adapters.meta[ROOT] = state
+
+    def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
         """One more adapter, which does not act yet. source: what `Source` takes; None: it starts as its method does.
 
         Raises RecipeError and AdapterFileError as `apply` and `load_adapter` do; nothing has changed then.
         """
-        if resident.config.layer_replication:
+        if config.layer_replication:
             raise RecipeError(
                 f"layer_replication changes the base model and has to come with its first adapter: leave it out for {name!r}, "
                 "which is planned on the model as it is now"
             )
-        self.keep(with_adapter(self.adapters, name, resident, source, trainable, activate=False))
-        self.open(placements(self.state, name))
+        self.keep(with_adapter(self.adapters, name, config, source, trainable, activate=False))
+        self.open(self.state.recipe[name].placements)
 
     def open(self, chosen: Iterable[Placement]) -> None:
         if self.frames:
@@ -139,15 +144,16 @@ class Backend:
 
     def delete(self, name: str) -> None:
         """Raises GraphError for a name that no adapter has."""
-        names_of(self.state, name)
-        self.adapters.peft_fx.adapters._modules.pop(name, None)
-        self.adapters.meta[ROOT] = without(self.state, name)
+        (place,) = names_of(self.state, name)
+        self.adapters.meta[ROOT] = deleted(self.state, place)
+        self.adapters.peft_fx.adapters._modules.pop(place, None)
         self.changes += 1
 
     def configure(self, name: str, **fields) -> None:
         """Other values in an adapter's config, of fields that no tensor of it depends on."""
-        resident = self.state.recipe[name]
-        resident.config = replace(resident.config, **fields)
+        state = self.state
+        resident = state.recipe[name]
+        publish(self.adapters, name, resident_of(state, name, replace(resident.config, **fields), resident.lowering))
         self.changes += 1
 
     @property
@@ -157,7 +163,7 @@ class Backend:
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters that act, in order."""
-        return self.state.active
+        return self.state.acting
 
     def owners(self) -> set[nn.Module]:
         """The modules that own targets."""
@@ -179,7 +185,7 @@ class Backend:
         return {**self.__dict__, "_adapters": kept}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The adapters' parameters, named <adapter>.<target>.<tensor>."""
+        """The adapters' parameters, named <adapter>.<module>.on_<parameter>.<tensor>."""
         return self.adapters.peft_fx.adapters.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -195,13 +201,16 @@ class Backend:
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Which adapters act, in order; () for none. Graphs are adapted anew where these have not acted yet."""
-        state = state_of(self.adapters)
-        self.adapters.meta[ROOT] = state.update(active=names_of(state, names))
+        self.adapters.meta[ROOT] = activated(self.state, names)
+
+    def acting_now(self) -> tuple[str, ...]:
+        """The adapters that act in the call of this thread: of the snapshot that it took, if it did."""
+        call = self.adapters.peft_fx.sharing.call()
+        return self.active if call is None or call.seen is None else call.seen.names
 
     def acting(self) -> tuple[Placement, ...]:
         """What is adapted now, in order."""
-        state = state_of(self.adapters)
-        return tuple(p for name in state.active for p in placements(state, name))
+        return self.state.placed(self.state.acting)
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence, **options) -> Callable:
         """For Dynamo: its graph and inputs -> what runs instead. options: torch.compile's mode and options."""
@@ -286,7 +295,7 @@ class Adapted:
     def key(self, args: Sequence) -> tuple:
         owner = self.owner
         seen = tuple([id(args[i]) for i in self.watched])
-        return seen, owner.model.training, owner.adapters.meta[ROOT].active, owner.changes
+        return seen, owner.model.training, owner.acting_now(), owner.changes
 
     def add(self, args: Sequence, compiler: Callable) -> Variant:
         """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""
@@ -305,7 +314,7 @@ class Adapted:
         table = state_of(owner.adapters).table
         inputs = {i: (args[i], known[id(args[i])]) for i in self.watched if id(args[i]) in known}
         found = {name for _, names in inputs.values() for name in names}
-        chosen = tuple(p for p in owner.acting() if p.target.name in found)
+        chosen = tuple(p for p in owner.state.placed(owner.acting_now()) if p.target.name in found)
         owner.read |= {p.target.name for p in chosen}
         base = BaseGraph(fx.Graph())
         base.traces = self.traces
@@ -341,7 +350,10 @@ def without_graph(model: nn.Module, store: Store | None = None, state: State | N
         nothing.output(None)
         state = state.update(base=BaseGraph(nothing))
     store = store or Store(ByMode(model.training), ByDevice(device))
-    return build({ROOT: store, **tree._modules}, dict(tree._parameters), buffers, fx.Graph(), state)
+    gm = build({ROOT: store, **tree._modules}, dict(tree._parameters), buffers, fx.Graph(), state)
+    gm.meta[MODEL] = model
+    gm.peft_fx.sharing.add(gm)
+    return gm
 
 
 def sources(recipe, adapter_name: str) -> Iterator[tuple]:

@@ -25,15 +25,16 @@ from torch import fx
 
 from ..config import AdapterConfig
 from ..engine.adding import base_weight, with_adapter
-from ..engine.derive import derived, names_of, placements, planned
+from ..engine.derive import derived
 from ..engine.filing import adapter_files
 from ..engine.merging import theta_of
+from ..engine.transitions import names_of, planned
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
 from ..methods.ia3 import IA3Config
 from ..methods.lora import LoraConfig
 from ..planning.plan import Placement
-from ..store.state import Resident, State, state_of
+from ..store.state import State, state_of
 from ..store.tensors import get_tensor
 
 # name -> (how entries are pruned, whether signs are elected)
@@ -92,7 +93,7 @@ def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[fl
     state = state_of(tuned, "combine")
     names = names_of(state, list(adapters))
     new = combined(tuned, names, weights, Combination(combination_type, **options))
-    gm = with_adapter(tuned, adapter_name, Resident(new[0]), (new[1], "the combination"), True, activate=False)
+    gm = with_adapter(tuned, adapter_name, new[0], (new[1], "the combination"), True, activate=False)
     return derived(gm, state_of(gm))
 
 
@@ -170,7 +171,7 @@ def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]
     """Target -> the adapters' placements there. Raises RecipeError for what is no update of a weight."""
     groups: dict[str, list[Placement]] = {}
     for name in names:
-        for p in placements(state, name):
+        for p in state.recipe[name].placements:
             if reason := p.rule.no_weight:
                 raise RecipeError(f"{p.target.name}: {p.method} cannot be combined: {reason}")
             if p.target.kind not in ("linear", "embedding", "conv1d", "conv2d", "conv3d") or p.rule.dense_groups(

@@ -8,18 +8,17 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from ..config import AdapterConfig
-from ..engine.derive import acting, placements, planned
+from ..engine.derive import acting
 from ..errors import GraphError
 from ..passes.inject.inject import Lowering, lower
 from ..passes.match.readers import describe, parameter_nodes, sites
-from ..planning.kinds import Refusal, module_targets, parameter_target
 from ..planning.plan import Placement, Plan, make_plan
+from ..planning.possible import possible_targets
 from ..recipe import as_recipe
 from ..store.state import State, state_of
 from ..tables import Table, as_html
-from ..target import ModuleRecord, Target
 from .explanation import Explanation
-from .rows import Row
+from .rows import Row, possible_row
 
 
 class ParameterCount(NamedTuple):
@@ -59,21 +58,21 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
     if recipe is not None:
         new = as_recipe(recipe, "default")
         plans = {name: make_plan(state.table, name, config, strict=False) for name, config in new.items()}
-        active = [p for name in state.active for p in placements(state, name)]
-        decided = decisions(state, [p for plan in plans.values() for p in plan.placements], active)
+        asked = [p for plan in plans.values() for p in plan.placements]
+        decided = decisions(state, asked, state.placed(state.acting))
         for name, plan in plans.items():
             rows += rows_of(state, plan, decided.get(name, ()), new[name], name, "planned")
         return Explanation(tuple(rows))
-    on = acting(graph, state) if state.gated else state.active
-    together = [] if state.mixed else [state.active, state.merged]
+    on = acting(graph, state) if state.gated else state.acting
+    together = [] if state.mixed else [state.acting, state.merged]
     together += [(place,) for place in state.recipe if not any(place in places for places in together)]
     decided = {}
     for places in together:
-        decided |= decisions(state, [p for place in places for p in placements(state, place)])
+        decided |= decisions(state, state.placed(places))
     for name, place in state.residents.items():
         status = "merged" if place in state.merged else "active" if place in on else "resident"
-        config = state.recipe[place].config
-        rows += rows_of(state, planned(state, place, config), decided.get(place, ()), config, name, status)
+        resident = state.recipe[place]
+        rows += rows_of(state, resident.plan, decided.get(place, ()), resident.config, name, status)
     return Explanation(tuple(rows))
 
 
@@ -85,26 +84,15 @@ def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placem
     return decided
 
 
-def possible_targets(graph: fx.GraphModule) -> Explanation:
+def possible(graph: fx.GraphModule) -> Explanation:
     """Every parameter that an adapter could take, and the lowering that an additive method would get there."""
     state = state_of(graph, "explain")
     nodes, rows = parameter_nodes(state.base.graph), []
-    for target in (t for record in state.table.records for t in readable(record) if t.name in nodes):
+    for target in (t for t in possible_targets(state.table) if t.name in nodes):
         found, reason = sites(nodes[target.name])
         if found or target.kind != "norm":
-            lowering = "weight" if reason else "activation"
-            rows.append(Row("", target.name, target.kind, target.shape, "dense", "", lowering, 0, "possible",
-                            describe(found, reason)))  # fmt: skip
+            rows.append(possible_row(target, "weight" if reason else "activation", describe(found, reason)))
     return Explanation(tuple(rows))
-
-
-def readable(record: ModuleRecord) -> list[Target]:
-    """The targets of a module, and those of its parameters that only `target_parameters` can name."""
-    read = module_targets(record)
-    targets = [] if isinstance(read, Refusal) else list(read)
-    others = record.attributes.get("kinds", {}).keys() - {t.parameter for t in targets if t.path == record.path}
-    by_name = (parameter_target(record, name) for name in record.parameters if name in others)
-    return targets + [t for t in by_name if isinstance(t, Target)]
 
 
 def rows_of(

@@ -49,9 +49,9 @@ def targets(groups: Sequence[Group]) -> Table:
         "storage": (any(r.storage != "dense" for r in rows), lambda g: g.row.storage),
         "adapter": (len({r.adapter for r in rows}) > 1, lambda g: g.row.adapter),
         "method": (adapted, lambda g: g.row.method),
-        "lowering": (True, lambda g: g.row.lowering),
+        "lowering": (any(r.lowering for r in rows), lambda g: g.row.lowering),
         "parameters": (adapted, lambda g: f"{'' if g.row.status == 'merged' else '+'}{g.parameters:,}"),
-        "read by": (not adapted, lambda g: operators(g.row)),
+        "read by": (not adapted and any(r.reason for r in rows), lambda g: operators(g.row)),
         "status": (adapted, lambda g: Cell(g.row.status, STYLES.get(g.row.status, ""))),
         "rounding": (any(g.rounding_error is not None for g in groups), lambda g: error(g.rounding_error)),
     }

@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ..engine.derive import names_of, placements
 from ..engine.placed import adopt
+from ..engine.transitions import names_of, resident_of
 from ..errors import AdapterFileError, GraphError
 from ..files.archive import archive_to, opened, replace_archive
 from ..files.paths import as_path
@@ -35,7 +35,7 @@ from .capture.model import finish, module_of, skeleton
 from .capture.program import retie
 
 EXTRA = "peft_fx.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
@@ -71,14 +71,14 @@ def save(program: ExportedProgram, path: Path, state: State, training: bool) -> 
 
 def to_json(state: State, training: bool) -> dict:
     """The state as JSON; of the adapters only those that are part of the program."""
-    kept = (*state.merged, *state.active)
+    kept = (*state.merged, *state.acting)
     return {
         "format": FORMAT,
         "training": training,
         "table": state.table.to_json(),
         "recipe": {name: resident.config.to_dict() for name, resident in state.recipe.items() if name in kept},
         "lowering": {name: resident.lowering for name, resident in state.recipe.items() if name in kept},
-        "active": list(state.active),
+        "active": list(state.acting),
         "slots": {slot: resident.name for slot, resident in state.recipe.items()} if state.gated else {},
         "room": {slot: r.room.to_dict() for slot, r in state.recipe.items() if r.room is not None},
         "mixed": state.mixed,
@@ -87,15 +87,17 @@ def to_json(state: State, training: bool) -> dict:
     }
 
 
-def residents(data: dict, where: str) -> dict[str, Resident]:
+def residents(data: dict, state: State, where: str) -> dict[str, Resident]:
     """The adapters, or slots, in the JSON of a state. where: the file, for messages."""
     forms, names, room = (data.get(key, {}) for key in ("lowering", "slots", "room"))
     return {
-        place: Resident(
+        place: resident_of(
+            state,
+            place,
             config_from_dict(config, where),
             forms.get(place, "auto"),
-            names.get(place),
-            config_from_dict(room.get(place, config), where) if names else None,
+            name=names.get(place),
+            room=config_from_dict(room.get(place, config), where) if names else None,
         )
         for place, config in data["recipe"].items()
     }
@@ -140,8 +142,8 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
     if data.get("format") != FORMAT:
         raise AdapterFileError(f"{where}: written in format {data.get('format')!r}, this version reads {FORMAT}")
     table = ModuleTable.from_json(data["table"])
-    recipe = residents(data, where)
-    names_of(State(table, BaseGraph(fx.Graph()), recipe=recipe), [*data["active"], *data["merged"]])
+    recipe = residents(data, State(table, None), where)
+    names_of(State(table, None, recipe=recipe), [*data["active"], *data["merged"]])
     tree = skeleton(program.module(check_guards=False))
     retie(tree)
     store = tree._modules.pop("peft_fx", None)
@@ -161,16 +163,14 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         table=table,
         base=BaseGraph(copy_graph(gm.graph)),
         recipe=recipe,
-        active=tuple(data["active"]),
+        active=(*data["merged"], *data["active"]),
         merged=tuple(data["merged"]),
-        before_merge=tuple(data["merged"] + data["active"]),
         merge_report=tuple(data["merge_report"]),
         gated=bool(data.get("slots")),
         mixed=data.get("mixed", False),
     )
     gm.meta["peft_fx"] = state
-    for name in recipe:
-        adopt(gm, placements(state, name))
+    adopt(gm, state.placed(recipe))
     gm.graph = adapted
     if recipe:
         freeze_base(gm)

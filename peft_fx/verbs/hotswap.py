@@ -46,7 +46,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
         refuse_freezing()
         if isinstance(path, Swap):
             slot, adapter_name = path.slot, path.adapter
-            if state.recipe.get(slot) is not path.resident or slot in state.merged:
+            if slot not in state.recipe or state.recipe[slot].home is not path.home or slot in state.merged:
                 raise HotswapError(
                     f"adapter {adapter_name!r}: this swap was prepared for another graph, or before a merge"
                 )
@@ -59,8 +59,6 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
             slots = slots_of(gm, slot)
             swap = path if isinstance(path, Swap) else swap_of(gm, state, slot, slots, adapter_name, path)
             written, padded, zeroed, path = write(gm, state, slots, swap), swap.padded, swap.zeroed, swap.source
-        if state.gated:
-            state_of(gm).recipe[slot].name = adapter_name
     elements = sum(t.numel() for t in written)
     source = "memory" if isinstance(path, tuple) else str(path)
     return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)

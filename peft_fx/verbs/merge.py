@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..engine.derive import acted, acting_again, injection, names_of, placements
+from ..engine import transitions
+from ..engine.derive import acted, acting_again, injection
 from ..engine.memory import Memory
-from ..engine.merging import acting_whole, by_target, folded, refuse_no_weight
+from ..engine.merging import acting_whole, by_target, folded
 from ..engine.replaced import refuse_or_keep_ties, replace_tensor, restored, shelve
+from ..engine.transitions import mergeable, names_of
 from ..errors import MergeError
 from ..passes.core.base import run
 from ..passes.inject.fold import PointAtFolded
-from ..planning.kinds import one_line_each
-from ..planning.plan import clashes
 from ..store.modules import derive
 from ..store.state import state_of
-from ..store.tensors import get_tensor
+from ..store.tensors import ROOT, get_tensor
 
 KEEP = ("device", "cpu", None)
 
@@ -51,12 +51,8 @@ def merge(
     if keep_base not in KEEP:
         raise MergeError(f"keep_base={keep_base!r}: expected one of {KEEP}")
     names = acting_whole(tuned, state) if adapter_names is None else names_of(state, adapter_names)
-    if not names:
-        raise MergeError("nothing to merge: no adapter is active; name one, or call set_adapter")
-    chosen = [p for name in names for p in placements(state, name)]
-    refuse_no_weight(chosen)
-    if refused := clashes(chosen):
-        raise MergeError("\n".join(one_line_each(refused)))
+    mergeable(state, names)
+    chosen = state.placed(names)
     before = acted(tuned, state) if keep_base else None
     new = derive(tuned, fx.Graph(), state)
     new._keep(state.base.graph)
@@ -68,11 +64,10 @@ def merge(
             replace_tensor(new, name, result, keep_base)
         report.append(line)
     refuse_or_keep_ties(tuned, new, state, groups, untie)
-    left = tuple(n for n in state.active if n not in names)
-    state = state.update(active=left, merged=names, before_merge=state.active, acted=before, merge_report=tuple(report))
-    new.meta["peft_fx"] = state
-    reports = run((PointAtFolded(tuple(chosen)), *injection(state)), new)
-    new.meta["peft_fx"] = state.update(reports=reports)
+    state = transitions.merged(state, names, report, acted=before)
+    new.meta[ROOT] = state
+    reports = run((PointAtFolded(chosen), *injection(state)), new)
+    new.meta[ROOT] = state.update(reports=reports)
     shelve(new, names)
     return new
 
@@ -82,8 +77,5 @@ def unmerge(merged: fx.GraphModule) -> fx.GraphModule:
 
     Raises MergeError if the merge dropped them (keep_base=None).
     """
-    state = state_of(merged, "unmerge")
-    if not state.merged:
-        raise MergeError("nothing to unmerge: no adapter is merged")
-    new = restored(merged, state)
+    new = restored(merged, state_of(merged, "unmerge"))
     return acting_again(new, state_of(new))

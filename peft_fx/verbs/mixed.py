@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ..engine.derive import derived, names_of, refuse_merged
+from ..engine.derive import derived
+from ..engine.transitions import names_of, refuse_merged
 from ..errors import GraphError
 from ..store.state import state_of
 

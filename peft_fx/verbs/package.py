@@ -22,7 +22,6 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ..engine.adding import base_weight, values_of
-from ..engine.derive import placements
 from ..engine.placed import adopt
 from ..errors import AdapterFileError, GraphError, HotswapError
 from ..files.archive import archive_to, opened, replace_archive
@@ -158,8 +157,8 @@ def form(tensor: torch.Tensor) -> list:
 
 def swappable_tensors(tuned: fx.GraphModule, state: State) -> dict[str, torch.Tensor]:
     """Copies by full name: the tensors of active adapters, gates, and the base weights that a swap computes tensors from."""
-    roots = (*(f"{ADAPTERS}.{name}." for name in state.active), f"{GATES}.")
-    sources = {name for adapter in state.active for p in placements(state, adapter) for name in needed(tuned, p)}
+    roots = (*(f"{ADAPTERS}.{name}." for name in state.acting), f"{GATES}.")
+    sources = {name for p in state.placed(state.acting) for name in needed(tuned, p)}
     named = [*tuned.named_parameters(remove_duplicate=False), *tuned.named_buffers(remove_duplicate=False)]
     kept = {name: t for name, t in named if name.startswith(roots) or name in sources}
     return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in kept.items()}
@@ -295,7 +294,7 @@ class Package:
     @property
     def active(self) -> tuple[str, ...]:
         state = state_of(self.held)
-        return state.called(state.active)
+        return state.called(state.acting)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -349,11 +348,10 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     if data["format"] != FORMAT:
         raise AdapterFileError(f"{path}: written in format {data['format']!r}, this version reads {FORMAT}")
     device = torch.device(data["device"])
-    state = State(
-        ModuleTable.from_json(data["table"]),
-        BaseGraph(fx.Graph()),
-        recipe=residents(data, str(path)),
-        active=tuple(data["active"]),
+    state = State(ModuleTable.from_json(data["table"]), BaseGraph(fx.Graph()))
+    state = state.update(
+        recipe=residents(data, state, str(path)),
+        active=(*data["merged"], *data["active"]),
         merged=tuple(data["merged"]),
         merge_report=tuple(data["merge_report"]),
         gated=bool(data["slots"]),
@@ -373,8 +371,7 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
         if form(tensors[name]) != expected:
             raise AdapterFileError(f"{path}: {name} is {form(tensors[name])}, expected {expected}")
         set_tensor(held, name, tensors[name].to(device))
-    for name in state.recipe:
-        adopt(held, placements(state, name))
+    adopt(held, state.placed(state.recipe))
     swapped = [name for name in runner.get_constant_fqns() if name in tensors and name.startswith(f"{ROOT}.")]
     read = {name: get_tensor(held, name) for name in swapped}
     runner.load_constants(read, check_full_update=False, user_managed=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..engine.adding import empty_tensor
-from ..engine.derive import placements, refuse_merged, replicated
+from ..engine.derive import replicated
+from ..engine.transitions import refuse_merged, resident_of, swapped
 from ..errors import RecipeError
 from ..passes.core.base import run
 from ..passes.inject.inject import Inject, lower
@@ -16,7 +17,7 @@ from ..planning.plan import Placement, make_plan
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
 from ..store.modules import derive
-from ..store.state import Resident, state_of
+from ..store.state import state_of
 from ..store.tensors import ADAPTERS, get_tensor, set_tensor
 
 
@@ -33,11 +34,11 @@ def preview(graph: fx.GraphModule, recipe) -> fx.GraphModule:
             gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
         new += make_plan(state.table, name, config, strict=False).placements
-        state = state.update(recipe={**state.recipe, name: Resident(config)})
+        state = swapped(state, name, resident_of(state, name, config))
         gm.meta["peft_fx"] = state
     for placement in new:
         allocate_empty(gm, placement)
-    present = [p for name in state.active for p in placements(state, name)]
+    present = [p for name in state.acting for p in state.recipe[name].placements]
     accepted = [
         x.placement for x in lower(state.base.graph, [*present, *new], state.base.traces) if x.form != "refused"
     ]

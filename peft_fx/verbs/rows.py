@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..folding import Path, components, gathered, joined
+from ..target import Target
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Row:
     status: str
     reason: str
     rounding_error: float | None = None
+
+
+def possible_row(target: Target, lowering: str = "", reason: str = "") -> Row:
+    """A target without adapter. lowering, reason: "" as long as there is no graph to ask."""
+    return Row("", target.name, target.kind, target.shape, "dense", "", lowering, 0, "possible", reason)
 
 
 @dataclass(frozen=True)

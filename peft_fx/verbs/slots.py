@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from ..engine.adding import without
-from ..engine.derive import derived, names_of, placements, refuse_merged
+from ..engine.derive import derived
 from ..engine.placed import describe
-from ..engine.slots import allocate_slot, emptied, fresh, set_gate, with_slots
+from ..engine.slots import allocate_slot, fresh, set_gate, with_slots
+from ..engine.transitions import deleted, emptied, names_of, publish, refuse_merged
 from ..errors import GraphError
 from ..planning.plan import check_adapter_name
 from ..store.modules import derive
@@ -67,17 +67,16 @@ def release(tuned: fx.GraphModule, name: str) -> None:
         state = state_of(gm)
         refuse_merged(state, "release")
         (slot,) = names_of(state, name)
-        resident = state.recipe[slot]
-        chosen = placements(state.update(recipe={slot: emptied(resident)}), slot)
-        numbers = fresh(gm, chosen)
+        free = emptied(state, slot)
+        numbers = fresh(gm, free.placements)
         tensors = [get_tensor(gm, full) for full in numbers]
         gate = get_tensor(gm, f"{GATES}.{slot}")
         with sharing.writing([gate, *tensors]), torch.no_grad():
             gate.zero_()
             for tensor, number in zip(tensors, numbers.values(), strict=True):
                 tensor.copy_(number)
-            resident.name, resident.config = None, resident.room
-            describe(gm, chosen)
+            publish(gm, slot, free)
+            describe(gm, free.placements)
 
 
 def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
@@ -87,13 +86,12 @@ def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
     as it is. `release` frees the slot in place. Raises GraphError for a name that is not resident, or a merged graph.
     """
     state = state_of(tuned, "delete_adapter")
-    refuse_merged(state, "delete_adapter")
     (place,) = names_of(state, name)
+    state = deleted(state, place)
     if not state.gated:
-        new = derived(tuned, without(state, place))
+        new = derived(tuned, state)
         new.peft_fx.adapters._modules.pop(place, None)
         return new
-    state = state.update(recipe={**state.recipe, place: emptied(state.recipe[place])})
     new = derive(tuned, fx.Graph(), state)
     allocate_slot(new, state, place)
     set_gate(new, place, 0)
@@ -114,4 +112,4 @@ def rename(tuned: fx.GraphModule, name: str, new_name: str) -> None:
             raise GraphError(
                 f"there is an adapter {new_name!r} already: release it, or choose another name for {name!r}"
             )
-        state.recipe[slot].name = new_name
+        publish(gm, slot, state.recipe[slot].update(name=new_name))

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..engine.derive import acting, derived, names_of, refuse_merged, refuse_slots
-from ..engine.slots import allocate_slot, emptied, set_gate, with_slots
+from ..engine.derive import acting, derived
+from ..engine.slots import allocate_slot, set_gate, with_slots
+from ..engine.transitions import names_of, refuse_merged, refuse_slots, resident_of
 from ..engine.widening import wide, widened
 from ..errors import GraphError
 from ..store.state import state_of
@@ -38,12 +39,10 @@ def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -
         raise GraphError(f"slots={slots!r}: expected at least the number of resident adapters, {len(state.recipe)}")
     on = state.active
     new = widened(tuned, state, max_rank)
-    recipe = state_of(new).recipe
-    for name, resident in recipe.items():
-        resident.name, resident.room = name, wide(resident.config, max_rank)
+    recipe = {n: r.update(name=n, room=wide(r.config, max_rank)) for n, r in state_of(new).recipe.items()}
     first = next(iter(recipe.values()))
     free = [f"slot{i}" for i in range(slots) if f"slot{i}" not in recipe][: slots - len(recipe)]
-    recipe = {**recipe, **{slot: emptied(first) for slot in free}}
+    recipe |= {slot: resident_of(state, slot, first.room, first.lowering, room=first.room) for slot in free}
     state = state.update(recipe=recipe, active=(*on, *(n for n in recipe if n not in on)), gated=True)
     for slot in free:
         allocate_slot(new, state, slot)

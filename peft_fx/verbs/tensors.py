@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ..engine.derive import placements
 from ..errors import NoAdaptersError
 from ..planning.plan import Placement
 from ..store.state import state_of
@@ -66,7 +65,7 @@ def tensors_of(model) -> list[Owned]:
     return [
         Owned(name, get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"), p)
         for adapter in state.recipe
-        for p in placements(state, adapter)
+        for p in state.recipe[adapter].placements
         for name in p.tensors
         if name not in p.shared
     ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..engine.derive import derived, refuse_merged
+from ..engine.derive import derived
+from ..engine.transitions import refuse_merged
 from ..engine.widening import widened
 from ..store.state import state_of
 

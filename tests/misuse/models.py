@@ -40,17 +40,17 @@ def two_heads(lib):
 
 REFUSED = {
     # names
-    "set_adapter: unknown": (two, lambda lib, m, t: m.set_adapter("nope"), "nope not found; there are: default, other"),
-    "delete_adapter: unknown": (two, lambda lib, m, t: m.delete_adapter("nope"), "nope not found"),
-    "base_model.delete_adapter: unknown": (two, lambda lib, m, t: m.base_model.delete_adapter("nope"), "nope not found"),
+    "set_adapter: unknown": (two, lambda lib, m, t: m.set_adapter("nope"), "no adapter 'nope'; resident: default, other"),
+    "delete_adapter: unknown": (two, lambda lib, m, t: m.delete_adapter("nope"), "no adapter 'nope'"),
+    "base_model.delete_adapter: unknown": (two, lambda lib, m, t: m.base_model.delete_adapter("nope"), "no adapter 'nope'"),
     "save_pretrained: unknown": (
         two, lambda lib, m, t: m.save_pretrained(t, selected_adapters=["nope"]), "no adapter 'nope' to save; there are: default",
     ),
     "get_peft_model_state_dict: unknown": (
-        two, lambda lib, m, t: lib.get_peft_model_state_dict(m, adapter_name="nope"), "Adapter nope not found",
+        two, lambda lib, m, t: lib.get_peft_model_state_dict(m, adapter_name="nope"), "no adapter 'nope'",
     ),
     "set_peft_model_state_dict: unknown": (
-        two, lambda lib, m, t: lib.set_peft_model_state_dict(m, {}, adapter_name="nope"), "Adapter nope not found",
+        two, lambda lib, m, t: lib.set_peft_model_state_dict(m, {}, adapter_name="nope"), "no adapter 'nope'",
     ),
     "set_adapter: a list": (two, lambda lib, m, t: m.set_adapter(["default"]), "single string, got list"),
     "add_adapter: taken": (one, lambda lib, m, t: m.add_adapter("default", lora(lib)), "'default' already: delete it, or"),
@@ -69,7 +69,7 @@ REFUSED = {
         two_heads, lambda lib, m, t: m.base_model.set_adapter(["default", "other"]), "set one of them",
     ),
     # rows of a batch
-    "adapter_names: unknown": (two, rows(["nope", "default"]), "nope not found"),
+    "adapter_names: unknown": (two, rows(["nope", "default"]), "no adapter 'nope'"),
     "adapter_names: too few": (two, rows(["default"]), "got 1 and 2 respectively"),
     "adapter_names: too many": (two, rows(["default"] * 3), "got 3 and 2 respectively"),
     "adapter_names: a string": (two, rows("default"), "expected a list with a name for each row, got 'default'"),
@@ -84,7 +84,7 @@ REFUSED = {
     "merge_adapter: a string": (two, lambda lib, m, t: m.merge_adapter("other"), "expected a list of names, got 'other'"),
     "delete_adapter: merged": (merged, lambda lib, m, t: m.delete_adapter("default"), "call unmerge_adapter() before"),
     # weighted adapters
-    "add_weighted_adapter: unknown": (two, combine(["default", "nope"]), "nope not found"),
+    "add_weighted_adapter: unknown": (two, combine(["default", "nope"]), "no adapter 'nope'"),
     "add_weighted_adapter: of none": (two, combine([], []), "0 adapters and 0 weights"),
     "add_weighted_adapter: type": (two, combine(kind="nope"), "expected one of linear, cat, svd"),
     "add_weighted_adapter: negative svd_rank": (two, combine(svd_rank=-1), "svd_rank=-1: expected a rank of 1 or more"),
@@ -96,7 +96,7 @@ REFUSED = {
     ),
     "add_weighted_adapter: heads": (two_heads, combine(), "head.weight"),
     "add_weighted_adapter: AdaLoRA": (two_of("AdaLora", total_step=9, inference_mode=True), combine(), "ADALORA has no rank"),
-    "add_weighted_adapter: unknown IA3": (two_of("IA3", feedforward_modules=[]), lambda lib, m, t: m.add_weighted_adapter(["default", "nope"], [1, 1], "new"), "nope not found"),
+    "add_weighted_adapter: unknown IA3": (two_of("IA3", feedforward_modules=[]), lambda lib, m, t: m.add_weighted_adapter(["default", "nope"], [1, 1], "new"), "no adapter 'nope'"),
     "merge_adapter: two on a norm": (
         two_of("LNTuning", target_modules=["norm"]), lambda lib, m, t: m.merge_adapter(["default", "other"]), "cannot act together",
     ),
@@ -128,8 +128,8 @@ REFUSED = {
         "leave one out",
     ),
     # PeftMixedModel
-    "mixed: set unknown": (mixed, lambda lib, m, t: m.set_adapter(["default", "nope"]), "nope not found"),
-    "mixed: delete unknown": (mixed, lambda lib, m, t: m.delete_adapter(["default", "nope"]), "nope not found"),
+    "mixed: set unknown": (mixed, lambda lib, m, t: m.set_adapter(["default", "nope"]), "no adapter 'nope'"),
+    "mixed: delete unknown": (mixed, lambda lib, m, t: m.delete_adapter(["default", "nope"]), "no adapter 'nope'"),
     "mixed: taken": (mixed, lambda lib, m, t: m.add_adapter("other", lora(lib)), "'other' already"),
 }  # fmt: skip
 
@@ -140,10 +140,10 @@ STUMBLES = {
 }  # fmt: skip
 
 STRICTER = {
-    "base_model.set_adapter: unknown": (two, lambda lib, m, t: m.base_model.set_adapter("nope"), "nope not found"),
-    "set_requires_grad: unknown": (two, lambda lib, m, t: m.set_requires_grad("nope"), "nope not found"),
-    "merge_adapter: unknown": (two, lambda lib, m, t: m.merge_adapter(["nope"]), "nope not found"),
-    "merge_and_unload: unknown": (two, lambda lib, m, t: m.merge_and_unload(adapter_names=["nope"]), "nope not found"),
+    "base_model.set_adapter: unknown": (two, lambda lib, m, t: m.base_model.set_adapter("nope"), "no adapter 'nope'"),
+    "set_requires_grad: unknown": (two, lambda lib, m, t: m.set_requires_grad("nope"), "no adapter 'nope'"),
+    "merge_adapter: unknown": (two, lambda lib, m, t: m.merge_adapter(["nope"]), "no adapter 'nope'"),
+    "merge_and_unload: unknown": (two, lambda lib, m, t: m.merge_and_unload(adapter_names=["nope"]), "no adapter 'nope'"),
     "add_weighted_adapter: weights": (two, combine(weights=[1.0]), "2 adapters and 1 weights: give one weight for each"),
     "add_weighted_adapter: density": (equal_ranks, combine(kind="ties", density=2.0), "from 0 to 1; got 2.0"),
     "get_peft_model of a PeftModel": (one, lambda lib, m, t: lib.get_peft_model(m, lora(lib)), "add one to them"),

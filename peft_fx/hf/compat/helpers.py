@@ -11,7 +11,7 @@ from ...config import AdapterConfig
 from ...errors import PeftFxError
 from ...files.read import read_config
 from ...recipe import as_config
-from ...verbs.tensors import FACTORS, adapters_of, tensors_of
+from ...verbs.tensors import FACTORS, Owned, adapters_of, tensors_of
 
 
 def check_if_peft_model(model_name_or_path) -> bool:
@@ -38,24 +38,22 @@ def rescale_adapter_scale(model, multiplier: float) -> Iterator[None]:
     """
     if not isinstance(multiplier, (int, float)):
         raise TypeError(f"multiplier: expected a number, got {type(multiplier).__name__}")
-    first = {a for a, _ in FACTORS}
-    scales = [t.tensor for t in tensors_of(model) if t.name == "scaling" and first & t.placement.tensors.keys()]
-    if not scales:
+    tensors = [s.tensor for s in scales(model)]
+    if not tensors:
         raise ValueError("only LoRA's updates have a scale to change, and this model has no LoRA adapter")
-    before = [s.clone() for s in scales]
-    write(model, scales, [s * multiplier for s in scales])
+    sharing = adapters_of(model).peft_fx.sharing
+    before = {t: t.clone() for t in tensors}
+    sharing.put({t: t * multiplier for t in tensors})
     try:
         yield
     finally:
-        write(model, scales, before)
+        sharing.put(before)
 
 
-@torch.no_grad()
-def write(model, tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    """When no call is going on."""
-    sharing = adapters_of(model).peft_fx.sharing
-    with sharing.swapping(), sharing.writing(tensors):
-        torch._foreach_copy_(tensors, values)
+def scales(model) -> list[Owned]:
+    """What LoRA's updates are multiplied by."""
+    first = {a for a, _ in FACTORS}
+    return [t for t in tensors_of(model) if t.name == "scaling" and first & t.placement.tensors.keys()]
 
 
 @contextmanager

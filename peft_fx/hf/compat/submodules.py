@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pkgutil import resolve_name
 from types import ModuleType
 
 from ...methods import INTERNAL, METHODS
 
-# PEFT's submodule -> where its names are found, below this package; "": in the package itself
+FILES = [entry[0] for name, entry in METHODS.items() if name not in INTERNAL]
+# PEFT's submodule -> where its names are found, below this package; "": in the package itself; after a colon: in what a module
+# has under that name
 SUBMODULES = {
     "auto": ("hf.files.auto",),
     "functional": ("hf.model.functional", "hf.model.hotswap", "hf.model.injection"),
@@ -27,7 +29,9 @@ SUBMODULES = {
     "optimizers.riemannian": ("training.riemannian",),
     "peft_model": ("hf.model.model", "hf.model.functional"),
     "tuners": ("",),
-    **{f"tuners.{entry[0]}": ("",) for name, entry in METHODS.items() if name not in INTERNAL},
+    **{f"tuners.{file}": ("", f"hf.layers.classes:{file}") for file in FILES},
+    **{f"tuners.{file}.layer": (f"hf.layers.classes:{file}", f"methods.{file}") for file in FILES},
+    "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",
         "peft_types",
@@ -36,6 +40,7 @@ SUBMODULES = {
         "hf.model.functional",
         "hf.model.hotswap",
         "hf.model.weights",
+        "hf.layers.wrappers",
     ),
     "utils.constants": ("hf.compat.constants",),
     "utils.hotswap": ("hf.model.hotswap",),
@@ -45,6 +50,7 @@ SUBMODULES = {
         "hf.compat.helpers",
         "hf.model.weights",
         "hf.compat.sharding",
+        "hf.layers.wrappers",
     ),
     "utils.peft_types": ("peft_types",),
     "utils.save_and_load": ("hf.model.functional", "hf.model.weights"),
@@ -55,16 +61,20 @@ def look_up(package: str, name: str, places: tuple[str, ...], attribute: str):
     """The attribute of the first place that has it."""
     if not attribute.startswith("__"):  # what Python and its tools ask of every module, which must not import anything
         for place in places:
-            module = import_module(f"{package}.{place}".rstrip("."))
+            module = resolve_name(f"{package}.{place}".rstrip("."))
             if hasattr(module, attribute):
                 return getattr(module, attribute)
     raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
 
 
-def make_submodules(package: str) -> None:
-    """Puts them where `import` looks, and under their names into `package`. A reload of the package keeps them."""
+def make_submodules(package: str, under: str | None = None) -> list[str]:
+    """Puts them where `import` looks, and under their names into `package`; returns the names of those that were not there.
+
+    under: another package, whose submodules they become. A reload of the package keeps them.
+    """
+    made = []
     for submodule, places in SUBMODULES.items():
-        parent, _, leaf = f"{package}.{submodule}".rpartition(".")
+        parent, _, leaf = f"{under or package}.{submodule}".rpartition(".")
         name = f"{parent}.{leaf}"
         if name in sys.modules:
             continue
@@ -74,3 +84,5 @@ def make_submodules(package: str) -> None:
         module.__getattr__ = partial(look_up, package, name, places)
         sys.modules[name] = module
         setattr(sys.modules[parent], leaf, module)
+        made.append(name)
+    return made

@@ -15,7 +15,7 @@ from torch import nn
 from ...config import AdapterConfig
 from ...errors import AdapterFileError
 from ...files.read import file_in
-from ...files.write import PEFT_VERSION
+from ...missing import PEFT_VERSION
 
 CARD = "README.md"
 PIPELINES = {"CAUSAL_LM": "text-generation"}

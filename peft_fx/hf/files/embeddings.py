@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...config import AdapterConfig
-from ...engine.derive import placements
+from ...engine.replaced import shelved
 from ...errors import AdapterFileError
 from ...notices import warn
 from ...planning.modules import module_table
@@ -50,8 +50,8 @@ def embedding_tensors(
     paths = embedding_paths(state.table)
     if not paths:
         warn("Could not identify embedding layer(s) because the model is not a 🤗 transformers model.")
-    methods = {p.target.path: p.method for p in placements(state, adapter)}
-    found, given = {}, state_dict or {}
+    methods = {p.target.path: p.method for p in state.recipe[adapter].placements}
+    found, given, shelf = {}, state_dict or {}, shelved(tuner.backend.adapters)
     for path in paths:
         method = methods.get(path, "")
         if targeted and method in BASE:
@@ -59,7 +59,7 @@ def embedding_tensors(
         for name in model.get_submodule(path).state_dict():
             here = f"{path}.{name}"
             now = given.get(f"{PREFIX}{here}", given.get(here, get_tensor(model, here)))
-            tensor = tuner.replaced.before.get(here, now)  # what a merge has replaced is the base's
+            tensor = shelf.get(here, now)  # what a merge has replaced is the base's
             found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = tensor.detach()
     return found
 

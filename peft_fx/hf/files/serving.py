@@ -21,8 +21,8 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...config import AdapterConfig
-from ...engine.derive import planned
 from ...engine.filing import adapter_files
+from ...engine.transitions import planned
 from ...errors import RecipeError
 from ...files.write import write_adapter
 from ...methods import get_method

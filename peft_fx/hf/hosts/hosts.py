@@ -4,42 +4,53 @@
     with an adapter that acts     x, W, b, A, B -> linear(x, W, b) + ...     `adapt`, as for Dynamo's graphs
     at a call                     graph(x, *the tensors that the module and the store hold now)
 
-The model's other code runs as it is written: any call signature, caches, hooks, autocast, checkpoints; a torch.compile of
-the user's traces through. A module with parts, or one that no single graph describes (a loop over experts), goes through
-Dynamo on its own: `verbs/backend.py`.
+Which adapters act a call learns from the snapshot that it took (`acting.py`). The model's other code runs as it is written:
+any call signature, caches, hooks, autocast, checkpoints; a torch.compile of the user's traces through. A module with parts, or
+one that no single graph describes (a loop over experts), goes through Dynamo on its own: `verbs/backend.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from ...engine.derive import placements
 from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
-from ...planning.plan import Placement
+from ...planning.modules import own_class
+from ...store.sharing import Forward, Sharing
+from ...store.state import State
 from ...verbs.backend import Backend
+from .acting import Acting, Rows, Snapshots
+from .modes import no_modes
+from .offloaded import HOOK, brought, owners
+from .raw import raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
 GRAPHS = 1 << 16
-LIMITS = {"fail_on_recompile_limit_hit": True, "accumulated_recompile_limit": GRAPHS}
+LIMITS = {
+    "fail_on_recompile_limit_hit": True,
+    "accumulated_recompile_limit": GRAPHS,
+    "allow_unspec_int_on_nn_module": True,  # modules that count their calls
+}
 TRACING = threading.RLock()  # a trace sets the store's mode
 BASE = "__base__"  # what callers name for rows without an adapter
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules that call or hold their parts as modules
+NONE = Acting((), {}, ())
+LOG = logging.getLogger(__name__)
 
 
 class Host:
-    """A module's forward. ready: what runs, by kind of call, with the adapters that act; tables: that, for other adapters too."""
+    """A module's forward. index: its place in the tables of snapshots."""
 
-    def __init__(self, hosts: Hosts, module: nn.Module, path: str):
-        self.hosts, self.module, self.path = hosts, module, path
+    def __init__(self, hosts: Hosts, module: nn.Module, path: str, index: int):
+        self.hosts, self.module, self.path, self.index = hosts, module, path, index
         # accelerate's hooks move weights in and out around the forward that they found
         self.name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
         self.replaced = module.__dict__.get(self.name)
@@ -47,12 +58,11 @@ class Host:
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
-        self.forget()
         self.open()
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
-        return self.hosts.active
+        return self.hosts.seen().names
 
     @property
     def forward(self) -> Callable:
@@ -60,11 +70,7 @@ class Host:
         return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("tables", "ready", "compiled")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, compiled=None)
-        self.tables, self.ready = {}, {}
+        return {**self.__dict__, "compiled": None}
 
     def open(self) -> None:
         """Calls of the module come here."""
@@ -77,44 +83,49 @@ class Host:
         else:
             setattr(self.module, self.name, self.replaced)
 
-    def forget(self) -> None:
-        """After adapters came or went, or tensors were replaced."""
-        self.ready: dict[tuple, Ready] = {}
-        self.tables: dict[tuple[str, ...], dict[tuple, Ready]] = {self.hosts.active: self.ready}
-
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             self.foresee()
-        if self.hosts.mixed and (rows := self.hosts.rows()):
-            return self.by_rows(rows, args, kwargs)
-        return self.run(self.ready, self.hosts.active, args, kwargs)
+            return self.run(self.hosts.now, args, kwargs)
+        call = self.hosts.sharing.call()
+        if call is None:
+            return self.hosts.called(self, args, kwargs)
+        if call.rows is not None:
+            return self.by_rows(call, args, kwargs)
+        if call.seen is None:
+            call.seen = self.hosts.seen()
+        return self.run(call.seen, args, kwargs)
 
-    def run(self, table: dict, active: tuple[str, ...], args: tuple, kwargs: dict):
-        """The forward with the adapters `active`, whose table is `table`."""
+    def run(self, acting: Acting, args: tuple, kwargs: dict):
+        """The forward with the adapters of a snapshot."""
         if self.dynamo or kwargs or not all(map(torch.is_tensor, args)):
-            return through_dynamo(self, active, args, kwargs)
+            return through_dynamo(self, acting, args, kwargs)
         key = (self.module.training, *map(kind, args))
-        ready = table.get(key)
-        if ready is None:
-            if not prepare(self, table, key, active, args):
+        ready = acting.table(self.index).get(key)
+        if ready is None or not ready.holds():
+            if not prepare(self, acting, key, args):
                 self.dynamo = True
-                return through_dynamo(self, active, args, kwargs)
-            ready = table[key]
+                return through_dynamo(self, acting, args, kwargs)
+            ready = acting.table(self.index)[key]
+        if any([HOOK in held.shadow and held.owner is not self.module for held in ready.tensors]):
+            return run_offloaded(self, ready, args)
         return ready.run(*args, *[held.tensor for held in ready.tensors])
 
     @torch._dynamo.assume_constant_result
     def foresee(self) -> None:
         """Prepares the usual kinds of call, before a compiler that cannot stop for it gets here."""
+        acting = self.hosts.seen()
         for x in () if self.dynamo else usual_inputs(self.module, self.hosts.backend.state.table[self.path]):
             key = (self.module.training, kind(x))
-            if key not in self.ready:
-                prepare(self, self.ready, key, self.hosts.active, (x,))
+            if key not in acting.table(self.index):
+                prepare(self, acting, key, (x,))
 
-    def by_rows(self, rows: Rows, args: tuple, kwargs: dict):
+    def by_rows(self, call: Forward, args: tuple, kwargs: dict):
         """Each row of the batch with its own adapter: the rows of one adapter together, then in their order again.
 
         A batch may have several rows for each name, one after the other: beams, or the tokens of a flattened batch.
         """
+        rows = call.rows
         tensors = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
         lengths = {len(x) if x.dim() else 0 for x in tensors}
         if getattr(self.module, "batch_first", True) is False:
@@ -125,9 +136,8 @@ class Host:
                              f"{[tuple(x.shape) for x in tensors]} have no rows for each")  # fmt: skip
         parts, indices = [], []
         for name, index in rows.by_adapter(length, tensors[0].device).items():
-            active = () if name == BASE else (name,)
             some, named = tree_map_only(torch.Tensor, lambda x: x.index_select(0, index), (args, kwargs))  # noqa: B023
-            parts.append(self.run(self.tables.setdefault(active, {}), active, some, named))
+            parts.append(self.run(rows.acting[name], some, named))
             self.refuse_no_rows(parts[-1], len(index))
             indices.append(index)
         order = torch.cat(indices).argsort()
@@ -144,93 +154,101 @@ class Host:
             )
 
 
+@torch.compiler.disable
+def run_offloaded(host: Host, ready: Ready, args: tuple):
+    """What `Ready` says, with the adapters' tensors brought for it; the module's own hook has brought its."""
+    with brought(held.owner for held in ready.tensors if held.owner is not host.module):
+        return ready.run(*args, *[held.tensor for held in ready.tensors])
+
+
 @torch.compiler.disable(recursive=False)
-def through_dynamo(host: Host, active: tuple[str, ...], args: tuple, kwargs: dict):
+def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
-    backend, host.used = host.hosts.backend, True
-    if not host.hosts.placements(host, active):
-        return host.forward(*args, **kwargs)
+    hosts, host.used = host.hosts, True
+    chosen = acting.placed.get(host.index, ())
+    if not chosen:
+        with raw():
+            return host.forward(*args, **kwargs)
     if host.compiled is None:
-        host.compiled = torch.compile(host.forward, backend=backend, recompile_limit=GRAPHS, isolate_recompiles=True)
-    others = backend.active
-    if active != others:
-        backend.set_adapter(active)
-    try:
-        with torch._dynamo.config.patch(LIMITS):
+        host.compiled = torch.compile(
+            host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
+        )
+    ours = owners(hosts.backend.adapters, chosen)
+    with hosts.sharing.forward(), torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
+        call = hosts.sharing.call()
+        before, call.seen = call.seen, acting  # where the backend looks
+        try:
             return host.compiled(*args, **kwargs)
-    finally:
-        if active != others:
-            backend.set_adapter(others)
+        finally:
+            call.seen = before
 
 
 @torch.compiler.disable
-def prepare(host: Host, table: dict, key: tuple, active: tuple[str, ...], args: tuple) -> bool:
-    """Fills `table` for such arguments. False if no single graph does."""
-    chosen = host.hosts.placements(host, active)
+def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
+    """Puts what runs for such arguments into a snapshot's table. False if no single graph does."""
+    table, chosen = acting.table(host.index), acting.placed.get(host.index, ())
     if not chosen:
-        table[key] = Ready(host.forward, ())
+        table[key] = Ready(host.replaced or raw_forward(host.module), ())
         return True
     try:
-        # what tracing saves for a backward is nothing to a checkpoint that this call is in
-        with TRACING, saved_tensors_hooks(lambda t: t, lambda t: t):
+        ours = owners(host.hosts.backend.adapters, chosen)
+        with TRACING, no_modes(), brought(ours):
             graph = host.hosts.traced(host.module, key)
             table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
         host.used |= table[key].complete
-    except Untraceable:
+    except Untraceable as reason:
+        LOG.info("%s: no single graph describes its forward, it goes through Dynamo: %s", host.path, reason)
         return False
     return True
 
 
-class Rows:
-    """Which adapter each row of a batch has."""
-
-    def __init__(self, names: Sequence[str]):
-        self.names = tuple(names)
-        self.found: dict[tuple, dict[str, torch.Tensor]] = {}
-
-    def by_adapter(self, length: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Adapter -> indices of its rows, in a batch of `length` rows."""
-        if (length, device) not in self.found:
-            each = [name for name in self.names for _ in range(length // len(self.names))]
-            self.found[length, device] = {
-                name: torch.tensor([i for i, n in enumerate(each) if n == name], device=device)
-                for name in dict.fromkeys(each)
-            }
-        return self.found[length, device]
-
-
 class Hosts:
-    """Those of one model and its adapters. active: the adapters that act; mixed: thread -> `Rows` of the call it is in."""
+    """Those of one model and its adapters. now: the snapshot that calls take which begin, None in a copy not yet called."""
 
     def __init__(self, model: nn.Module, backend: Backend):
         self.model, self.backend = model, backend
-        self.active: tuple[str, ...] = ()
+        self.sharing: Sharing = backend.adapters.peft_fx.sharing
         self.opened: dict[nn.Module, Host] = {}
+        self.made = 0
+        self.places: dict[str, int] = {}  # path of a target's module -> index of its host
         self.graphs: dict[tuple, Traced] = {}
-        self.mixed: dict[int, Rows] = {}
+        self.snapshots = Snapshots()
+        self.now: Acting | None = NONE
         self.calls = 0
         backend.complete = True  # its graphs are of single modules: none reads every target
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "graphs": {}, "mixed": {}}
+        """A copy has a lock of its own, and traces anew."""
+        return {**self.__dict__, "graphs": {}, "snapshots": Snapshots(), "now": None}
+
+    def seen(self) -> Acting:
+        """The snapshot for a call that begins. A copy has none yet, and its modules have forgotten the lock."""
+        if self.now is None:
+            self.refresh(self.backend.state)
+        return self.now
 
     def lock(self) -> None:
-        """Makes calls of the model forwards to the lock. A copied module has forgotten it."""
-        self.model._compiled_call_impl = self.locked
+        """Makes calls of the model, and of modules in it around hosts, forwards to the lock."""
+        around = {path.rpartition(".")[0] for path in (h.path for h in self.opened.values())}
+        for path in list(around):
+            while path:
+                path = path.rpartition(".")[0]
+                around.add(path)
+        for path in around | {""}:
+            lock(self, self.model.get_submodule(path))
 
-    def locked(self, *args, **kwargs):
-        """A call of the model: no swap comes between its modules."""
-        if torch.compiler.is_compiling():
-            return self.model._call_impl(*args, **kwargs)
-        self.calls += 1
-        if self.calls == 2:
-            self.check_used()
-        with self.backend.adapters.peft_fx.sharing.forward():
-            return self.model._call_impl(*args, **kwargs)
+    def called(self, function: Callable, args: tuple, kwargs: dict):
+        """A call whose modules see one snapshot, with no write between them."""
+        call = None
+        try:
+            call = self.sharing.begin()
+            return function(*args, **kwargs)
+        finally:
+            self.sharing.end(call)
 
     def check_used(self) -> None:
         """Warns of modules whose adapters did not act in the first call of the model."""
-        acting = [h for h in self.opened.values() if self.placements(h, self.active)]
+        acting = [h for h in self.opened.values() if self.now.placed.get(h.index)]
         if unused := [h.path for h in acting if not self.has_acted(h)]:
             warn(
                 f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, did not use their weights in the model's "
@@ -239,25 +257,26 @@ class Hosts:
 
     def has_acted(self, host: Host) -> bool:
         """Whether some graph that ran for it has an adapter in it."""
-        targets = {p.target.name for p in self.placements(host, self.active)}
+        targets = {p.target.name for p in self.now.placed[host.index]}
         return host.used and not (host.dynamo and targets.isdisjoint(self.backend.read))
 
-    def refresh(self, active: tuple[str, ...]) -> None:
-        """After adapters came or went, or tensors of theirs or of the model were replaced. active: those that act now."""
-        self.active = active
-        self.lock()
-        placed = {name: placements(self.backend.state, name) for name in self.backend.state.recipe}
-        paths = {p.target.path for found in placed.values() for p in found}
+    def refresh(self, state: State, changed: Sequence[str] = ()) -> None:
+        """After adapters came or went. changed: those of which graphs hold something that is another now."""
+        placed = state.placed(state.recipe)
+        paths = dict.fromkeys(p.target.path for p in placed)
         wholes = {path for path in paths if self.model.get_submodule(path)._modules}
-        self.chosen: dict[tuple[nn.Module, str], list[Placement]] = {}
-        for name, found in placed.items():
-            for p in found:
-                host = self.host(p.target.path, wholes)
-                self.chosen.setdefault((host.module, name), []).append(p)
-                if host.dynamo:
-                    give_frames(filter(of_torch, [self.model.get_submodule(p.target.path)]))
-        for host in self.opened.values():
-            host.forget()
+        for path in paths:
+            host = self.host(path, wholes)
+            self.places[path] = host.index
+            if host.dynamo:
+                give_frames(filter(of_torch, [self.model.get_submodule(path)]))
+        self.lock()
+        self.snapshots.forget(state, changed)
+        self.publish(state)
+
+    def publish(self, state: State) -> None:
+        """Calls that begin from now on see this state."""
+        self.now = self.snapshots.find(state, state.acting, self.places)
 
     def host(self, path: str, wholes: set[str]) -> Host:
         """The host of the targets that the module at `path` owns: it, or one that has it as a part and reads its weights."""
@@ -268,34 +287,32 @@ class Hosts:
             if above == path or above in wholes or (of_torch(module) and not isinstance(module, CONTAINERS)):
                 break
         if module not in self.opened:
-            self.opened[module] = Host(self, module, above)
+            self.opened[module] = Host(self, module, above, self.made)
+            self.made += 1
         return self.opened[module]
-
-    def placements(self, host: Host, active: Iterable[str]) -> tuple[Placement, ...]:
-        """What these adapters put into a host, in order."""
-        return tuple(p for name in active for p in self.chosen.get((host.module, name), ()))
 
     def traced(self, module: nn.Module, key: tuple) -> Traced:
         """The graphs of the module's forward for a kind of call: those of all modules that are alike."""
-        return self.graphs.setdefault((type(module), key, *attributes(module)), Traced(module))
-
-    def rows(self) -> Rows | None:
-        """Of the call that this thread is in."""
-        return self.mixed.get(threading.get_ident())
+        alike = (own_class(module), key, *attributes(module))
+        return self.graphs.setdefault(alike, Traced(module, alike))
 
     @contextmanager
-    def by_rows(self, names: Sequence[str]) -> Iterator[None]:
+    def by_rows(self, names: Sequence[str], state: State) -> Iterator[None]:
         """Calls of this thread inside the block: each row of the batch with the adapter of this name."""
-        thread = threading.get_ident()
-        self.mixed[thread] = Rows(names)
-        try:
-            yield
-        finally:
-            del self.mixed[thread]
+        acting = {n: self.snapshots.find(state, () if n == BASE else (n,), self.places) for n in dict.fromkeys(names)}
+        with self.sharing.forward():
+            call = self.sharing.call()
+            before, call.rows = call.rows, Rows(names, acting)
+            try:
+                yield
+            finally:
+                call.rows = before
 
     def close(self) -> None:
         """The model is called as before it had adapters."""
-        self.model._compiled_call_impl = None
+        for module in self.model.modules():
+            if isinstance(module.__dict__.get("_compiled_call_impl"), Locked):
+                module._compiled_call_impl = None
         for host in self.opened.values():
             host.close()
         self.opened.clear()
@@ -312,6 +329,32 @@ class Hosts:
             for host in hosts.values():
                 host.open()
             self.lock()
+
+
+class Locked:
+    """What calls of a module come to, in place of `_call_impl`: they are forwards to the lock."""
+
+    def __init__(self, hosts: Hosts, module: nn.Module):
+        self.hosts, self.module, self.outermost = hosts, module, module is hosts.model
+
+    def __call__(self, *args, **kwargs):
+        hosts, call = self.hosts, self.module._call_impl
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        if self.outermost:
+            hosts.calls += 1
+            if hosts.calls == 2:
+                hosts.check_used()
+        if hosts.sharing.call() is not None:
+            return call(*args, **kwargs)
+        return hosts.called(call, args, kwargs)
+
+
+def lock(hosts: Hosts, module: nn.Module) -> None:
+    """A module that its owner compiles stays compiled."""
+    there = module.__dict__.get("_compiled_call_impl")
+    if there is None or (isinstance(there, Locked) and there.hosts is not hosts):
+        module._compiled_call_impl = Locked(hosts, module)
 
 
 def kind(x: torch.Tensor) -> tuple:

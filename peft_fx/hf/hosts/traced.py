@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from ...passes.core.fakes import fake_of
 from ...passes.dynamo.adapt import adapt
 from ...passes.inject.inject import bare
 from ...planning.kinds import Refusal, module_targets
+from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...store.state import BaseGraph, State
 from ...store.tensors import ADAPTERS, owner_of
@@ -38,6 +39,9 @@ INPUTS = {
 }
 
 
+IN_KEY = ("forward", "training")  # attributes that a host's table knows
+
+
 class Held(NamedTuple):
     """Where a tensor lies at any time: a module's `_parameters` or `_buffers`, and its name there.
 
@@ -47,6 +51,7 @@ class Held(NamedTuple):
     shadow: dict
     place: dict
     name: str
+    owner: nn.Module
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -56,12 +61,32 @@ class Held(NamedTuple):
 class Ready(NamedTuple):
     """What a host runs for one kind of call: a function of the call's arguments and of these tensors.
 
-    complete: whether it has all adapters in it that it was made with.
+    complete: whether it has all adapters in it that it was made with. read: attributes of the module that the trace took for
+    constant, and their values; own: where it has them.
     """
 
     run: Callable
     tensors: tuple[Held, ...]
     complete: bool = True
+    own: dict = MappingProxyType({})
+    read: tuple[tuple[str, object], ...] = ()
+
+    def holds(self) -> bool:
+        """Whether these are what they were."""
+        return all(self.own.get(name) is value or self.own.get(name) == value for name, value in self.read)
+
+
+class Same:
+    """Equal to what is of the same value's identity, and holds it."""
+
+    def __init__(self, value: object):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 class Untraceable(Exception):
@@ -74,8 +99,10 @@ class Traced:
     adapted: adapters that are alike -> what runs, and whose tensors it takes.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, key: tuple):
+        self.key = key  # holds what it names by identity
         self.names = list(own_tensors(module))
+        self.read: set[str] = set()
         self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
 
     def ready(
@@ -83,14 +110,27 @@ class Traced:
     ) -> Ready:
         """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
-        key = *map(likeness, chosen), *(room(backend, p) for p in chosen)
+        key = likeness(chosen), *(room(backend, p) for p in chosen)
         if key not in self.adapted:
-            gm, further = sizeless(lambda fakes: adapted(backend, module, path, chosen, fakes, own), module, args)
+            gm, further = sizeless(lambda fakes: self.graph(backend, module, path, chosen, fakes, own), module, args)
             where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
             self.adapted[key] = gm.forward, [where[name] for name in further]
         run, further = self.adapted[key]
         ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
-        return Ready(run, (*own, *ours), {i for i, _ in further} == {*range(len(chosen))})
+        values = {n: v for n, v in module.__dict__.items() if not n.startswith("_") and n not in (*self.names, *IN_KEY)}
+        read = tuple((name, values[name]) for name in values.keys() & self.read)
+        return Ready(run, (*own, *ours), {i for i, _ in further} == {*range(len(chosen))}, module.__dict__, read)
+
+    def graph(
+        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], fakes, own: list[Held]
+    ):
+        """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
+        store = backend.adapters.peft_fx
+        store.mode.training = module.training
+        names = [f"{path}.{one.name}" if path else one.name for one in own]
+        inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
+        state = State(backend.state.table, BaseGraph(fx.Graph()))
+        return adapt(traced(module, fakes, self.read), inputs, chosen, state, store)
 
 
 def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) -> tuple[fx.GraphModule, list[str]]:
@@ -109,22 +149,18 @@ def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) ->
         return make([symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)])
 
 
-def adapted(
-    backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], fakes: list, own: list[Held]
-):
-    """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
-    store = backend.adapters.peft_fx
-    store.mode.training = module.training
-    names = [f"{path}.{one.name}" if path else one.name for one in own]
-    inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
-    return adapt(traced(module, fakes), inputs, chosen, State(backend.state.table, BaseGraph(fx.Graph())), store)
-
-
-def likeness(p: Placement) -> tuple:
-    """Equal for placements whose graphs differ in nothing but the names of their tensors."""
-    shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
-    shared = tuple((name, p.resolve(name)) for name in p.shared)
-    return p.adapter, type(get_method(p.method)), repr(p.config), bare(p), p.target.has_bias, shapes, shared, p.lowering
+def likeness(chosen: tuple[Placement, ...]) -> tuple:
+    """Equal for placements whose graphs differ in nothing but the names of their adapters and targets."""
+    names = list(dict.fromkeys(p.adapter for p in chosen))
+    places = {p.resolve(n).name: (i, n) for i, p in reversed(list(enumerate(chosen))) for n in p.tensors}
+    found = []
+    for p in chosen:
+        shapes = tuple((name, t.shape, t.dtype) for name, t in p.tensors.items())
+        shared = tuple((name, places[p.resolve(name).name], p.resolve(name).transposed) for name in p.shared)
+        config = repr(p.config)
+        method = type(get_method(p.method))
+        found.append((names.index(p.adapter), method, config, bare(p), p.target.has_bias, shapes, shared, p.lowering))
+    return tuple(found)
 
 
 def room(backend: Backend, p: Placement) -> tuple:
@@ -138,7 +174,7 @@ def attributes(module: nn.Module) -> Iterator[tuple]:
     yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in own.items())
     for name, value in module.__dict__.items():
         if not name.startswith("_") and name != "forward" and name not in own:
-            yield name, value if isinstance(value, LITERALS) else id(value)
+            yield name, value if isinstance(value, LITERALS) else Same(value)
 
 
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -149,35 +185,43 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def held(root: nn.Module, name: str) -> Held:
     owner, leaf = owner_of(root, name)
-    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf)
+    return Held(owner.__dict__, owner._parameters if leaf in owner._parameters else owner._buffers, leaf, owner)
 
 
-def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
+def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
     """A graph as Dynamo gives it, with one call in it: of the module's forward, on fakes of its arguments and of its tensors.
 
-    Raises Untraceable if the forward depends on values or sizes.
+    read: gets the names of the attributes that the forward reads. Raises Untraceable if it depends on values or sizes, or
+    sets attributes.
     """
     mode, count = fakes[0].fake_mode, len(fakes)
     # frozen or not is the user's business here, as in PEFT
     own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
 
     def forward(*values):
-        twin = copy.copy(module)
+        twin = object.__new__(noting(own_class(module), read))
+        vars(twin).update(module.__dict__)
         for name in ("forward", *own):
-            twin.__dict__.pop(name, None)
+            vars(twin).pop(name, None)
         given = dict(zip(own, values[count:], strict=True))
         for kind in ("_parameters", "_buffers"):
-            twin.__dict__[kind] = {n: given.get(n) for n in module.__dict__[kind]}
-        return twin.forward(*values[:count])
+            vars(twin)[kind] = {n: given.get(n) for n in module.__dict__[kind]}
+        before = dict(vars(twin))
+        result = twin.forward(*values[:count])
+        if changed := [name for name, value in vars(twin).items() if before.get(name, twin) is not value]:
+            raise Untraceable(f"it sets {', '.join(changed)}")
+        return result
 
     fakes = [*fakes, *own.values()]
     try:
         with mode:
             result = forward(*fakes)
+    except Untraceable:
+        raise
     except Exception as error:
-        raise Untraceable from error
+        raise Untraceable(f"{type(error).__name__}: {error}") from error
     if mode.shape_env is not None and mode.shape_env.guards and not of_torch(module):
-        raise Untraceable
+        raise Untraceable("it depends on sizes")
     graph = fx.Graph()
     nodes = [graph.placeholder(f"x{i}") for i in range(len(fakes))]
     for node, fake in zip(nodes, fakes, strict=True):
@@ -188,11 +232,23 @@ def traced(module: nn.Module, fakes: list) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
+def noting(kind: type[nn.Module], read: set[str]) -> type[nn.Module]:
+    """The class, noting which attributes are read."""
+
+    def getattribute(self, name: str):
+        read.add(name)
+        return kind.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__getattribute__": getattribute, "__module__": kind.__module__})
+
+
 def larger_fakes(args: Sequence[torch.Tensor], by: int) -> list[torch.Tensor]:
     """Fakes of fixed sizes, larger in every dimension but that of features, the last."""
     mode = FakeTensorMode()
+    shapes = [[s if isinstance(s, int) else s.node.hint for s in x.shape] for x in args]
     sizes = [
-        [s + by for s in x.shape[:-1]] + [s + by * (not x.is_floating_point()) for s in x.shape[-1:]] for x in args
+        [s + by for s in shape[:-1]] + [s + by * (not x.is_floating_point()) for s in shape[-1:]]
+        for x, shape in zip(args, shapes, strict=True)
     ]
     with mode:
         return [torch.empty(s, dtype=x.dtype, device=x.device) for s, x in zip(sizes, args, strict=True)]

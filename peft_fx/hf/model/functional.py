@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
-from ...engine.derive import planned
 from ...engine.filing import adapter_files
+from ...engine.transitions import planned
 from ...files.keys import of_model
 from ...files.match import needless
 from ...methods.base import HALF

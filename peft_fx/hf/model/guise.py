@@ -47,16 +47,17 @@ def unmade(kind: type):
 
 
 @functools.cache
-def seen(kind: type, peft) -> type:
-    """What `isinstance` takes a PeftModel around a model of this class for. peft: the module, None if nobody has imported it."""
-    if peft is None:
+def seen(kind: type, others: tuple[type, ...]) -> type:
+    """What `isinstance` takes an instance of a class for that is to pass for one of other classes too."""
+    if not others:
         return kind
 
     class Both(type(kind)):
         """Bases would not do: transformers' models and PEFT's derive from the same classes in different orders."""
 
         def mro(cls):
-            return [*dict.fromkeys((*super().mro()[:-1], *peft.PeftModel.__mro__))]
+            each = (super().mro(), *(other.__mro__ for other in others))
+            return [*dict.fromkeys(c for found in each for c in found[:-1]), object]
 
     return Both(kind.__name__, (kind,), {"__module__": kind.__module__})
 

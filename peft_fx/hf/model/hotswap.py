@@ -6,12 +6,14 @@ from torch import nn
 
 from ...config import AdapterConfig
 from ...engine.swaps import SwapReport
+from ...engine.widening import widened
 from ...errors import HotswapError
 from ...files.read import read_adapter
 from ...notices import warn
+from ...planning.plan import PREFIX
 from ...recipe import as_config
 from ...store.unwrap import is_compiled, unwrapped
-from ...verbs.widen import prepare_hotswap
+from .injection import injected
 from .tuner import Tuner, tuner_of
 
 
@@ -26,8 +28,18 @@ def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, tor
 
 def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
                                     parameter_prefix: str = "") -> SwapReport:  # fmt: skip
-    """`hotswap_adapter` from memory. Scales follow the config, its patterns included."""
-    return swapped(model, (as_config(config), dict(state_dict)), adapter_name)
+    """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may name the adapter."""
+    named = {without(key, adapter_name): tensor for key, tensor in state_dict.items()}
+    if injected(unwrapped(model)) is not None:
+        named = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in named.items()}
+    return swapped(model, (as_config(config), named), adapter_name)
+
+
+def without(key: str, adapter: str) -> str:
+    """A tensor's key in files, from the one that PEFT's layers have: ...lora_A.<adapter>.weight."""
+    parts = key.split(".")
+    place = next((i for i in (len(parts) - 1, len(parts) - 2) if parts[i] == adapter), None)
+    return key if place is None else ".".join(parts[:place] + parts[place + 1 :])
 
 
 def swapped(model: nn.Module, source, name: str) -> SwapReport:
@@ -39,20 +51,21 @@ def swapped(model: nn.Module, source, name: str) -> SwapReport:
         rank = wanted_rank(tuner, source)
         if rank is None or compiled_outside(model, tuner):
             raise
-        before = tuner.backend.adapters
-        try:
-            widen(tuner, rank)
-            return tuner.hotswap(source, name)
-        except BaseException:
-            tuner.backend.keep(before)
-            tuner.refresh()
-            raise
+        with tuner.changing():
+            before = tuner.backend.adapters
+            try:
+                widen(tuner, rank)
+                return tuner.hotswap(source, name)
+            except BaseException:
+                tuner.backend.keep(before)
+                tuner.refresh()
+                raise
 
 
 def wanted_rank(tuner: Tuner, source) -> int | None:
     """The largest rank of the adapters and of a new one, if that is the new one's."""
     config = source[0] if isinstance(source, tuple) else read_adapter(source, tuner.backend.state.table)[0]
-    there = [largest_rank(resident.config) for resident in tuner.backend.state.recipe.values()]
+    there = [largest_rank(resident.config) for resident in tuner.state.recipe.values()]
     new = largest_rank(config)
     return new if new > max(there) else None
 
@@ -71,8 +84,7 @@ def compiled_outside(model: nn.Module, tuner: Tuner) -> bool:
 
 def widen(tuner: Tuner, rank: int) -> None:
     """Wider tensors for every adapter, zeros in what is new."""
-    tuner.backend.set_adapter(())  # there is no graph to put any into
-    tuner.backend.keep(prepare_hotswap(tuner.backend.adapters, max_rank=rank))
+    tuner.backend.keep(widened(tuner.backend.adapters, tuner.state, rank))
     tuner.refresh()
 
 
@@ -102,3 +114,15 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
     for given in config.values() if isinstance(config, dict) else () if config is None else (config,):
         given.r = target_rank
         given.rank_pattern = dict.fromkeys(given.rank_pattern or {}, target_rank)
+
+
+def check_hotswap_configs_compatible(config0, config1) -> None:
+    """Raises HotswapError, a ValueError, where an adapter of one config can never take the place of one of the other.
+
+    Whether tensors fit is checked by the swap, which changes nothing if they do not.
+    """
+    types = [as_config(config).peft_type for config in (config0, config1)]
+    if types[0] != types[1]:
+        raise HotswapError(
+            f"a {types[0]} adapter cannot take the numbers of a {types[1]} one: load it under a name of its own"
+        )

@@ -13,7 +13,7 @@ from ...planning.modules import module_table
 from ...planning.plan import PREFIX, make_plan
 from ...recipe import as_config
 from ...verbs.tensors import INJECTED
-from .tuner import CHILD, DEFAULT, Tuner
+from .tuner import DEFAULT, Tuner
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
@@ -31,10 +31,32 @@ def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = D
         tuner.add(adapter_name, config)
         tuner.peft_config.adopt(adapter_name, peft_config)
         tuner.set_adapter(adapter_name, config.inference_mode)
-        return model
-    tuner = model.__dict__[INJECTED] = Tuner(model, config, adapter_name)
-    tuner.peft_config.adopt(adapter_name, peft_config)
-    model.add_module(CHILD, tuner.adapters)
+    else:
+        tuner = model.__dict__[INJECTED] = Tuner(model, config, adapter_name)
+        tuner.peft_config.adopt(adapter_name, peft_config)
+    model.peft_config = tuner.peft_config  # where transformers and diffusers look for the names of adapters
+    return model
+
+
+def injected(model: nn.Module) -> Tuner | None:
+    return model.__dict__.get(INJECTED)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Takes one away; with the last one the model is as it was before it had any."""
+    tuner = injected(model)
+    if set(tuner.peft_config) == {name}:
+        remove_all(model)
+    else:
+        tuner.delete_adapter(name)
+        model.peft_config = tuner.peft_config
+
+
+def remove_all(model: nn.Module) -> nn.Module:
+    """The model as it was before adapters were injected; what is merged stays merged."""
+    injected(model).unload()
+    del model.__dict__[INJECTED], model.peft_config
+    model.__dict__.pop("_hf_peft_config_loaded", None)  # a mark of transformers' and diffusers'
     return model
 
 

@@ -17,7 +17,7 @@ from ...config import AdapterConfig
 from ...files.read import located, read_adapter
 from ...notices import warn
 from ...peft_types import PeftType, TaskType
-from ...planning.modules import module_table
+from ...planning.modules import module_table, own_class
 from ...planning.saved import names_to_save
 from ...recipe import as_config
 from ..files.embeddings import loaded_embeddings
@@ -70,9 +70,10 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __class__(self):
         """The model's, to `isinstance`, and PEFT's if that is imported: tools that know these take this for one of them."""
         modules = self.__dict__.get("_modules", {})
-        return (
-            seen(type(modules["base_model"].model), sys.modules.get("peft")) if "base_model" in modules else type(self)
-        )
+        if "base_model" not in modules:
+            return type(self)
+        peft = sys.modules.get("peft")
+        return seen(own_class(modules["base_model"].model), (peft.PeftModel,) if peft is not None else ())
 
     @__class__.setter
     def __class__(self, new: type) -> None:
@@ -112,7 +113,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def active_adapter(self) -> str:
         """The one that acts, the first of several."""
-        return next(iter(self.base_model.chosen), DEFAULT)
+        return next(iter(self.base_model.state.active), DEFAULT)
 
     @property
     def active_adapters(self) -> list[str]:

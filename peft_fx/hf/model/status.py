@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...engine.derive import placements
 from ...errors import NoAdaptersError
 from ...methods import METHODS
 from ...planning.plan import Placement
@@ -69,7 +68,7 @@ def layer_status(tuner: Tuner) -> list[TunerLayerStatus]:
     """A record per adapted module, in the model's order. Raises NoAdaptersError where there is none."""
     found: dict[tuple[str, str], dict[str, list[Placement]]] = {}
     for adapter in tuner.names:
-        for p in placements(tuner.backend.state, adapter):
+        for p in tuner.state.recipe[adapter].placements:
             name = f"model.{p.target.file_path}".rstrip(".") + INSIDE.get(p.method, "")
             found.setdefault((p.target.path, name), {}).setdefault(adapter, []).append(p)
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from textwrap import indent
 
 import torch
@@ -16,17 +17,17 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ...config import AdapterConfig
-from ...engine.derive import derived, frozen, placements
-from ...engine.merging import by_target, folded, refuse_no_weight
+from ...engine.derive import derived, frozen
+from ...engine.inplace import merge_in_place, unmerge_in_place
+from ...engine.replaced import shelved
 from ...engine.swaps import SwapReport
-from ...errors import AdapterNameError, MergeError, RecipeError, TargetError, WrongTypeError
+from ...engine.transitions import activated, enabled, names_of, unmerged
+from ...errors import MergeError, RecipeError, WrongTypeError
 from ...notices import warn
-from ...planning.plan import clashes
 from ...recipe import as_config
-from ...store.state import Resident, state_of
+from ...store.state import State, state_of
 from ...store.tensors import ADAPTERS, get_tensor
 from ...store.unwrap import unwrapped
-from ...suggestions import did_you_mean
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
@@ -35,14 +36,14 @@ from ...verbs.combine import weighted
 from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
-from ..hosts.replaced import Replaced
 from ..hosts.replication import deeper, is_deeper, shallow
+from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 
 DEFAULT = "default"
-CHILD = "peft_adapters"  # its submodule that holds the adapters' tensors then
-PREFIX = "adapters."  # in the names of their parameters, whatever the model is inside of
-IN_MODEL = f"base_model.{PREFIX}"  # where the state dict of a PeftModel has them
+PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
+IN_MODEL = f"base_model.model.{PREFIX}"  # where the state dict of a PeftModel has them
+FORMER = "adapters."  # where that of a Tuner had them
 
 
 class Tuner(nn.Module):
@@ -75,11 +76,7 @@ class Tuner(nn.Module):
         self.__dict__["backend"] = backend  # holds the model: no child
         self.configs = Configs()
         self.peft_config.adopt(adapter_name, peft_config)
-        self.enabled = True
-        self.merged_adapters: tuple[str, ...] = ()
-        self.chosen = backend.active
         self.dropouts = nn.ModuleList()
-        self.__dict__["replaced"] = Replaced(model, backend)
         self.forget_importance()
         self.__dict__["hosts"] = Hosts(model, backend)
         self.refresh()
@@ -87,22 +84,48 @@ class Tuner(nn.Module):
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "work": {}}
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        if "_modules" in self.model.__dict__:  # not while a model is copied that holds its tuner
-            self.hosts.lock()
+    @property
+    def state(self) -> State:
+        return self.backend.state
 
-    def refresh(self) -> None:
-        """After adapters came or went: their tensors are parameters of this module, those that should act do, at all calls."""
-        self.adapters = self.backend.adapters.peft_fx.adapters
-        self.configs.synced(self.backend.state)
-        self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
-        if INJECTED in self.model.__dict__:
-            self.model.add_module(CHILD, self.adapters)
-        acting = tuple(n for n in self.chosen if self.enabled and n not in self.merged_adapters)
-        self.backend.set_adapter(acting)
-        self.hosts.refresh(acting)
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """One transition at a time; refused inside a call of the model, which has taken its snapshot."""
+        with self.hosts.sharing.swapping():
+            yield
+
+    def become(self, state: State) -> None:
+        """Calls that begin from now on see this state."""
+        self.backend.become(state)
+        self.present()
+
+    def present(self) -> None:
+        """After another state was published: hosts, and what else looks at it."""
+        self.hosts.publish(self.state)
+        dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
+
+    def refresh(self, changed: Iterable[str] = ()) -> None:
+        """After adapters came or went: their tensors are parameters of the model. changed: adapters whose graphs are others."""
+        self.configs.synced(self.state)
+        self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
+        self.model._modules[CHILD] = self.adapters
+        self.hosts.refresh(self.state, tuple(changed))
+        self.present()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """State dicts of earlier versions had the adapters beside the model, under their parameters' own names."""
+        for p in self.state.placed(self.state.recipe):
+            for tensor in p.tensors:
+                former = f"{prefix}{FORMER}{p.adapter}.{p.target.name}.{tensor}"
+                if former in state_dict:
+                    state_dict[f"{prefix}model.{PREFIX}{p.state_name(tensor)}"] = state_dict.pop(former)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def adapters(self) -> nn.Module:
+        """Their tensors, the model's submodule `peft_adapters`: whoever moves, casts or optimises the model has them too."""
+        return self.backend.adapters.peft_fx.adapters
 
     def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
         if adapter_names is None:
@@ -117,8 +140,9 @@ class Tuner(nn.Module):
         return outputs
 
     def generate(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        """One call: whatever is set or swapped meanwhile counts for the next."""
         if adapter_names is None:
-            return self.model.generate(*args, **kwargs)
+            return self.hosts.called(self.model.generate, args, kwargs)
         with self.by_rows(adapter_names, (args, kwargs)):
             return self.model.generate(*args, **kwargs)
 
@@ -130,7 +154,8 @@ class Tuner(nn.Module):
         """
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call eval() first")
-        if self.merged_adapters:
+        state = self.state
+        if state.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call unmerge_adapter() first")
         if isinstance(names, str):
             raise WrongTypeError(f"adapter_names: expected a list with a name for each row, got {names!r}")
@@ -141,7 +166,7 @@ class Tuner(nn.Module):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {len(first)} respectively."
             )
-        with self.hosts.by_rows(names) if self.enabled else nullcontext():
+        with self.hosts.by_rows(names, state) if state.enabled else nullcontext():
             yield
 
     def __getattr__(self, name: str):
@@ -158,8 +183,9 @@ class Tuner(nn.Module):
         return f"{self._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
 
     def described(self, name: str) -> str:
-        found = [p.target.name for p in placements(self.backend.state, name)]
-        does = "merged" if name in self.merged_adapters else "acts" if name in self.backend.active else "does not act"
+        state = self.state
+        found = [p.target.name for p in state.recipe[name].placements]
+        does = "merged" if name in state.merged else "acts" if name in state.acting else "does not act"
         tensors = list(self.adapters._modules.get(name, nn.Module()).parameters())
         count, trained = sum(p.numel() for p in tensors), sum(p.numel() for p in tensors if p.requires_grad)
         targets = f"{len(found)} targets ({' ... '.join(dict.fromkeys((*found[:1], *found[-1:])))})"
@@ -179,14 +205,22 @@ class Tuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.chosen)
+        return list(self.state.active)
+
+    @property
+    def enabled(self) -> bool:
+        return self.state.enabled
+
+    @property
+    def merged_adapters(self) -> tuple[str, ...]:
+        return self.state.merged
 
     active_adapter = active_adapters  # PEFT's tuners have both
 
     @property
     def targets(self) -> list[Target]:
         """What some adapter is on."""
-        return [p.target for name in self.names for p in placements(self.backend.state, name)]
+        return [p.target for p in self.state.placed(self.names)]
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -200,29 +234,30 @@ class Tuner(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         """The base model, merged weights taken out too, until `enable_adapter_layers`."""
-        if self.merged_adapters:
-            self.unmerge_adapter()
-        self.enabled = False
-        self.refresh()
+        with self.changing():
+            if self.state.merged:
+                self.unmerge_adapter()
+            self.become(enabled(self.state, False))
 
     def enable_adapter_layers(self) -> None:
-        self.enabled = True
-        self.refresh()
+        with self.changing():
+            self.become(enabled(self.state, True))
 
     def add(self, name: str, config: AdapterConfig, source: tuple | None = None, trainable: bool = True) -> None:
         """source: what `Source` takes, None for initial values. It does not act until `set_adapter`."""
-        self.unmerge_first("added")  # it may start from the base's weights
-        if name in self.backend.state.recipe and name not in self.peft_config:
-            self.backend.delete(name)  # nobody can name it any more
-            self.configs.synced(self.backend.state)
-        self.backend.add(name, Resident(config), source, trainable)
-        self.refresh()
-        if source is None and name not in self.chosen:
-            self.set_requires_grad(name, False)
+        with self.changing():
+            self.unmerge_first("added")  # it may start from the base's weights
+            if name in self.state.recipe and name not in self.peft_config:
+                self.backend.delete(name)  # nobody can name it any more
+                self.configs.synced(self.state)
+            self.backend.add(name, config, source, trainable)
+            self.refresh()
+            if source is None and name not in self.state.active:
+                self.set_requires_grad(name, False)
 
     def cast_to_base(self, name: str) -> None:
         """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
-        for p in placements(self.backend.state, name):
+        for p in self.state.recipe[name].placements:
             dtype = get_tensor(self.model, p.target.tensor_name).dtype
             for key, spec in p.tensors.items():
                 tensor = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
@@ -246,13 +281,13 @@ class Tuner(nn.Module):
     def set_adapter(self, adapter_name: str | Iterable[str], inference_mode: bool = False) -> None:
         """These act, in order, and alone are trainable, unless inference_mode. Merged adapters are unmerged first."""
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        self.known(names)
-        self.refuse_clashes(names)
-        self.unmerge_first("set")
-        self.chosen = names
-        self.refresh()
-        for name in self.names:
-            self.set_requires_grad(name, name in names and not inference_mode)
+        with self.changing():
+            self.known(names)
+            activated(unmerged(self.state) if self.state.merged else self.state, names)  # may refuse
+            self.unmerge_first("set")
+            self.become(activated(self.state, names))
+            for name in self.names:
+                self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
@@ -262,16 +297,16 @@ class Tuner(nn.Module):
                 parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self.refuse_to_delete((adapter_name,))
-        self.backend.delete(adapter_name)
-        self.work.pop(adapter_name, None)
-        self.chosen = tuple(n for n in self.chosen if n != adapter_name)
-        if not self.chosen and self.names:
-            new = min(self.names)  # PEFT's choice
-            self.chosen = (new,)
-            self.set_requires_grad(new)
-            warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
-        self.refresh()
+        with self.changing():
+            self.refuse_to_delete((adapter_name,))
+            self.backend.delete(adapter_name)
+            self.work.pop(adapter_name, None)
+            if not self.state.active and (left := [name for name in self.names if name != adapter_name]):
+                new = min(left)  # PEFT's choice
+                self.backend.become(activated(self.state, new))
+                self.set_requires_grad(new)
+                warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
+            self.refresh()
 
     def refuse_to_delete(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for an unknown adapter, MergeError, another one, for a merged one."""
@@ -281,18 +316,8 @@ class Tuner(nn.Module):
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
-        there = self.names
-        for name in names:
-            if not isinstance(name, str):
-                raise WrongTypeError(f"adapter names are strings, got {name!r}")
-            if name not in there:
-                hint = did_you_mean(name, there)
-                raise AdapterNameError(f"Adapter {name} not found; there are: {', '.join(there) or 'none'}{hint}")
-
-    def refuse_clashes(self, names: Iterable[str]) -> None:
-        """Raises TargetError, a ValueError, for adapters that each bring their own numbers for one weight."""
-        if found := clashes(p for name in names for p in placements(self.backend.state, name)):
-            raise TargetError("\n  ".join(["these adapters cannot act together: set one of them", *map(str, found)]))
+        there = {name: self.state.recipe[name] for name in self.names}
+        names_of(self.state.update(recipe=there), dict.fromkeys(names))
 
     def unmerge_first(self, done: str) -> None:
         if self.merged_adapters:
@@ -303,15 +328,15 @@ class Tuner(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base model inside the block, merged weights taken out too; afterwards what was before, in nested blocks too."""
-        merged, enabled = self.merged_adapters, self.enabled
+        before = self.state
         self.disable_adapter_layers()
         try:
             yield
         finally:
-            if enabled:
-                self.enable_adapter_layers()
-            if merged:
-                self.merge_adapter(list(merged))
+            with self.changing():
+                self.become(enabled(self.state, before.enabled))
+                if before.merged:
+                    self.merge_adapter(list(before.merged))
 
     def to_graph(self, args: tuple = (), kwargs: dict | None = None, **options) -> fx.GraphModule:
         """A captured graph of the model with these adapters, for the verbs: compile, merge, export, package, reserve, ...
@@ -319,12 +344,12 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled(), self.hosts.away():
+        with self.disabled(), self.hosts.away(), undressed(self):
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)
         gm.peft_fx.adapters, gm.peft_fx.sharing = ours.peft_fx.adapters, ours.peft_fx.sharing
-        return derived(gm, state_of(gm).update(recipe=dict(self.backend.state.recipe), active=self.backend.active))
+        return derived(gm, state_of(gm).update(recipe=self.state.recipe, active=self.state.acting))
 
     # Training
 
@@ -356,56 +381,46 @@ class Tuner(nn.Module):
                 "Cannot merge LORA layers when base model layers are replicated: copies of a layer share one weight, which would "
                 "get the updates of them all. peft_fx.merge(model.to_graph(...), untie=True) gives each a weight of its own"
             )
-        names = tuple(adapter_names or self.chosen)
-        self.known(names)
-        names = tuple(n for n in names if n not in self.merged_adapters)
-        self.refuse_clashes((*self.merged_adapters, *names))
-        if self.merged_adapters:
-            now = f"now merged too: {', '.join(names)}" if names else "nothing to do"
-            warn(f"Already merged: {', '.join(self.merged_adapters)}; {now}.")
-        state = self.backend.state
-        chosen = [p for name in names for p in placements(state, name)]
-        refuse_no_weight(chosen)
-        results = {}
-        for group in track(by_target(chosen).values(), "Merging", disable=not progressbar):
-            found, _ = folded(self.backend.adapters, group, safe_merge)
-            results |= found
-        with self.backend.adapters.peft_fx.sharing.writing(results.values()):
-            self.replaced.write(results)
-        self.merged_adapters += names
-        self.refresh()
+        with self.changing():
+            state = self.state
+            names = names_of(state, adapter_names or state.active)
+            names = tuple(n for n in names if n not in state.merged)
+            if state.merged:
+                now = f"now merged too: {', '.join(names)}" if names else "nothing to do"
+                warn(f"Already merged: {', '.join(state.merged)}; {now}.")
+            if names:
+                shown = partial(track, description="Merging", disable=not progressbar)
+                merge_in_place(self.backend.adapters, names, safe_merge, shown, self.present)
 
     def hotswap(self, source, name: str) -> SwapReport:
-        """`peft_fx.hotswap`; what is merged is merged anew."""
-        merged = self.merged_adapters if name in self.merged_adapters else ()
-        if merged:
-            self.unmerge_adapter()
-        try:
-            return self.backend.hotswap(source, name)
-        finally:
-            if merged:
-                self.merge_adapter(list(merged))
+        """`peft_fx.hotswap`; what is merged is merged anew, in one step."""
+        with self.changing():
+            report = self.backend.hotswap(source, name)
+            if name in self.state.merged:
+                self.refresh()
+            return report
 
     def unmerge_adapter(self) -> None:
         """The model's parameters as they were before the merge, bit for bit."""
-        if not self.merged_adapters:
-            warn("Already unmerged: nothing to do.")
-        self.replaced.undo()
-        self.merged_adapters = ()
-        self.refresh()
+        with self.changing():
+            if not self.state.merged:
+                warn("Already unmerged: nothing to do.")
+                return
+            unmerge_in_place(self.backend.adapters, self.present)
 
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
         self.hosts.close()
+        undress_all(self.model)
+        self.model._modules.pop(CHILD, None)
         shallow(self.model)
         return self.model
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
         """The model with adapters folded in, and nothing else left of them."""
         self.merge_adapter(adapter_names, safe_merge, progressbar)
-        if any(self.backend.state.table.tied_to(name) for name in self.replaced.before) and hasattr(
-            self.model, "config"
-        ):
+        replaced = shelved(self.backend.adapters)
+        if any(self.state.table.tied_to(name) for name in replaced) and hasattr(self.model, "config"):
             warn(
                 "The input and output embeddings are not tied any more after this merge: tie_word_embeddings=False is set in the "
                 "model's config"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...methods import INTERNAL, METHODS, get_config
 from .tuner import Tuner
 
+BaseTuner = Tuner
 MADE: dict[str, type[Tuner]] = {}  # peft_type -> its class
 
 

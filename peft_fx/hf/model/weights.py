@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from ...files.keys import mapped
 from ...files.read import located, read_tensors
-from .tuner import tuner_of
+from .tuner import PREFIX, tuner_of
 
 
 def infer_device() -> str:
@@ -30,7 +31,7 @@ def load_peft_weights(model_id, device: str | torch.device | None = None, key_ma
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the model itself, whose modules and names no adapter changes."""
-    return tuner_of(model).model.state_dict()
+    return {k: t for k, t in tuner_of(model).model.state_dict().items() if not k.startswith(PREFIX)}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
@@ -41,4 +42,11 @@ def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tens
     tuner = tuner_of(model)
     if tuner.merged_adapters:
         raise ValueError(f"{', '.join(tuner.merged_adapters)} merged into the weights: call unmerge_adapter() first")
-    return tuner.model.load_state_dict(state_dict, strict=strict)
+    found = tuner.model.load_state_dict(state_dict, strict=False)
+    missing = [k for k in found.missing_keys if not k.startswith(PREFIX)]
+    if strict and (missing or found.unexpected_keys):
+        raise RuntimeError(
+            f"the state dict is not this {type(tuner.model).__name__}'s: it lacks {', '.join(missing) or 'nothing'}, and has "
+            f"{', '.join(found.unexpected_keys) or 'nothing'} besides; strict=False takes what fits"
+        )
+    return _IncompatibleKeys(missing, found.unexpected_keys)

@@ -27,6 +27,7 @@ from ...planning.modules import module_table
 from ...progress import step, working
 from ...store.lazy import copy_graph
 from ...store.modules import ByDevice, ByMode, Store, build, set_graph
+from ...store.resident import Adapters
 from ...store.state import BaseGraph, State
 from ...store.tensors import ROOT, get_tensor, set_tensor
 from ...target import ModuleRecord, ModuleTable
@@ -185,7 +186,7 @@ def skeleton(model: nn.Module) -> nn.Module:
             new._buffers.update(module._buffers)
             new._non_persistent_buffers_set |= module._non_persistent_buffers_set
             for name, child in module._modules.items():
-                if child is not None:
+                if child is not None and not isinstance(child, Adapters):
                     new._modules[name] = contain(child)
         return copies[module]
 

@@ -1,0 +1,116 @@
+"""Merges in a model that stays the object it is: its Parameters get other numbers, and their own ones wait on the shelf.
+
+The graph module of such a model runs nothing: `gm.meta["peft_fx_model"]` is the model, whose tensors it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx, nn
+
+from ..planning.plan import Placement
+from ..store.state import State, state_of
+from ..store.tensors import REPLACED, ROOT, get_tensor, owner_of, set_tensor
+from .merging import by_target, folded
+from .replaced import restored, shelved
+from .transitions import mergeable, merged, unmerged
+
+MODEL = "peft_fx_model"
+
+
+def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bool, shown: Callable[[Iterable], Iterable],
+                   then: Callable[[], None]) -> None:  # fmt: skip
+    """Folds further adapters, with those that are merged already, from the base's own numbers: one rounding for all.
+
+    shown: around the targets, for progress. then: runs before any call sees the result. Raises MergeError, and has changed
+    nothing then.
+    """
+    state = state_of(gm)
+    mergeable(state, places)
+    source = restored(gm, state) if state.merged else gm
+    results, report = {}, []
+    for group in shown(by_target(state.placed((*state.merged, *places))).values()):
+        found, line = folded(source, group, check_finite)
+        results |= found
+        report.append(line)
+    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+        write(gm, state, results)
+        gm.meta[ROOT] = merged(state, places, report)
+        then()
+
+
+def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bool) -> None:
+    """Merged placements, all that are on their targets, with the numbers that the adapters have now."""
+    state, results = state_of(gm), {}
+    source = restored(gm, state)
+    for group in by_target(chosen).values():
+        results |= folded(source, group, check_finite)[0]
+    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+        write(gm, state, results)
+
+
+def unmerge_in_place(gm: fx.GraphModule, then: Callable[[], None]) -> None:
+    """The model's tensors as they were before the merge, bit for bit."""
+    state = unmerged(state_of(gm))
+    shelf = shelved(gm)
+    with gm.peft_fx.sharing.writing(shelf.values()), torch.no_grad():
+        for name, kept in shelf.items():
+            if isinstance(kept, nn.Parameter):
+                put(gm, name, kept)
+            elif kept.numel() == 0:  # the merge added this one
+                put(gm, name, None)
+            else:
+                get_tensor(gm, name).copy_(kept)
+        gm.peft_fx.replaced = nn.Module()
+        gm.meta[ROOT] = state
+        then()
+
+
+def write(gm: fx.GraphModule, state: State, values: dict[str, torch.Tensor]) -> None:
+    """Name -> value in place of the model's tensors, all of them or none; what they were is on the shelf, unless it is there."""
+    undo: list[Callable[[], object]] = []
+    try:
+        for name, value in values.items():
+            old = get_tensor(gm, name)
+            undo.append(step(gm, state, name, old, value))
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+
+
+def step(
+    gm: fx.GraphModule, state: State, name: str, old: torch.Tensor | None, value: torch.Tensor
+) -> Callable[[], object]:
+    """Writes one tensor; returns what takes it back."""
+    shelf = f"{REPLACED}.{name}"
+    new = get_tensor(gm, shelf) is None
+    if old is not None and old.shape == value.shape and not state.table.tied_to(name):
+        now = old.detach().clone()
+        if new:
+            set_tensor(gm, shelf, now, persistent=False)
+        old.copy_(value)
+        return lambda: (old.copy_(now), new and drop(gm, shelf))
+    # a weight that others share, a bias that there was none of, a convolution that loses its groups
+    if new:
+        set_tensor(gm, shelf, value.new_empty(0) if old is None else old, persistent=False)
+    put(gm, name, nn.Parameter(value, requires_grad=False))
+    return lambda: (put(gm, name, old), new and drop(gm, shelf))
+
+
+def drop(gm: fx.GraphModule, name: str) -> None:
+    owner, leaf = owner_of(gm, name)
+    del owner._buffers[leaf]
+
+
+def put(gm: fx.GraphModule, name: str, parameter: torch.Tensor | None) -> None:
+    """Another Parameter under a name of the model's, None to take it away."""
+    model = gm.meta[MODEL]
+    for root in (model, gm):
+        owner, leaf = owner_of(root, name)
+        owner._parameters[leaf] = parameter
+    owner = owner_of(model, name)[0]
+    if parameter is not None and parameter.dim() > 2 and hasattr(owner, "groups"):
+        owner.groups = owner.in_channels // parameter.shape[0 if owner.transposed else 1]

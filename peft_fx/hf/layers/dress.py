@@ -1,0 +1,91 @@
+"""Who is of which class: adapted modules are recognised by tools that ask for PEFT's layers and wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ...planning.plan import Placement
+from ...planning.selection import choose_saved
+from .classes import put_on
+from .layer import ATTRIBUTE, SUBSTITUTES, Layer
+from .plain import PLAIN
+from .trained import TRAINED, Reading
+
+CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
+
+
+def dress(tuner: nn.Module) -> None:
+    """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
+    layers = {tuner.model.get_submodule(path): layer for path, layer in layers_of(tuner).items()}
+    for module in tuner.model.modules():
+        if ATTRIBUTE in module.__dict__ and module not in layers:
+            undress(module)
+    for module, layer in layers.items():
+        module.__dict__[ATTRIBUTE] = layer
+        module.__dict__[TRAINED] = readings(layer)
+        put_on(module, on_it(layer), tuple(sorted({p.target.parameter for p in substitutes(layer)})))
+
+
+def undress(module: nn.Module) -> None:
+    """The module is of its own class again."""
+    for name in (ATTRIBUTE, TRAINED, PLAIN):
+        module.__dict__.pop(name, None)
+    put_on(module)
+
+
+def undress_all(model: nn.Module) -> None:
+    for module in model.modules():
+        if ATTRIBUTE in module.__dict__:
+            undress(module)
+
+
+@contextmanager
+def undressed(tuner: nn.Module) -> Iterator[None]:
+    """Inside the block modules are of their own classes, and the adapters no part of the model, as a capture wants it."""
+    undress_all(tuner.model)
+    tuner.model._modules.pop(CHILD)
+    try:
+        yield
+    finally:
+        tuner.model._modules[CHILD] = tuner.adapters
+        dress(tuner)
+
+
+def layers_of(tuner: nn.Module) -> dict[str, Layer]:
+    """Path -> what is on the module there, in the order of adapters and their targets."""
+    state, layers = tuner.backend.state, {}
+    for adapter, resident in state.recipe.items():
+        for p in resident.placements:
+            layer = layers.setdefault(p.target.path, Layer(tuner, p.target.path))
+            layer.placed.setdefault(adapter, []).append(p)
+        for saved in choose_saved(state.table, resident.config)[0]:
+            layers.setdefault(saved.path, Layer(tuner, saved.path)).saved += (adapter,)
+    return layers
+
+
+def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
+    """What `Recipe` takes."""
+    attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
+    found = [
+        (p.config.peft_type, "attention" if attention else p.target.kind)
+        for name in layer.placed
+        for p in layer.updates(name)
+    ]
+    found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
+    return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
+
+
+def substitutes(layer: Layer) -> list[Placement]:
+    return [p for name in layer.placed for p in layer.substitutes(name)]
+
+
+def readings(layer: Layer) -> dict[str, Reading]:
+    """Parameter name -> what is read in its place while the acting adapters act."""
+    found: dict[str, list[Placement]] = {}
+    for name in layer.acting:
+        for p in layer.substitutes(name):
+            found.setdefault(p.target.parameter, []).append(p)
+    return {name: Reading(layer, tuple(group)) for name, group in found.items()}
