@@ -38,7 +38,7 @@ def _(a, b, bias=None):
 def added(W: torch.Tensor, B: torch.Tensor, A: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = W + B A, without gradients."""
     plain = {(t.dtype, t.device.type) for t in (W, B, A)} == {(torch.float32, "cpu")}
-    if plain and faster_here() and worth_it(*B.shape, A.shape[1]) and B.is_contiguous() and A.is_contiguous():
+    if plain and faster_here() and worth_it(B.shape[0], *A.shape) and B.is_contiguous() and A.is_contiguous():
         return torch.add(W, product(B, A), out=out)
     return torch.addmm(W, B, A, out=out)
 

@@ -11,7 +11,7 @@ takes a second, transformers some more.
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .hf.compat.submodules import SUBMODULES, make_submodules
 from .methods import METHODS
@@ -190,7 +190,7 @@ for _module, _, *_config in (entry for entry in METHODS.values() if isinstance(e
         _PLACES[f"{_name.removesuffix('Config')}Model"] = "hf.model.tuners"
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if module := _PLACES.get(name):
         return getattr(import_module(f".{module}", __name__), name)
     for method in METHODS.values():
@@ -209,7 +209,7 @@ def _no_attribute(name: str) -> str:
     )
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*_PLACES, *(name.partition(".")[0] for name in SUBMODULES)})
 
 

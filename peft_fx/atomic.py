@@ -18,20 +18,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
 from uuid import uuid4
 
 from .errors import AdapterFileError, PeftFxError
 
+fcntl: ModuleType | None
 try:
     import fcntl
 except ImportError:  # Windows: writers of one folder have to take turns by themselves there
     fcntl = None
 
 NEW, SAVED, FORMER = ".peft_fx-new-", ".peft_fx-saved", "former"
-Writers = Mapping[str, Callable[[Path], None]]
+StrPath = str | os.PathLike[str]
+Writers = Mapping[str, Callable[[Path], object]]
 
 
-def write_files(folder, writers: Writers) -> Path:
+def write_files(folder: StrPath, writers: Writers) -> Path:
     """Writes files (name -> function that writes one at the path it gets) into a folder, made if need be. Others stay.
 
     Links in the folder are replaced, not written through; the folder itself may be one. Returns the folder. Raises
@@ -110,7 +113,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[bool]:
         yield got
     finally:
         if descriptor is not None:
-            if got:
+            if got and fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it where a child has the descriptor too
             os.close(descriptor)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .checks import check_names, check_type
 from .config_files import ConfigFiles
@@ -21,6 +21,9 @@ from .missing import VARIANTS, not_yet
 from .peft_types import PeftType, TaskType, known_type
 from .suggestions import did_you_mean
 from .tables import Cell, Table, as_html
+
+if TYPE_CHECKING:
+    from .target import ModuleTable
 
 # field -> whether one string (a regex, or a single name) may stand for the list
 NAME_FIELDS = {
@@ -78,12 +81,12 @@ class AdapterConfig(ConfigFiles):
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if (own := vars(cls).get("peft_type")) is not None:
             cls.peft_type = known_type(own)
 
-    def __new__(cls, *args, **fields):
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in fields.keys() - known:
             if name in VARIANTS:
@@ -92,7 +95,7 @@ class AdapterConfig(ConfigFiles):
             raise UnknownFieldError(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (set, tuple)):
@@ -129,7 +132,7 @@ class AdapterConfig(ConfigFiles):
         if sizes and (min(sizes) < 0 or sizes.count(0) != 1):
             raise RecipeError(f"({', '.join(self.alternatives)})={(*sizes,)}: one has to be positive, the other 0")
 
-    def fallback_targets(self, table) -> list[str] | str | None:
+    def fallback_targets(self, table: ModuleTable) -> list[str] | str | None:
         """What target_modules=None means for a model (its ModuleTable) whose type has no default; None: it must be named."""
         return None
 
@@ -141,12 +144,12 @@ class AdapterConfig(ConfigFiles):
         """What to say of a file whose tensors are for other base weights than the model's; "" for any other."""
         return ""
 
-    def with_rank(self, rank: int):
+    def with_rank(self, rank: int) -> Self:
         """The same config with every rank set to `rank`. Raises RecipeError for methods that have no rank."""
         if not self.ranked:
             raise RecipeError(f"{self.peft_type} has no rank to set")
-        patterns = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
-        return dataclasses.replace(self, **{self.ranked: rank}, **patterns)
+        changes: dict[str, Any] = {f.name: default_of(f) for f in dataclasses.fields(self) if f.name == "rank_pattern"}
+        return dataclasses.replace(self, **{**changes, self.ranked: rank})
 
     def _repr_html_(self) -> str:
         return as_html(self.as_parts())
@@ -163,11 +166,12 @@ class AdapterConfig(ConfigFiles):
 def refuse_to_begin(config: AdapterConfig) -> None:
     """Raises RecipeError for a config of a file whose adapter began in a way that is missing here: a new one cannot."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if found := {name: value.plain(value) for name, value in values.items() if isinstance(value, Begun)}:
+    found: dict[str, Any]
+    if found := {name: value.unmarked() for name, value in values.items() if isinstance(value, Begun)}:
         dataclasses.replace(config, **found)
 
 
-def member_of(kind: type[TaskType] | type[PeftType], name: str, value) -> TaskType | PeftType | None:
+def member_of(kind: type[TaskType] | type[PeftType], name: str, value: Any) -> TaskType | PeftType | None:
     """The member of an enumeration that a field's value stands for. Raises RecipeError for any other value than None."""
     if value is None:
         return None
@@ -190,7 +194,7 @@ def check_dict(config: AdapterConfig, name: str) -> None:
     setattr(config, name, value or {})
 
 
-def by_pattern(pattern: dict[str, Any] | None, path: str, default):
+def by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT's rank_pattern / alpha_pattern lookup: first key that, as a regex, ends the path at a component border."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", path):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .atomic import write_files
+from .atomic import StrPath, write_files
 from .errors import AdapterFileError, NotAFolderError, RecipeError, UnknownFieldError
 from .fields import begun, default_of
 from .notices import warn
@@ -20,13 +21,18 @@ CONFIG_FILE = "adapter_config.json"
 RUNTIME_ONLY = ("runtime_config",)  # fields of PEFT's that are never written
 
 
-def later(module: str, name: str):
+def later(module: str, name: str) -> Any:
     """What a module above has, which is imported when it is asked for: files take torch, which a config can do without."""
     return getattr(import_module(f".{module}", __package__), name)
 
 
+@dataclass
 class ConfigFiles:
     """Methods of `AdapterConfig`."""
+
+    if TYPE_CHECKING:
+        absent: ClassVar[frozenset[str]]
+        peft_type: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """PEFT's on-disk dict, `peft_type` included."""
@@ -39,13 +45,14 @@ class ConfigFiles:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
-    def save_pretrained(self, save_directory, auto_mapping_dict: dict | None = None) -> None:
+    def save_pretrained(self, save_directory: StrPath, auto_mapping_dict: dict | None = None) -> None:
         """Writes `adapter_config.json`, whole or not at all. auto_mapping_dict: in place of the config's own.
 
         Raises AdapterFileError.
         """
         folder = Path(save_directory)
-        written = self if auto_mapping_dict is None else dataclasses.replace(self, auto_mapping=auto_mapping_dict)
+        changes: dict[str, Any] = {} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict}
+        written = dataclasses.replace(self, **changes) if changes else self
         text = written.to_json()
         if os.path.isfile(folder):
             raise NotAFolderError(f"{folder} is a file, expected a folder to write {CONFIG_FILE} into")
@@ -53,7 +60,7 @@ class ConfigFiles:
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, commit_description: str | None = None,
                     private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-                    create_pr: bool = False):  # fmt: skip
+                    create_pr: bool = False) -> Any:  # fmt: skip
         """Uploads `adapter_config.json`; returns the CommitInfo. The repository is made if need be."""
         return upload(
             lambda folder, _: self.save_pretrained(folder), repo_id, commit_message=commit_message or "Upload config",
@@ -61,7 +68,9 @@ class ConfigFiles:
         )  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **options):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: StrPath, subfolder: str | None = None, **options: Any
+    ) -> Self:
         """The config in a folder or a Hub repository, of this class or one derived from it.
 
         options: revision, token and whatever else huggingface_hub's `snapshot_download` takes. Fields of a config are as the
@@ -85,7 +94,7 @@ class ConfigFiles:
         return config
 
     @classmethod
-    def from_json_file(cls, path_json_file) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: StrPath) -> dict[str, Any]:
         """The dict in a JSON file, without what is for run time alone. Raises AdapterFileError."""
         path = Path(path_json_file)
         try:
@@ -101,18 +110,18 @@ class ConfigFiles:
         return {key: value for key, value in data.items() if key not in found}
 
     @classmethod
-    def from_peft_type(cls, **fields):
+    def from_peft_type(cls, **fields: Any) -> Any:
         """A config of the class for `peft_type`, of this class without one. Unknown fields are left out with a warning."""
         kind = cls if fields.get("peft_type") is None else later("methods", "get_config")(fields["peft_type"])
         return kind.from_dict(fields, f"{kind.__name__}.from_peft_type")
 
     @classmethod
-    def check_kwargs(cls, **fields) -> dict[str, Any]:
+    def check_kwargs(cls, **fields: Any) -> dict[str, Any]:
         """Fields as the class takes them, for subclasses to check or change before a config is made."""
         return fields
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], where: str | None = None):
+    def from_dict(cls, data: dict[str, Any], where: str | None = None) -> Self:
         """Reads a config dict. Unknown keys are an error unless they hold an empty value, as newer versions write.
 
         where: the adapter's file, if `data` is from one: unknown keys are other programs' or newer versions' then, and are

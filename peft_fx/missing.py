@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 PEFT_VERSION = "0.21.2"  # the release of PEFT whose names, numbers and files these are
 # peft_type -> PEFT's name for its classes, before "Config" and "Model"
@@ -77,6 +78,6 @@ def not_yet(what: str) -> str:
     return f"{what} is not in this version yet"
 
 
-def init_of(value) -> Init | None:
+def init_of(value: Any) -> Init | None:
     """What a value of init_lora_weights stands for, if it is one of those that are missing."""
     return INITS.get(re.sub("_niter_[0-9]+$", "", value.lower())) if isinstance(value, str) else None

@@ -8,7 +8,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 MODULES = ("butterfly", "circulant", "householder", "noise")
 
@@ -21,19 +24,19 @@ def register() -> None:
 class BeforeTorch(MetaPathFinder):
     """Stands in the way of the first import of torch, lets it pass, and registers the operators after it."""
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != "torch":
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def run_and_register(module):
+            def run_and_register(module: ModuleType) -> None:
                 run(module)
                 register()
 
-            spec.loader.exec_module = run_and_register
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 
 class TaskType(StrEnum):
@@ -70,7 +71,7 @@ class PeftType(StrEnum):
     XLORA = "XLORA"
 
     @classmethod
-    def _missing_(cls, value):
+    def _missing_(cls, value: Any) -> PeftType | None:
         return OWN.get(value) if isinstance(value, str) else None
 
 

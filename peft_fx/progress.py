@@ -8,11 +8,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 PROGRESS = "PEFT_FX_PROGRESS"
 PATIENCE = 1.0  # seconds before a call from Python shows anything
 
-status = ContextVar("status", default=None)  # rich's, of the outermost call
+status: ContextVar[Status | None] = ContextVar("status", default=None)  # of the outermost call
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from .atomic import current
 from .config import AdapterConfig
@@ -26,7 +27,7 @@ class Recipe:
 
     adapters: Mapping[str, AdapterConfig] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", MappingProxyType(dict(self.adapters)))
 
     def __iter__(self) -> Iterator[str]:
@@ -38,7 +39,7 @@ class Recipe:
     def __getitem__(self, adapter: str) -> AdapterConfig:
         return self.adapters[adapter]
 
-    def items(self):
+    def items(self) -> ItemsView[str, AdapterConfig]:
         return self.adapters.items()
 
     def to_dict(self) -> dict:
@@ -64,7 +65,7 @@ class Recipe:
         return cls({name: as_config(config) for name, config in data["adapters"].items()})
 
 
-def as_recipe(obj, adapter_name: str = "default") -> Recipe:
+def as_recipe(obj: Any, adapter_name: str = "default") -> Recipe:
     """A Recipe from whatever a user has.
 
     obj: a Recipe, an AdapterConfig, a config of PEFT's, a dict (one config, or {"adapters": ...}), a path to a .json,
@@ -79,7 +80,7 @@ def as_recipe(obj, adapter_name: str = "default") -> Recipe:
     return Recipe({adapter_name: as_config(obj)})
 
 
-def as_config(obj) -> AdapterConfig:
+def as_config(obj: Any) -> AdapterConfig:
     """An AdapterConfig of its own from a config of ours, of PEFT's, or a dict. Raises RecipeError."""
     if type(obj) is AdapterConfig and obj.peft_type is not None:
         return config_from_dict(obj.to_dict())
@@ -94,7 +95,7 @@ def as_config(obj) -> AdapterConfig:
     raise WrongTypeError(f"expected a config, a recipe, a dict or a path, got {type(obj).__name__}")
 
 
-def set_in(config) -> dict:
+def set_in(config: Any) -> dict:
     """A config of PEFT's as a dict, without fields that we do not know and that nobody set: a newer PEFT has more of them."""
     known = {f.name for f in dataclasses.fields(get_config(config.peft_type))}
     unset = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) == default_of(f)} - known
@@ -109,7 +110,7 @@ def config_from_dict(data: dict, where: str | None = None) -> AdapterConfig:
     return get_config(plain["peft_type"]).from_dict(plain, where)
 
 
-def plain_value(value):
+def plain_value(value: Any) -> Any:
     """JSON's version of a value: sets and tuples become lists, enum members their values."""
     if isinstance(value, Enum):
         return value.value
@@ -143,7 +144,7 @@ def recipe_from_path(path: Path, adapter_name: str) -> Recipe:
         raise RecipeError(f"{file}: {error}") from error
 
 
-def load_yaml(text: str):
+def load_yaml(text: str) -> Any:
     import yaml  # only who writes recipes in YAML needs it
 
     try:
@@ -152,4 +153,4 @@ def load_yaml(text: str):
         raise ValueError(str(error)) from error
 
 
-READERS = {".json": json.loads, ".yaml": load_yaml, ".yml": load_yaml}
+READERS: dict[str, Callable[[str], Any]] = {".json": json.loads, ".yaml": load_yaml, ".yml": load_yaml}

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 def upload(fill: Callable[[Path, str], object], repo_id: str, *, commit_message: str, commit_description: str | None = None,
            private: bool | None = None, token: bool | str | None = None, revision: str | None = None,
-           create_pr: bool = False):  # fmt: skip
+           create_pr: bool = False) -> CommitInfo:  # fmt: skip
     """Uploads what `fill(folder, repository)` writes, and nothing else; returns the CommitInfo.
 
     The repository is made if need be.

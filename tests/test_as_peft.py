@@ -142,6 +142,17 @@ def test_what_peft_adapted_before_stays_pefts_own(tmp_path):
         assert (ours(**inputs("tied_llama")).logits - expected).abs().max() < 1e-5
 
 
+def test_a_class_that_somebody_derived_of_pefts_stays_pefts_own(standing, tmp_path):
+    class Mine(peft.PeftModelForCausalLM):
+        pass
+
+    made = Mine(model_of("tied_llama"), LoraConfig(**LORA))
+    made.add_adapter("more", LoraConfig(**LORA))
+    made.save_pretrained(tmp_path)
+    back = Mine.from_pretrained(model_of("tied_llama"), tmp_path)
+    assert type(made) is type(back) is Mine and type(back.base_model).__mro__[1] is peft.LoraModel
+
+
 def test_configs_are_copied_and_compared_as_before(standing):
     config = peft_fx.IA3Config(target_modules=["q_proj"])
     assert copy.deepcopy(config) == dataclasses.replace(config) == config
@@ -167,7 +178,8 @@ def test_an_error_on_the_way_changes_nothing(monkeypatch):
     (None, ["0.22.0"], "0.22.0"),
 ])  # fmt: skip
 def test_the_version_satisfies_what_is_asked(there, asked, answer, monkeypatch):
-    monkeypatch.setattr(version, "installed", lambda: there)
+    for module in (version, importlib.import_module("peft_fx.hf.ecosystem.as_peft")):
+        monkeypatch.setattr(module, "installed", lambda: there)
     monkeypatch.setattr(version, "asked", lambda: asked)
     with peft_fx.as_peft() as handle:
         assert importlib.metadata.version("peft") == answer == handle.version

@@ -116,9 +116,7 @@ def inspections():
     graphs, recipe = {"base": base, "merged": peft_fx.merge(tuned)}, json.dumps(LORA)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            gathering,
-            "open_model",
-            lambda source: SimpleNamespace(graph=lambda: graphs[source], table=None, weights=True),
+            gathering, "open_model", lambda source: SimpleNamespace(graph=lambda: graphs[source], weights=True)
         )
         return {
             "possible": gathering.gather("base", None, None, None),

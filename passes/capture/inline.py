@@ -10,13 +10,15 @@ one around its rotary embedding. `enable_grad` regions that are nested in nothin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
 from ...errors import GraphError
 from ..core.base import Pass, regions
-from ..core.regions import AUTOCAST, region_of
+from ..core.nodes import name_of, results_of
+from ..core.regions import AUTOCAST, body_of
 
 GRAD_REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 DETACH = torch.ops.aten.detach.default
@@ -30,7 +32,7 @@ class InlineGradRegions(Pass):
             for node in nodes:
                 inline(gm, node)
             changed += len(nodes)
-        for node in [n for n in gm.graph.nodes if n.target is AUTOCAST and is_empty(region_of(gm, n))]:
+        for node in [n for n in gm.graph.nodes if n.target is AUTOCAST and is_empty(body_of(gm, n))]:
             erase_call(gm, node)  # what a nested region leaves behind
         return changed + sum(self.call(region) for region in regions(gm))
 
@@ -40,23 +42,23 @@ class InlineGradRegions(Pass):
 
 
 def inline(gm: fx.GraphModule, node: fx.Node) -> None:
-    enabled, body_attr, *operands = node.args
-    body = gm.get_submodule(body_attr.target)
+    enabled, _, *operands = node.args
+    body = body_of(gm, node)
     with gm.graph.inserting_before(node):
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
         env = dict(zip(placeholders, operands, strict=True))
         for inner in body.graph.nodes:
             if inner.op == "get_attr":
-                name = adopt(gm, inner.target, getattr(body, inner.target))
+                name = adopt(gm, name_of(inner), getattr(body, name_of(inner)))
                 env[inner] = gm.graph.get_attr(name)
                 env[inner].meta = dict(inner.meta)
             elif inner.op not in ("placeholder", "output"):
                 env[inner] = gm.graph.node_copy(inner, env.__getitem__)
-        results = fx.map_arg(body.graph.output_node().args[0], env.__getitem__)
+        results = fx.map_arg(results_of(body.graph), env.__getitem__)
         if not enabled:
             results = fx.map_arg(results, lambda n: detach(gm, n))
     for user in list(node.users):  # getitem(region, i)
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[cast(int, user.args[1])])
         gm.graph.erase_node(user)
     erase_call(gm, node)
 
@@ -68,7 +70,7 @@ def erase_call(gm: fx.GraphModule, node: fx.Node) -> None:
     for attribute in regions_read:
         if not attribute.users:
             gm.graph.erase_node(attribute)
-            gm.delete_submodule(attribute.target)
+            gm.delete_submodule(name_of(attribute))
 
 
 def is_empty(region: fx.GraphModule) -> bool:

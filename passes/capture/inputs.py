@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ...store.tensors import INPUTS
+from ...store.tensors import INPUTS, store_of
 from ..core.base import Pass
 
 
@@ -21,7 +21,7 @@ class CheckInputs(Pass):
         fixed = [(n, expected(n.meta.get("val"))) for n in placeholders]
         fixed = [(n, e) for n, e in fixed if not (isinstance(e, tuple) and set(e) <= {None})]
         if fixed:
-            gm.peft_fx.inputs.expected = tuple((n.name, e) for n, e in fixed)
+            store_of(gm).inputs.expected = tuple((n.name, e) for n, e in fixed)
             first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
             with gm.graph.inserting_before(first):
                 node = gm.graph.call_module(INPUTS, tuple(n for n, _ in fixed))

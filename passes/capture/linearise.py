@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from ...store.tensors import get_tensor
 from ..core.base import Pass
+from ..core.nodes import input_of, name_of
 from ..match.operators import SWAPS, schema_name
 
 aten = torch.ops.aten
@@ -42,17 +43,17 @@ def rewrite(gm: fx.GraphModule, node: fx.Node) -> bool:
     outer = {}
     if (
         schema_name(x) == "aten::view"
-        and x.args[0].meta["val"].dim() > 2
+        and input_of(x).meta["val"].dim() > 2
         and all(schema_name(u) == "aten::view" for u in node.users)
     ):
-        full = x.args[0].meta["val"].shape
+        full = input_of(x).meta["val"].shape
         if full[-1] == x.meta["val"].shape[-1] and all(
             str(u.meta["val"].shape[:-1]) == str(full[:-1]) and u.meta["val"].dim() == len(full) for u in node.users
         ):
-            outer, x = dict(node.users), x.args[0]
+            outer, x = dict(node.users), input_of(x)
     with gm.graph.inserting_before(node):
         if schema_name(W) == "aten::t":
-            V = W.args[0]
+            V = input_of(W)
         else:
             V = gm.graph.call_function(aten.t.default, (W,))
             V.meta = {**node.meta, "val": W.meta["val"].t()}
@@ -70,5 +71,5 @@ def rewrite(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def is_parameter(gm: fx.GraphModule, node: fx.Node) -> bool:
     while schema_name(node) in SWAPS:
-        node = node.args[0]
-    return node.op == "get_attr" and isinstance(get_tensor(gm, node.target), nn.Parameter)
+        node = input_of(node)
+    return node.op == "get_attr" and isinstance(get_tensor(gm, name_of(node)), nn.Parameter)

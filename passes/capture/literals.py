@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from ...store.tensors import DEVICE, INPUTS, get_tensor
+from ...store.tensors import DEVICE, INPUTS, get_tensor, store_of
 from ..core.base import Pass
-from ..core.regions import AUTOCAST, operands, put_literal, region_of, seen_inside
+from ..core.nodes import input_of, name_of
+from ..core.regions import AUTOCAST, body_of, operands, put_literal, region_of, seen_inside
 from ..core.splice import mode_node, same_literals
 from ..match.operators import full_args, schema_name
 
@@ -59,7 +61,7 @@ class MarkModes(Pass):
 
 def lock(gm: fx.GraphModule, reason: str) -> None:
     """Makes leaving the captured mode an error."""
-    gm.peft_fx.mode.locked = reason
+    store_of(gm).mode.locked = reason
 
 
 def difference(
@@ -69,7 +71,9 @@ def difference(
     left, right = [
         [n for n in g.graph.nodes if not is_identity(n) and not (calls and is_counted(n))] for g in (train, evaluation)
     ]
-    changes, value_of, i = [], {}, 0
+    changes: list[Change] = []
+    value_of: dict[fx.Node, fx.Node] = {}
+    i = 0
     for a in left:
         b = right[i] if i < len(right) else None
         if b is None or not alike(a, b):
@@ -81,9 +85,9 @@ def difference(
         value_of[b] = a
         if (found := literals(train, a, evaluation, b, value_of)) is None or not same_constant(train, evaluation, a, b):
             return f"{described(a)} takes other inputs in train mode than in eval mode"
-        changes += [Change(a, *literal, calls) for literal in found]
+        changes += [Change(a, position, x, y, calls) for position, x, y in found]
         if body := region_of(train, a):
-            inner = difference(body, region_of(evaluation, b), (*calls, a))
+            inner = difference(body, body_of(evaluation, b), (*calls, a))
             if isinstance(inner, str):
                 return inner
             if inner and a.target is not AUTOCAST:
@@ -97,7 +101,7 @@ def difference(
 def described(node: fx.Node) -> str:
     """Operator and module path of a node, for messages."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    name = schema_name(node) or (node.target if node.op == "get_attr" else node.name)
+    name = schema_name(node) or (name_of(node) if node.op == "get_attr" else node.name)
     return f"{name} in {stack[-1][0].split('@')[0] or 'the model itself'}" if stack else name
 
 
@@ -108,7 +112,7 @@ def same_constant(train: fx.GraphModule, evaluation: fx.GraphModule, a: fx.Node,
     """
     if a.op != "get_attr":
         return True
-    x, y = get_tensor(train, a.target), get_tensor(evaluation, b.target)
+    x, y = get_tensor(train, name_of(a)), get_tensor(evaluation, name_of(b))
     if x is y or x is None or y is None:
         return True
     described = [(t.shape, t.dtype, t.device) for t in (x, y)]
@@ -123,9 +127,8 @@ def is_counter(node: fx.Node, inside: bool) -> bool:
     """`num_batches_tracked.add_(1)`: in place on a buffer, result unused. inside: in a region, where it is an operand."""
     return (
         schema_name(node) == "aten::add_.Tensor"
-        and isinstance(node.args[0], fx.Node)
-        and (is_counted(node.args[0]) if inside else node.args[0].op == "get_attr")
-        and node.args[1] == 1
+        and (is_counted(input_of(node)) if inside else input_of(node).op == "get_attr")
+        and node.args[1:2] == (1,)
         and not node.users
     )
 
@@ -144,22 +147,21 @@ def arguments(gm: fx.GraphModule, call: fx.Node) -> tuple:
     if call.target is not AUTOCAST:
         return call.args
     start, given = operands(call)
-    taken = zip(given, region_of(gm, call).graph.find_nodes(op="placeholder"), strict=True)
+    taken = zip(given, body_of(gm, call).graph.find_nodes(op="placeholder"), strict=True)
     return (*call.args[:start], *(o for o, p in taken if not (is_counted(p) and o.op == "get_attr")))
 
 
 def literals(
     train: fx.GraphModule, a: fx.Node, evaluation: fx.GraphModule, b: fx.Node, value_of: dict[fx.Node, fx.Node]
-):
+) -> list[tuple[int | str, object, object]] | None:
     """Literal arguments in which two nodes differ, as (position, train value, eval value); None if they differ in an input."""
     if a.op != "call_function" or not schema_name(a):
         same = str(fx.map_arg((arguments(train, a), a.kwargs), lambda n: skip(n).name)) == str(
             fx.map_arg((arguments(evaluation, b), b.kwargs), lambda n: value_of.get(skip(n), n).name)
         )
         return [] if same or a.op in ("placeholder", "get_attr") else None
-    left = {**dict(enumerate(full_args(a))), **a.kwargs}
-    right = {**dict(enumerate(full_args(b))), **b.kwargs}
-    changes = []
+    left, right = ({**dict[int | str, Any](enumerate(full_args(n))), **n.kwargs} for n in (a, b))
+    changes: list[tuple[int | str, object, object]] = []
     for key in left:
         x, y = left[key], right.get(key)
         x = fx.map_arg(x, skip)
@@ -175,14 +177,14 @@ def literals(
 def is_identity(node: fx.Node) -> bool:
     """True if the node's values are its input's: the names above, and casts to the dtype that the input has."""
     if schema_name(node) == "aten::to.dtype":
-        return node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        return node.meta["val"].dtype == input_of(node).meta["val"].dtype
     return schema_name(node) in IDENTITIES
 
 
 def skip(node: fx.Node) -> fx.Node:
     """The value behind identity calls."""
     while is_identity(node):
-        node = node.args[0]
+        node = input_of(node)
     return node
 
 
@@ -212,7 +214,7 @@ def mentioning(gm: fx.GraphModule, device: torch.device, calls: Sequence[fx.Node
         if n.op == "call_function" and (mentions(n.args, device) or mentions(n.kwargs, device)):
             found.append((n, tuple(calls)))
         if n.target is AUTOCAST:
-            found += mentioning(region_of(gm, n), device, (*calls, n))
+            found += mentioning(body_of(gm, n), device, (*calls, n))
     return found
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import fx
 
 from ...errors import RecipeError
-from ...store.tensors import get_tensor
+from ...store.tensors import tensor_of
 from ...target import ModuleRecord, ModuleTable
 from ..core.base import Pass
 from ..core.fakes import fake_mode_of, fake_of
+from ..core.nodes import name_of
 
 # Where model classes keep their list of layers: below any number of `model.`, and `bert.`.
 LAYER_LISTS = re.compile(r"(?:(?:model|bert|transformer|roberta)\.)*(?:layers|encoder\.layer|h)$")
@@ -121,8 +122,8 @@ class ReplicateLayers(Pass):
     def copy(self, gm, new: fx.Graph, node: fx.Node, source: int, index: int, value) -> fx.Node:
         old_path, new_path = f"{self.path}.{source}", f"{self.path}.{index}"
         if node.op == "get_attr":
-            copied = new.get_attr(renamed(node.target, old_path, new_path))
-            tensor = get_tensor(gm, copied.target)
+            copied = new.get_attr(renamed(name_of(node), old_path, new_path))
+            tensor = tensor_of(gm, name_of(copied))
             copied.meta = {**node.meta, "val": fake_of(fake_mode_of(gm), tensor)}
             return copied
         copied = new.node_copy(node, value)

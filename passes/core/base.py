@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -65,7 +66,7 @@ class settings:
     """`with settings(disable=("Linearise",), on_report=print): ...` around any verb."""
 
     def __init__(self, disable: Iterable[str] = (), on_report: Callable[[Report, fx.GraphModule], None] | None = None):
-        self.values = ((_disabled, frozenset(disable)), (_observer, on_report))
+        self.values: tuple[tuple[ContextVar, Any], ...] = ((_disabled, frozenset(disable)), (_observer, on_report))
 
     def __enter__(self):
         self.tokens = [(var, var.set(value)) for var, value in self.values]

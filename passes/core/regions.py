@@ -9,9 +9,12 @@ A region sees nothing but its operands, so a value of the graph outside comes in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx
+
+from .nodes import name_of
 
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
@@ -22,10 +25,15 @@ def region_of(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule | None:
         return None
     for argument in call.args:
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
-            found = gm._modules.get(argument.target)
+            found = gm._modules.get(name_of(argument))
             if isinstance(found, fx.GraphModule):
                 return found
     return None
+
+
+def body_of(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
+    """The sub-graph of a call that has one."""
+    return cast(fx.GraphModule, region_of(gm, call))
 
 
 def operands(call: fx.Node) -> tuple[int, tuple]:
@@ -36,7 +44,7 @@ def operands(call: fx.Node) -> tuple[int, tuple]:
 def seen_inside(gm: fx.GraphModule, value: fx.Node, calls: Sequence[fx.Node]) -> fx.Node:
     """`value`, a node of `gm`, as a node of the innermost region; calls: the autocast calls that lead there from `gm`."""
     for call in calls:
-        gm = region_of(gm, call)
+        gm = body_of(gm, call)
         value = operand(gm, call, value)
     return value
 

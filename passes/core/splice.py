@@ -8,6 +8,7 @@ the graph's symbols. What tracing would lose or freeze is refused: grad-mode swi
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ...errors import GraphError
 from ...store.tensors import MODE
+from .nodes import results_of
 
 TAG = "peft_fx"
 
@@ -34,8 +36,9 @@ class Splicer:
         like: fx.Node,
         tag: dict,
         after=True,
-    ) -> list[fx.Node | None]:
-        """Inserts `function(*arguments)` next to the node `like` and returns its result nodes (argument nodes unchanged).
+    ) -> list[Any]:
+        """Inserts `function(*arguments)` next to the node `like` and returns its result nodes (argument nodes unchanged), None
+        for what is None.
 
         like: site whose module stack the new nodes take. tag: plain data, stored in `node.meta["custom"]["peft_fx"]`.
         """
@@ -60,11 +63,11 @@ class Splicer:
         traced.graph.eliminate_dead_code()  # dtype arithmetic such as torch.promote_types is traced too
         return traced.graph
 
-    def copy(self, traced: fx.Graph, arguments, like: fx.Node, tag: dict, after: bool) -> list[fx.Node | None]:
+    def copy(self, traced: fx.Graph, arguments, like: fx.Node, tag: dict, after: bool) -> list[Any]:
         graph = self.gm.graph
         present = [a for a in arguments if a is not None]
         env = dict(zip((n for n in traced.nodes if n.op == "placeholder"), present, strict=True))
-        provenance = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
+        provenance: dict[str, Any] = {k: like.meta[k] for k in ("nn_module_stack", "stack_trace") if k in like.meta}
         point = graph.inserting_after(like) if after else graph.inserting_before(like)
         with point:
             for node in traced.nodes:
@@ -77,7 +80,7 @@ class Splicer:
                     point.__exit__(None, None, None)
                     point = graph.inserting_after(new)
                     point.__enter__()
-        return [None if n is None else env[n] for n in traced.output_node().args[0]]
+        return [None if n is None else env[n] for n in results_of(traced)]
 
     def follow_mode(self, node: fx.Node) -> None:
         """A literal `train=True` in a method (its dropout) follows the graph's mode."""

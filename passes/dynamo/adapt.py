@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -23,13 +24,15 @@ from ...errors import GraphError
 from ...planning.plan import Placement
 from ...store.lazy import copy_graph
 from ...store.modules import Store
-from ...store.state import State
-from ...store.tensors import ROOT, get_tensor, set_tensor
+from ...store.state import State, base_of
+from ...store.tensors import ROOT, set_tensor, tensor_of
 from ...target import ModuleTable
 from ..capture.linearise import Linearise
 from ..capture.literals import BakeLiterals
 from ..core.base import Pass, run
 from ..core.fakes import fake_mode_of, fake_of
+from ..core.nodes import input_of, name_of
+from ..core.regions import body_of
 from ..core.splice import TAG, Splicer
 from ..inject.inject import Inject
 from ..match.operators import keeps_axes
@@ -53,7 +56,7 @@ def adapt(
     inside = adapt_checkpoints(new, inputs, placements, state, store)
     outside = tuple(p for p in placements if p not in inside)
     targets = frozenset(name for p in outside for name in (p.target.name, p.target.bias_name))
-    run((ReadersToAten(targets, state.base.traces), Linearise(), Inject(outside), BakeLiterals()), new)
+    run((ReadersToAten(targets, base_of(state).traces), Linearise(), Inject(outside), BakeLiterals()), new)
     graph, ours = with_inputs(new)
     del new.meta[ROOT]
     return fx.GraphModule(new, graph), ours
@@ -63,14 +66,14 @@ def adapt_checkpoints(gm: fx.GraphModule, inputs: Inputs, placements, state: Sta
     """Adapts targets that one activation checkpoint alone reads, inside of it; returns their placements."""
     done = []
     for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
-        body, *operands = node.args
+        body, operands = body_of(gm, node), node.args[1:]
         own = {n.target: i for i, n in enumerate(operands) if n.op == "get_attr" and set(n.users) == {node}}
         mine = [p for p in placements if p.target.name in own]
         if not mine:
             continue
-        found = {i: (get_tensor(gm, name), (name,)) for name, i in own.items()}
-        adapted, ours = adapt(gm.get_submodule(body.target), found, mine, state, store)
-        name = f"{body.target}_adapted"
+        found = {i: (tensor_of(gm, name), (name,)) for name, i in own.items()}
+        adapted, ours = adapt(body, found, mine, state, store)
+        name = f"{name_of(input_of(node))}_adapted"
         gm.add_module(name, adapted)
         with gm.graph.inserting_before(node):
             tensors = [tensor_node(gm, name) for name in ours]
@@ -87,7 +90,7 @@ def tensor_node(gm: fx.GraphModule, name: str) -> fx.Node:
     first = next(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr"))
     with gm.graph.inserting_before(first):
         node = gm.graph.get_attr(name)
-    node.meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
+    node.meta["val"] = fake_of(fake_mode_of(gm), tensor_of(gm, name))
     return node
 
 
@@ -168,7 +171,7 @@ def traceable(node: fx.Node) -> bool:
     return isinstance(node.meta["val"], torch.Tensor)
 
 
-def aten_of(splice: Splicer, node: fx.Node) -> list[fx.Node | None]:
+def aten_of(splice: Splicer, node: fx.Node) -> list[Any]:
     """Puts the ATen operators of a call in its place; returns its results."""
     inputs = node.all_input_nodes
     role = {n: f"%{i}" for i, n in enumerate(inputs)}
@@ -176,7 +179,7 @@ def aten_of(splice: Splicer, node: fx.Node) -> list[fx.Node | None]:
     def function(*tensors):
         env = dict(zip(inputs, tensors, strict=True))
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        call = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target
+        call = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target  # a method's name
         result = call(*args, **kwargs)
         return result if isinstance(result, tuple) else (result,)
 
@@ -184,7 +187,7 @@ def aten_of(splice: Splicer, node: fx.Node) -> list[fx.Node | None]:
     results = splice(function, static, inputs, node, {})
     if isinstance(node.meta["val"], tuple):
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
+            user.replace_all_uses_with(results[cast(int, user.args[1])])
             splice.gm.graph.erase_node(user)
     else:
         node.replace_all_uses_with(results[0], propagate_meta=False)
@@ -194,7 +197,7 @@ def aten_of(splice: Splicer, node: fx.Node) -> list[fx.Node | None]:
 
 def with_inputs(gm: fx.GraphModule) -> tuple[fx.Graph, list[str]]:
     """Dynamo's calling convention again: the graph with its placeholders, then one for each tensor of ours, and their names."""
-    graph, ours = copy_graph(gm.graph), []
+    graph, ours = copy_graph(gm.graph), list[str]()
     last = max(n for n in graph.nodes if n.op == "placeholder")
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     for old, new in zip(gm.graph.find_nodes(op="placeholder"), placeholders.values(), strict=True):

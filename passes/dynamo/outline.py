@@ -113,7 +113,8 @@ def runs_of(nodes: Sequence[fx.Node], level: int) -> list[Part]:
     for i, path in enumerate(paths):
         if path:
             spans[path] = (spans.get(path, (i, i))[0], i)
-    runs, at = [], 0
+    runs: list[Part] = []
+    at = 0
     for path, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
         if first < at:  # entangled with the member before: part of it
             if runs and last >= at:
@@ -262,6 +263,7 @@ def place(gm: fx.GraphModule, name: str, cls: type[Block]) -> None:
 
 
 def module_at(module: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = module
     for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
+        found = None if found is None else found._modules.get(part)
+    return found

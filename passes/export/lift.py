@@ -8,6 +8,8 @@ constraints kept from capture.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import fx, nn
 from torch._export.verifier import TrainingIRVerifier
@@ -22,21 +24,25 @@ from torch.export.graph_signature import (
     SymIntArgument,
     TensorArgument,
 )
+from torch.utils._pytree import TreeSpec
 
 from ...errors import GraphError
 from ...store.lazy import copy_graph
-from ...store.tensors import ROOT, get_tensor
+from ...store.tensors import ROOT, get_tensor, tensor_of
 from ..core.base import regions
 from ..core.fakes import fake_mode_of, fake_of
+from ..core.nodes import calling, results_of
 from ..match.readers import parameter_nodes
 
 
 def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
     """The program that `gm`'s graph is; shares `gm`'s tensors. The graph must have no call_module nodes."""
     graph = copy_graph(gm.graph)
-    info = gm.graph._codegen.pytree_info
+    info = calling(gm.graph)
     users = [n for n in graph.nodes if n.op == "placeholder"]
-    specs, state, constants = [], {}, {}
+    specs: list[InputSpec] = []
+    state: dict[str, torch.Tensor] = {}
+    constants: dict[str, Any] = {}
     persistent = set(gm.state_dict(keep_vars=True))
     read = parameter_nodes(graph)
     unread = {
@@ -55,7 +61,7 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
         (state if stays or kind is InputKind.PARAMETER else constants)[name] = tensor
     specs += [InputSpec(InputKind.USER_INPUT, argument(n), None) for n in users]
     output = graph.output_node()
-    flat = tuple(output.args[0])
+    flat = results_of(graph)
     output.args = (flat,)
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, argument(n), None) for n in flat]
     graph.set_codegen(fx.CodeGen())
@@ -69,7 +75,7 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
         name = next(n for n, m in gm._modules.items() if m is region)
         root.add_module(name, region)
     signature = ModuleCallSignature([s.arg for s in specs if s.kind is InputKind.USER_INPUT], [s.arg for s in outputs],
-                                    info.in_spec, info.out_spec)  # fmt: skip
+                                    info.in_spec, cast(TreeSpec, info.out_spec))  # fmt: skip
     return ExportedProgram(
         root=fx.GraphModule(root, graph),
         graph=graph,
@@ -86,7 +92,7 @@ def unread_node(graph: fx.Graph, gm: fx.GraphModule, name: str) -> fx.Node:
     """A node for a tensor that no operator reads: it belongs to the model's state dict all the same."""
     with graph.inserting_before(next(iter(graph.nodes))):
         node = graph.get_attr(name)
-    node.meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
+    node.meta["val"] = fake_of(fake_mode_of(gm), tensor_of(gm, name))
     return node
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ...config import AdapterConfig
 from ...methods.base import Additive, Branch, InputMap, Method, OutputMap, Theta, block_diagonal
 from ...target import Target
+from ..core.nodes import overload_of
 from ..match.operators import full_args
 from ..match.readers import Site
 
@@ -119,7 +120,7 @@ def replayed(
     """The operator at `site`, the views before it included, with other operands. inputs: of `activation_inputs`."""
     env = dict(zip(activation_inputs(site), inputs, strict=True)) | {site.parameter: weight}
     for node in site.chain:
-        env[node] = node.target(*fx.map_arg(node.args, env.__getitem__), **node.kwargs)
+        env[node] = overload_of(node)(*fx.map_arg(node.args, env.__getitem__), **node.kwargs)
     args = full_args(site.node)
     last = site.chain[-1] if site.chain else site.parameter
     args = [x if a is site.x else env[last] if a is last else fx.map_arg(a, env.get) for a in args]
@@ -127,7 +128,7 @@ def replayed(
         args[site.operator.bias] = bias
     if site.operator.groups is not None and groups is not None:
         args[site.operator.groups] = groups
-    return site.node.target(*args, **site.node.kwargs)
+    return overload_of(site.node)(*args, **site.node.kwargs)
 
 
 # Functions at an operator: (y, x, W, b, *theta, *inputs) -> (y',), or (x, *theta) -> (x',) ahead of it.
@@ -187,7 +188,7 @@ def aligned(A: torch.Tensor, B: torch.Tensor, align: int) -> tuple[torch.Tensor,
     return F.pad(A, (0, 0, 0, missing)).contiguous(), F.pad(B, (0, missing)).contiguous()
 
 
-def additive_function(site: Site, method: Method, target: Target, config: AdapterConfig, names: tuple[str, ...]):
+def additive_function(site: Site, method: Additive, target: Target, config: AdapterConfig, names: tuple[str, ...]):
     """For a method with `factors`.
 
     The factors are cast to y's dtype, not the activations to the factors': only the rank-r side is ever converted.

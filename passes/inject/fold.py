@@ -14,7 +14,7 @@ from torch import fx
 from ...errors import GraphError
 from ...planning.plan import Placement
 from ...store.lazy import graph_to_read
-from ...store.tensors import get_tensor
+from ...store.tensors import get_tensor, tensor_of
 from ..core.base import Pass
 from ..core.fakes import fake_mode_of, fake_of
 from ..match.readers import parameter_nodes, sites
@@ -36,14 +36,14 @@ class PointAtFolded(Pass):
             if node is None:
                 continue
             found, _ = sites(node)
-            node.meta["val"] = fake_of(fake_mode, get_tensor(gm, target.name))
+            node.meta["val"] = fake_of(fake_mode, tensor_of(gm, target.name))
             if p.rule.dense_groups(target):
                 drop_groups(found)
                 changed += 1
             if not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None:
                 with gm.graph.inserting_after(node):
                     bias = gm.graph.get_attr(target.bias_name)
-                bias.meta["val"] = fake_of(fake_mode, get_tensor(gm, target.bias_name))
+                bias.meta["val"] = fake_of(fake_mode, tensor_of(gm, target.bias_name))
                 add_bias(found, bias)
                 changed += 1
         return changed
@@ -58,7 +58,7 @@ def fits(node: fx.Node | None, p: Placement, gm: fx.GraphModule) -> bool:
     """Whether a folded weight is read as the one before it."""
     if node is None:
         return True
-    target, now = p.target, get_tensor(gm, p.target.name)
+    target, now = p.target, tensor_of(gm, p.target.name)
     new_bias = not target.has_bias and target.bias and get_tensor(gm, target.bias_name) is not None
     return not new_bias and not p.rule.dense_groups(target) and looks(now) == looks(node.meta["val"])
 

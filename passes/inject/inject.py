@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import fx
@@ -20,7 +21,7 @@ from ...methods import get_method
 from ...methods.base import HALF
 from ...planning.kinds import one_line_each, stored_shape
 from ...planning.plan import Placement, Refusal, Shared, clashes
-from ...store.tensors import ADAPTERS, GATES, ROOT, get_tensor
+from ...store.tensors import ADAPTERS, GATES, ROOT, tensor_of
 from ...target import Target
 from ..core.base import Pass, regions
 from ..core.fakes import fake_mode_of, fake_of
@@ -125,8 +126,9 @@ def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKey
 def costs(p: Placement, site: Site) -> tuple[float, float]:
     """Of the operator at a site with the adapter, forward and backward: in activation form, in weight form."""
     method, names = p.rule, tuple(p.tensors)
-    W, b, x, *inputs = (None if n is None else n.meta["val"]
-                        for n in (site.parameter, bias_of(site), site.x, *activation_inputs(site)))  # fmt: skip
+    W, x, *inputs = (n.meta["val"] for n in (site.parameter, site.x, *activation_inputs(site)))
+    bias = bias_of(site)
+    b = None if bias is None else bias.meta["val"]
     theta = [torch.empty(t.shape, dtype=t.dtype_on(W.dtype), device="meta") for t in p.tensors.values()]
     before, after = ([f.build(site, method, p.target, p.config, names) for f in forms_of(method) if f.place == place]
                      for place in ("input", "output"))  # fmt: skip
@@ -147,7 +149,8 @@ def costs(p: Placement, site: Site) -> tuple[float, float]:
         return replayed(site, tensors[len(names) :], x, new_W, new_b, groups)
 
     trained = [True, False, False, *(t.trainable for t in p.tensors.values()), *(False for _ in inputs)]
-    return tuple(cost(function, [x, W, b, *theta, *inputs], trained) for function in (activation, weight))
+    arguments = [x, W, b, *theta, *inputs]
+    return cost(activation, arguments, trained), cost(weight, arguments, trained)
 
 
 def composed(i: int, last_weight: int) -> str:
@@ -209,7 +212,7 @@ class Insert:
 
     def __init__(self, gm: fx.GraphModule, gated: bool):
         self.gm, self.graph, self.gated = gm, gm.graph, gated
-        self.nodes = parameter_nodes(gm.graph)
+        self.nodes: dict[str | tuple[str, str], fx.Node] = dict(parameter_nodes(gm.graph).items())
         self.fake_mode = fake_mode_of(gm)
         self.splice = Splicer(gm, self.fake_mode, gm.meta[ROOT].base.traces)
         self.key = ConfigKeys()
@@ -261,7 +264,7 @@ class Insert:
             self.replace(old_W, new_W, label)
             self.heads[W] = new_W
         if new_b is not None and new_b is not old_b:
-            if old_b is None:
+            if b is None or old_b is None:
                 add_bias(x.sites, new_b)
                 self.nodes[p.target.bias_name] = new_b
             else:
@@ -286,7 +289,7 @@ class Insert:
         if name not in self.nodes:
             with self.graph.inserting_before(self.first_call):
                 node = self.nodes[name] = self.graph.get_attr(name)
-            node.meta["val"] = fake_of(self.fake_mode, get_tensor(self.gm, name))
+            node.meta["val"] = fake_of(self.fake_mode, tensor_of(self.gm, name))
         return self.nodes[name]
 
     def tensor(self, shared: Shared) -> fx.Node:
@@ -348,13 +351,13 @@ def bare(p: Placement) -> tuple:
 def add_bias(sites: Sequence[Site], bias: fx.Node) -> None:
     """Gives operators that had no bias the one a method adds."""
     for site in sites:
-        set_argument(site.node, site.operator.bias, bias)
+        set_argument(site.node, cast(int, site.operator.bias), bias)
 
 
 def drop_groups(sites: Sequence[Site]) -> None:
     """Makes grouped convolutions ungrouped: their weight now holds every channel."""
     for site in sites:
-        set_argument(site.node, site.operator.groups, 1)
+        set_argument(site.node, cast(int, site.operator.groups), 1)
 
 
 def set_argument(node: fx.Node, position: int, value) -> None:

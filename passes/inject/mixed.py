@@ -20,6 +20,7 @@ the outermost or innermost part of its first axis.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,10 +35,11 @@ from ...errors import GraphError
 from ...methods import get_method
 from ...methods.base import Additive
 from ...planning.plan import Placement
-from ...store.tensors import INPUTS
+from ...store.tensors import INPUTS, store_of
 from ...target import sizes
 from ..core.base import Pass
 from ..core.fakes import fake_mode_of
+from ..core.nodes import calling, input_of
 from ..forms.lowering import (
     activation_inputs,
     activation_signature,
@@ -114,7 +116,7 @@ def add_input(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
     value = like.meta["val"]
     with fake_mode_of(gm):
         node.meta["val"] = torch.empty((value.shape[0],), dtype=torch.int64, device=value.device)
-    info = gm.graph._codegen.pytree_info
+    info = calling(gm.graph)
     positional, named = info.in_spec.children()
     with_ids = pytree.tree_structure((0, {name: 0 for name in (*named.context, IDS)}))
     named = pytree.TreeSpec(dict, with_ids.child(1).context, [*named.children(), with_ids.child(1).child(-1)])
@@ -125,7 +127,7 @@ def add_input(gm: fx.GraphModule, like: fx.Node) -> fx.Node:
 def drop_input(graph: fx.Graph) -> None:
     """Undoes `add_input`: takes out the placeholder, which nothing reads any more."""
     graph.erase_node(next(n for n in graph.find_nodes(op="placeholder") if n.target == IDS))
-    info = graph._codegen.pytree_info
+    info = calling(graph)
     positional, named = info.in_spec.children()
     kept = [i for i, name in enumerate(named.context) if name != IDS]
     named = pytree.TreeSpec(dict, [named.context[i] for i in kept], [named.child(i) for i in kept])
@@ -133,7 +135,7 @@ def drop_input(graph: fx.Graph) -> None:
 
 
 def set_inputs(graph: fx.Graph, names: list[str], in_spec: pytree.TreeSpec) -> None:
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, graph._codegen.pytree_info.out_spec)))
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, calling(graph).out_spec)))
 
 
 # Where the rows are
@@ -173,7 +175,7 @@ def rows_of(node: fx.Node, batch: sympy.Symbol) -> Rows | None:
         node = before
     if axes or schema_name(node) not in VIEWS:
         return None
-    old, new = ([size(s) for s in n.meta["val"].shape] for n in (node.args[0], node))
+    old, new = ([size(s) for s in n.meta["val"].shape] for n in (input_of(node), node))
     if old.count(batch) != 1 or sympy.prod(old) != sympy.prod(new):
         return None
     if old[0] == batch and sympy.cancel(new[0] / batch).as_numer_denom()[1] == 1:
@@ -206,7 +208,12 @@ class Part:
     def factored(self) -> bool:
         rule = self.placement.rule
         forms = [t for t in type(rule).__mro__ if t is Additive]
-        return len(forms_of(rule)) == 1 and bool(forms) and type(rule).between is Additive.between
+        return (
+            len(forms_of(rule)) == 1
+            and bool(forms)
+            and isinstance(rule, Additive)
+            and type(rule).between is Additive.between
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -264,13 +271,13 @@ class MixedBatch(Pass):
                 ]
         if faults:
             raise GraphError("\n".join(faults))
-        gm.peft_fx.inputs.add_module("rows", RowIds(self.names))
+        store_of(gm).inputs.add_module("rows", RowIds(self.names))
         with gm.graph.inserting_before(work.first_call):
             work.check = gm.graph.call_module(ROWS, (ids, first))
         work.check.meta["val"] = None
         for name, sites in at.items():
             for site in sites:
-                work.at_operator(site, by_target[name], rows_of(site.x, batch))
+                work.at_operator(site, by_target[name], typing.cast(Rows, rows_of(site.x, batch)))
         return sum(map(len, at.values()))
 
 
@@ -280,7 +287,7 @@ class InsertMixed(Insert):
     def __init__(self, gm: fx.GraphModule, ids: fx.Node, count: int):
         super().__init__(gm, gated=False)
         self.ids, self.count = ids, count
-        self.check: fx.Node | None = None  # the call that checks the ids
+        self.check: fx.Node  # the call that checks the ids
         self.local: dict[tuple[int, ...], list[fx.Node]] = {}
 
     def at_operator(self, site: Site, parts: Sequence[Part], rows: Rows) -> None:
@@ -303,7 +310,7 @@ class InsertMixed(Insert):
         self.heads[site.node] = result
 
     def input(self, site: Site, parts: Sequence[Part], rows: Rows, function: Callable, how: tuple) -> None:
-        label, x = self.label(parts), site.node.args[site.node.args.index(site.x)]
+        label, x = self.label(parts), input_of(site.node, site.node.args.index(site.x))
         original = self.inputs.setdefault(site.node, site.x)
         arguments = [x, original, *self.chosen(parts), *self.thetas(parts)]
         static = (*self.static(site, parts, rows, how), x is original)  # a trace cannot tell one operand from itself
@@ -367,7 +374,7 @@ def factors_of(parts: Sequence[Part], thetas: Sequence[dict], W: torch.Tensor, d
         p = x.placement
         if p.rule.reads:
             theta = theta | {"W": widened(to_canonical(W, p.target), list(theta.values()))}
-        f = p.rule.factors(theta, p.target, p.config)
+        f = typing.cast(Additive, p.rule).factors(theta, p.target, p.config)
         found.append(replace(f, A=cast(f.A, dtype), B=cast(f.B, dtype)))
     return found
 
@@ -433,14 +440,14 @@ def side_by_side(site: Site, parts: Sequence[Part], rows: Rows) -> Callable:
         thetas, inputs = thetas_of(parts, tensors)
         found = factors_of(parts, thetas, W, y.dtype)
         x, count = dropped(x, parts, rows, index, chosen), index.shape[0]
-        h = []
+        parts_of_h = []
         for i, f in enumerate(found):
             part = replayed(site, inputs, x, from_canonical(f.A, target), groups=1)
             part = rows.open(cast(part * f.scale, y.dtype), count)
             part = rows.close(part * rows.along(cast((index == i) & chosen, y.dtype), part))
-            h.append(part.unflatten(channels, (groups, -1)))
+            parts_of_h.append(part.unflatten(channels, (groups, -1)))
         # the operator's groups see ranks of every adapter: group by group, adapter by adapter
-        h = torch.cat(h, channels).flatten(channels - 1, channels)
+        h = torch.cat(parts_of_h, channels).flatten(channels - 1, channels)
         B = torch.cat([f.B for f in found], 1)
         d = site.operator.second(
             lambda h, B, bias: replayed(site, inputs, h, from_canonical(B, target), bias, groups=1), h, B, None, groups

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...errors import GraphError
-from ...store.tensors import get_tensor
+from ...store.tensors import tensor_of
 from ..core.base import Pass
 from ..core.fakes import fake_mode_of, fake_of
 from ..core.splice import TAG
@@ -53,7 +53,7 @@ def parameter(gm: fx.GraphModule, known: dict[str, fx.Node], name: str) -> fx.No
         first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         with gm.graph.inserting_before(first):
             known[name] = gm.graph.get_attr(name)
-        known[name].meta["val"] = fake_of(fake_mode_of(gm), get_tensor(gm, name))
+        known[name].meta["val"] = fake_of(fake_mode_of(gm), tensor_of(gm, name))
     return known[name]
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from ..core.nodes import input_of, overload_of
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -85,7 +87,7 @@ CHAIN = SWAPS | {
 def keeps_axes(node: fx.Node) -> bool:
     """True for a node of `CHAIN` that leaves the out and in axes of a weight whole."""
     rule = CHAIN.get(schema_name(node))
-    return rule is not None and rule(node.args, node.args[0].meta["val"].dim())
+    return rule is not None and rule(node.args, input_of(node).meta["val"].dim())
 
 
 def schema_name(node: fx.Node) -> str:
@@ -95,7 +97,7 @@ def schema_name(node: fx.Node) -> str:
 
 def full_args(node: fx.Node) -> list:
     """Positional arguments with the defaults that export dropped filled in from the schema."""
-    arguments = node.target._schema.arguments
+    arguments = overload_of(node)._schema.arguments
     values = list(node.args)
     for a in arguments[len(values) :]:
         if a.kwarg_only:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..core.nodes import input_of, name_of
 from .operators import OPERATORS, SWAPS, Operator, full_args, keeps_axes, schema_name
 
 
@@ -23,7 +24,7 @@ class Site:
     @property
     def x(self) -> fx.Node:
         position = self.operator.x if self.operator.x != self.weight_position else 1 - self.weight_position
-        return self.node.args[position]
+        return input_of(self.node, position)
 
     @property
     def stored_transposed(self) -> bool:
@@ -36,7 +37,7 @@ class Site:
 
 
 def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
-    return {n.target: n for n in graph.nodes if n.op == "get_attr"}
+    return {name_of(n): n for n in graph.nodes if n.op == "get_attr"}
 
 
 def sites(parameter: fx.Node) -> tuple[list[Site], str]:

@@ -33,7 +33,7 @@ def peft_fx(
             "--version", callback=show_version, is_eager=True, help="Print the version. [dim]e.g. --version[/]"
         ),
     ] = False,
-):
+) -> None:
     """Parameter-efficient fine-tuning by rewriting torch.fx graphs.
 
     Example: [bold]peft-fx inspect HuggingFaceTB/SmolLM2-135M --recipe lora[/]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.syntax import Syntax
@@ -49,11 +50,11 @@ def line(n: Node, labels: dict[str, str]) -> str:
     return WRITERS[n.op](n, labels) if n.op in WRITERS else f"{labels[n.name]} = {n.op}({n.target})"
 
 
-def placeholder(n: Node, labels) -> str:
+def placeholder(n: Node, labels: dict[str, str]) -> str:
     return f"{annotated(n, labels)} = inputs[{n.target!r}]"
 
 
-def attribute(n: Node, labels) -> str:
+def attribute(n: Node, labels: dict[str, str]) -> str:
     return f"{annotated(n, labels)} = {dotted(n.target)}"
 
 
@@ -62,17 +63,17 @@ def dotted(path: str) -> str:
     return "self" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split("."))
 
 
-def call(n: Node, labels) -> str:
+def call(n: Node, labels: dict[str, str]) -> str:
     return (
         f"{annotated(n, labels)} = {n.target if n.op == 'call_function' else dotted(n.target)}({arguments(n, labels)})"
     )
 
 
-def method(n: Node, labels) -> str:
+def method(n: Node, labels: dict[str, str]) -> str:
     return f"{annotated(n, labels)} = {text(n.args[0], labels)}.{n.target}({arguments(n, labels, skip=1)})"
 
 
-def output(n: Node, labels) -> str:
+def output(n: Node, labels: dict[str, str]) -> str:
     return f"return {text(n.args[0], labels)}"
 
 
@@ -82,17 +83,17 @@ WRITERS = {
 }  # fmt: skip
 
 
-def annotated(n: Node, labels) -> str:
+def annotated(n: Node, labels: dict[str, str]) -> str:
     return f"{labels[n.name]}: {n.type}" if n.type else labels[n.name]
 
 
-def arguments(n: Node, labels, skip: int = 0) -> str:
+def arguments(n: Node, labels: dict[str, str], skip: int = 0) -> str:
     return ", ".join(
         [*(text(a, labels) for a in n.args[skip:]), *(f"{k}={text(v, labels)}" for k, v in n.kwargs.items())]
     )
 
 
-def text(value, labels) -> str:
+def text(value: Any, labels: dict[str, str]) -> str:
     if isinstance(value, Ref):
         return labels.get(value.name, value.name)
     if isinstance(value, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from typing import Any
 
 from rich.console import Console
 
@@ -47,7 +48,7 @@ def node(n: Node) -> dict:
     return {f.name: with_names(getattr(n, f.name)) for f in fields(n)}
 
 
-def with_names(value):
+def with_names(value: Any) -> Any:
     """References to nodes as "%name"."""
     if isinstance(value, Ref):
         return f"%{value.name}"

@@ -38,7 +38,7 @@ def header(inspection: Inspection, console: Console) -> None:
     facts = [f"{model.parameters:,} parameters", "/".join(model.dtypes)]
     if inspection.nodes is not None:
         before, after = inspection.nodes
-        facts += [f"{before:,}" + (f" → {after:,}" if after != before else "") + " nodes", model.mode]
+        facts += [f"{before:,}" + (f" → {after:,}" if after != before else "") + " nodes", model.mode or ""]
     facts += [] if model.weights else ["shapes only"]
     paragraph(console, [Cell(model.name, "bold"), *map(Cell, facts)])
     console.print(f"  [dim]{escape(model.source)}[/]", soft_wrap=True)
@@ -96,7 +96,7 @@ def closing(inspection: Inspection, console: Console, groups: Sequence[Group]) -
 def show_view(inspection: Inspection, console: Console) -> None:
     view = inspection.view
     console.print("  ", end="")
-    title(console, view.target, view.matches)
+    title(console, view.target or "", view.matches)
     console.print()
     parts = [("before", view.before), ("after", view.after)] if view.changed else [("graph", view.after)]
     for name, nodes in parts:

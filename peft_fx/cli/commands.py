@@ -73,7 +73,7 @@ def inspect(
     target: Target = None,
     format: Format = "table",
     every: Every = False,
-):
+) -> None:
     """Show a model's targets, and what a recipe or an adapter does to them.
 
     Without --recipe and --adapter: every parameter that could be adapted, or, for a .pt2, the adapters in it. A config whose
@@ -106,7 +106,7 @@ Name = Annotated[
 ]
 
 
-def methods(name: Name = None):
+def methods(name: Name = None) -> None:
     """List the methods and what each can do; with NAME: its formulas, options and file keys.
 
     Everything is asked of the code: which operator kinds a method takes on a probe, and in which form.

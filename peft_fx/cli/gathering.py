@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..planning.possible import possible_targets, undecided
 from ..verbs.rows import possible_row
 from .facts import Inspection, model_of, recipe_of
-from .model import open_model
+from .model import Built, open_model
 
 
 def gather(
@@ -17,10 +17,10 @@ def gather(
     """
     wanted = recipe_of(recipe, adapter)  # before the model, which takes longer
     opened = open_model(source)
-    table = None if traced or wanted is not None or target is not None else opened.table
-    if table is None or undecided(table):
-        from .graphs import inspected
+    listed = wanted is None and target is None and not traced
+    if listed and isinstance(opened, Built) and not undecided(opened.table):
+        rows = tuple(possible_row(t) for t in possible_targets(opened.table) if t.kind != "norm")
+        return Inspection(model_of(source, opened.table, opened.model, opened.weights), rows)
+    from .graphs import inspected
 
-        return inspected(source, opened, wanted, target)
-    rows = tuple(possible_row(t) for t in possible_targets(table) if t.kind != "norm")
-    return Inspection(model_of(source, table, opened.model, opened.weights), rows)
+    return inspected(source, opened, wanted, target)

@@ -6,7 +6,8 @@ from torch import fx
 
 from ..passes.core.base import Report, op_counts, settings
 from ..recipe import Recipe
-from ..store.state import state_of
+from ..store.state import base_of, state_of
+from ..store.tensors import store_of
 from ..verbs.explain import explain, possible
 from ..verbs.preview import preview
 from .facts import Inspection, Step, model_of
@@ -33,14 +34,15 @@ def inspected(source: str, opened: Archive | Built, recipe: Recipe | None, targe
     rows = rows or possible(base).rows
     state = state_of(shown)
     steps = tuple(step(report, after) for report, gm, after in reports if gm is base or gm is shown)
-    nodes = (len(state.base.graph.nodes), len(shown.graph.nodes))
-    view = view_of(state.base.graph, shown.graph, target, [r.target for r in rows], state.table)
+    before = base_of(state).graph
+    nodes = (len(before.nodes), len(shown.graph.nodes))
+    view = view_of(before, shown.graph, target, [r.target for r in rows], state.table)
     model = model_of(source, state.table, base, opened.weights, mode_of(base))
     return Inspection(model, rows, steps, nodes, view)
 
 
 def mode_of(graph: fx.GraphModule) -> str:
-    mode = graph.peft_fx.mode
+    mode = store_of(graph).mode
     only = "train" if mode.training else "eval"
     return only if mode.locked else "train and eval"
 

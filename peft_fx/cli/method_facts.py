@@ -7,9 +7,10 @@ import inspect
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..config import AdapterConfig
 from ..engine.adding import allocate
@@ -21,6 +22,7 @@ from ..methods.base import Additive, Branch, InputMap, Method, OutputMap, Rewrit
 from ..passes.forms.lowering import forms_of, to_canonical
 from ..planning.kinds import stored_shape
 from ..planning.plan import ROOT_KEY, Placement, make_plan
+from ..store.tensors import ADAPTERS
 from ..target import ModuleRecord, ModuleTable
 
 SIZE = 256  # features of the targets that methods are asked about: what default block sizes divide
@@ -29,7 +31,7 @@ KINDS = {
     "embedding": (SIZE, SIZE), "norm": (SIZE,), "expert": (2, SIZE, SIZE),
 }  # fmt: skip
 # Options without which a config is not complete, or that choose a variant which has a line of its own.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 100},
     "DORA": {"use_dora": True},
     "IA3": {"feedforward_modules": []},
@@ -83,12 +85,12 @@ class Facts:
     def fields(self) -> dict[str, tuple[object, str]]:
         """The config's own fields: name -> (default, why other values are refused, or "")."""
         common = {f.name for f in dataclasses.fields(AdapterConfig)}
+        if self.config is None:
+            return {}
+        refused = self.config.refused
         own = [f for f in dataclasses.fields(self.config) if f.name not in common]
         required = dataclasses.MISSING
-        return {
-            f.name: ("required" if (d := default_of(f)) is required else d, self.config.refused.get(f.name, ""))
-            for f in own
-        }
+        return {f.name: ("required" if (d := default_of(f)) is required else d, refused.get(f.name, "")) for f in own}
 
 
 def names() -> list[str]:
@@ -100,7 +102,9 @@ def names() -> list[str]:
 def facts(name: str) -> Facts:
     """Plans the method called `name` on a model of one layer, for every kind. Raises RecipeError if there is none."""
     method = get_method(name)
-    kinds, refused, first = {}, {}, ()
+    kinds: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    first: list[Placement] = []
     for kind in KINDS:
         found = planned(method, kind)
         if isinstance(found, str):
@@ -126,7 +130,8 @@ def planned(method: Method, kind: str) -> list[Placement] | str:
     """What the method puts on the one layer of that kind, or why it does not."""
     options = {"target_parameters": ["layer.weight"]} if kind == "expert" else {"target_modules": ["layer"]}
     try:
-        config = method.Config(**{"target_modules": [], **OPTIONS.get(method.name, {}), **options})
+        chosen: dict[str, Any] = {"target_modules": [], **OPTIONS.get(method.name, {}), **options}
+        config = method.Config(**chosen)
         found = make_plan(table_of(kind), "probe", config, strict=False)
     except RecipeError as error:
         return str(error)
@@ -143,7 +148,7 @@ def table_of(kind: str) -> ModuleTable:
 
 def starts_as_identity(p: Placement) -> bool:
     """Whether a fresh adapter leaves a random weight and its bias as they are."""
-    method, model = p.rule, nn.Module()
+    method, model = p.rule, fx.GraphModule(nn.Module(), fx.Graph())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         W, b = torch.randn(stored_shape(p.target)), torch.randn(SIZE) if p.target.has_bias else None
@@ -151,12 +156,11 @@ def starts_as_identity(p: Placement) -> bool:
         model.layer.register_buffer(p.target.parameter, W)
         if p.target.has_bias:
             model.layer.register_buffer(p.target.bias, b)
-        model.peft_fx = nn.Module()
-        model.peft_fx.adapters = nn.Module()
+        model.add_submodule(ADAPTERS, nn.Module())
         allocate(model, p, None, trainable=False)
         theta = theta_of(model, p)
         if method.no_weight:
-            return not method.delta(torch.randn(4, p.target.in_features), theta, p.target, p.config).any()
+            return not cast(Branch, method).delta(torch.randn(4, p.target.in_features), theta, p.target, p.config).any()
         new_W, new_b = method.weight(to_canonical(W, p.target), b, theta, p.target, p.config)
     changed = [(new_W - to_canonical(W, p.target)).abs().max() / W.abs().max()]
     if new_b is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,9 +35,9 @@ def marks(f: Facts, kinds: tuple[str, ...]) -> str:
     return found[0] if len(set(found)) == 1 else "".join(mark or "-" for mark in found)
 
 
-COLUMNS = {
+COLUMNS: dict[str, Callable[[Facts], str]] = {
     "method": lambda f: f.name,
-    **{group: (lambda f, kinds=kinds: marks(f, kinds)) for group, kinds in GROUPS.items()},
+    **{group: partial(marks, kinds=kinds) for group, kinds in GROUPS.items()},
     "merge": lambda f: "yes" if f.merge else "no",
     "swap": lambda f: ("any" if f.ranks else "same") + ("+" if f.neutral else ""),
     "start": lambda f: {True: "=", False: "≠", None: "?"}[f.identity],

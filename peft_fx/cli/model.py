@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..errors import CaptureError, PeftFxError
 from ..files.read import CONFIG as ADAPTER_CONFIG
@@ -18,6 +19,9 @@ from ..files.read import HUB_ID
 from ..planning.modules import module_table
 from ..target import ModuleTable
 from .terminal import working
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CONFIG = "config.json"
 
@@ -33,10 +37,6 @@ class Archive:
     path: Path
     weights = True
 
-    @property
-    def table(self) -> None:
-        """It is in the graph."""
-
     def graph(self) -> fx.GraphModule:
         from ..verbs.export import load
 
@@ -48,7 +48,7 @@ class Archive:
 class Built:
     """A model on the meta device, to be captured if someone asks for its graph."""
 
-    model: nn.Module
+    model: PreTrainedModel
     weights = False
 
     @cached_property
@@ -89,7 +89,7 @@ def config_source(path: Path, source: str) -> str:
     return source
 
 
-def config_of(where: str, source: str):
+def config_of(where: str, source: str) -> PretrainedConfig:
     """transformers' config object. Raises ModelNotFound."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -100,7 +100,7 @@ def config_of(where: str, source: str):
         raise ModelNotFound(f"{source}: no config that this transformers can read: {first_line(error)}") from error
 
 
-def build(config, source: str) -> nn.Module:
+def build(config: PretrainedConfig, source: str) -> PreTrainedModel:
     """The model on the meta device, in eval mode.
 
     The attention named in a config is not used: it may be code on the hub, and changes no target.
@@ -113,7 +113,7 @@ def build(config, source: str) -> nn.Module:
     return model.eval()
 
 
-def model_class(config):
+def model_class(config: PretrainedConfig) -> Any:
     """The class that the config names among transformers' own, else the first auto class that knows the config."""
     import transformers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..target import sizes
 
@@ -58,7 +59,7 @@ class View:
         return any(n.inserted for n in self.after)
 
 
-def refs(value) -> list[str]:
+def refs(value: Any) -> list[str]:
     if isinstance(value, Ref):
         return [value.name]
     if isinstance(value, dict):

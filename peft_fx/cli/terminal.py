@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
+from typing import Any, cast
 
 import typer
 from rich.console import Console
@@ -17,7 +18,9 @@ from typer.core import TyperGroup
 from .. import progress
 from ..errors import PeftFxError
 
-UsageError = typer.BadParameter.__base__  # typer keeps it in different places, depending on its version
+UsageError = cast(
+    type[typer.BadParameter], typer.BadParameter.__base__
+)  # typer keeps it in different places, depending on its version
 TRACEBACK = "PEFT_FX_TRACEBACK"
 PLAIN_WIDTH = 120  # of tables that go to a file or a pipe, unless COLUMNS says otherwise
 
@@ -25,9 +28,9 @@ PLAIN_WIDTH = 120  # of tables that go to a file or a pipe, unless COLUMNS says 
 class OneLineErrors(TyperGroup):
     """Exit codes: 0, 2 for what the user can mend, 1 for a fault of ours, 130 when interrupted."""
 
-    def main(self, *args, standalone_mode: bool = True, **options):
+    def main(self, *args: Any, standalone_mode: bool = True, **options: Any) -> None:
         try:
-            code = super().main(*args, standalone_mode=False, **options)
+            code = super().main(*args, **options, standalone_mode=False)  # type: ignore[misc]  # it comes by name
         except UsageError as error:
             fail(error.format_message(), 2)
         except PeftFxError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -77,7 +78,7 @@ def as_data(nodes: Iterable[fx.Node]) -> tuple[Node, ...]:
 
 def node_of(node: fx.Node) -> Node:
     value = node.meta.get("val")
-    tensor = isinstance(value, torch.Tensor)
+    dtype, shape = (str(value.dtype), value.shape) if isinstance(value, torch.Tensor) else ("", ())
     tag = tag_of(node)
     return Node(
         name=node.name,
@@ -85,14 +86,14 @@ def node_of(node: fx.Node) -> Node:
         target=str(node.target).removesuffix(".default") if node.op == "call_function" else str(node.target),
         args=tuple(map(plain, node.args)),
         kwargs={k: plain(v) for k, v in node.kwargs.items()},
-        dtype=str(value.dtype).removeprefix("torch.") if tensor else "",
-        shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape) if tensor else (),
+        dtype=dtype.removeprefix("torch."),
+        shape=tuple(s if isinstance(s, int) else str(s) for s in shape),
         tag=tag,
         inserted=bool(tag.get("role")) or (node.op == "get_attr" and str(node.target).startswith(f"{ADAPTERS}.")),
     )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """An argument as literals, lists, dicts and `Ref`s."""
     if isinstance(value, fx.Node):
         return Ref(value.name)

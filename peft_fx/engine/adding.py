@@ -18,7 +18,7 @@ from ..planning.plan import Placement
 from ..planning.selection import completed
 from ..store.modules import derive
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, ROOT, get_tensor
+from ..store.tensors import ADAPTERS, ROOT, tensor_of
 from ..target import ModuleTable, Target
 from .derive import frozen, replicated
 from .placed import describe, put
@@ -98,7 +98,7 @@ def warn_of_ties(adapter: str, placements: Iterable[Placement], table: ModuleTab
 
 def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool, drawn=False) -> None:
     """Registers a placement's tensors, initialised or from a file; `drawn`: one after the other."""
-    base = get_tensor(gm, placement.target.name)
+    base = tensor_of(gm, placement.target.name)
     device = offloaded_to(gm.get_submodule(placement.target.path)) if base.device.type == "meta" else None
     for name, spec in placement.tensors.items():
         if name in placement.shared:
@@ -136,12 +136,12 @@ def fill(tensor: torch.Tensor, gm: fx.GraphModule, placement: Placement, name: s
 def values_of(gm: fx.GraphModule, placement: Placement, tensors: tuple[str, ...], newer: dict) -> list[torch.Tensor]:
     """The values of some of a placement's tensors."""
     names = [placement.resolve(n).name for n in tensors]
-    return [newer[n] if n in newer else get_tensor(gm, f"{ADAPTERS}.{n}").detach() for n in names]
+    return [newer[n] if n in newer else tensor_of(gm, f"{ADAPTERS}.{n}").detach() for n in names]
 
 
 def base_weight(gm: fx.GraphModule, target: Target) -> torch.Tensor:
     """A target's weight in canonical layout; for one expert of a stack, its own."""
-    W = get_tensor(gm, target.tensor_name).detach()
+    W = tensor_of(gm, target.tensor_name).detach()
     return to_canonical(W if target.expert is None else W[target.expert], target)
 
 

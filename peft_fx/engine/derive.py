@@ -5,24 +5,26 @@ Every verb that changes which adapters act goes through `derived`; none edits it
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import fx, nn
 
 from ..errors import RecipeError
 from ..methods import get_method
 from ..passes.capture.replicate import ReplicateLayers, layer_list, replicated_table, sources
-from ..passes.core.base import run
+from ..passes.core.base import Pass, run
 from ..passes.inject.inject import Inject
 from ..passes.inject.mixed import MixedBatch
-from ..store.lazy import copy_graph
+from ..store.lazy import Lazy, copy_graph
 from ..store.modules import derive, shell
-from ..store.state import Acted, BaseGraph, State, state_of
-from ..store.tensors import ADAPTERS, GATES, get_tensor
+from ..store.state import Acted, BaseGraph, State, base_of, state_of
+from ..store.tensors import ADAPTERS, GATES, tensor_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
     """The graph that `state` describes, over `gm`'s tensors; `gm` is not changed."""
     new = derive(gm, fx.Graph(), state)
-    new._keep(state.base.graph)
+    new._keep(base_of(state).graph)
     reports = run(injection(state), new)
     new._keep()
     new.meta["peft_fx"] = state.update(reports=reports)
@@ -31,7 +33,8 @@ def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
 
 def acted(gm: fx.GraphModule, state: State) -> Acted | None:
     """What acts in `gm` now, for after a merge; None where nobody promises that its graph was not changed."""
-    return Acted(gm._kept, made_from(gm, state), state.reports) if gm._kept else None
+    kept = cast(Lazy, gm)._kept
+    return Acted(kept, made_from(gm, state), state.reports) if kept else None
 
 
 def acting_again(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -40,7 +43,7 @@ def acting_again(gm: fx.GraphModule, state: State) -> fx.GraphModule:
     state = state.update(acted=None)
     if before is None or before.made_from != made_from(gm, state):
         return derived(gm, state)
-    gm._keep(before.graph)
+    cast(Lazy, gm)._keep(before.graph)
     gm.meta["peft_fx"] = state.update(reports=before.reports)
     return gm
 
@@ -52,11 +55,11 @@ def made_from(gm: fx.GraphModule, state: State) -> tuple:
     """
     chosen = state.placed(state.acting)
     names = {f"{ADAPTERS}.{p.resolve(name).name}" for p in chosen for name in p.tensors}
-    tensors = {name: (t.shape, t.stride(), t.dtype, t.requires_grad) for name in names for t in [get_tensor(gm, name)]}
+    tensors = {name: (t.shape, t.stride(), t.dtype, t.requires_grad) for name in names for t in [tensor_of(gm, name)]}
     return injection(state), {type(get_method(p.method)) for p in chosen}, tensors
 
 
-def injection(state: State) -> tuple[Inject, ...]:
+def injection(state: State) -> tuple[Pass, ...]:
     """The passes that put the active adapters in."""
     if state.mixed:
         each = tuple(state.recipe[name].placements for name in state.acting)
@@ -83,7 +86,7 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 def acting(gm: fx.GraphModule, state: State) -> dict[str, float]:
     """Slot -> weight of the adapters whose gate is open."""
-    gates = {slot: get_tensor(gm, f"{GATES}.{slot}").item() for slot in state.recipe}
+    gates = {slot: tensor_of(gm, f"{GATES}.{slot}").item() for slot in state.recipe}
     return {slot: gate for slot, gate in gates.items() if gate}
 
 
@@ -98,9 +101,9 @@ def replicated(gm: fx.GraphModule, ranges) -> fx.GraphModule:
     path = layer_list(state.table)
     container = gm.get_submodule(path)
     order = tuple(sources(ranges, len(container._modules)))
-    new = derive(gm, copy_graph(state.base.graph), state)
+    new = derive(gm, copy_graph(base_of(state).graph), state)
     layers = new.get_submodule(path)
-    layers._modules = {str(i): shell(container._modules[str(source)]) for i, source in enumerate(order)}
+    layers._modules = {str(i): shell(container.get_submodule(str(source))) for i, source in enumerate(order)}
     run([ReplicateLayers(path, order)], new)
     table = replicated_table(state.table, path, order)
     new.meta["peft_fx"] = state.update(table=table, base=BaseGraph(copy_graph(new.graph)))

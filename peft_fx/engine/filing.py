@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -14,7 +15,7 @@ from ..methods.padding import crop_to
 from ..planning.plan import Placement
 from ..planning.selection import resolved_target_modules
 from ..store.state import State, state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, tensor_of
 from .transitions import names_of, planned
 
 
@@ -24,9 +25,10 @@ def adapter_files(
     """What `save_adapter` writes: the config, and file key -> tensor."""
     state = state_of(tuned, "save_adapter")
     name = only_adapter(state) if adapter_name is None else names_of(state, adapter_name)[0]
-    plan, tensors = planned(state, name, state.recipe[name].config), {}
+    plan = planned(state, name, state.recipe[name].config)
+    tensors: dict[str, torch.Tensor] = {}
     for placement, tensor_name, keys in plan.filed:
-        found = [filed(tuned, placement, tensor_name)]
+        found: Sequence[torch.Tensor] = [filed(tuned, placement, tensor_name)]
         if pieces := placement.tensors[tensor_name].pieces:
             found = pieces.split(*found, *(filed(tuned, placement, other) for other in pieces.reads))
         tensors |= zip(keys, found, strict=True)
@@ -50,7 +52,7 @@ def filed_config(state: State, name: str) -> AdapterConfig:
 def filed(tuned: fx.GraphModule, placement: Placement, name: str) -> torch.Tensor:
     """A tensor as files hold it: as the target's own, and without what its slot has beyond the adapter's rank."""
     spec, shared = placement.tensors[name], placement.resolve(name)
-    tensor = get_tensor(tuned, f"{ADAPTERS}.{shared.name}").detach()
+    tensor = tensor_of(tuned, f"{ADAPTERS}.{shared.name}").detach()
     tensor = tensor.t() if shared.transposed else tensor
     cropped = crop_to(tensor, spec.shape, spec.pad)
     if cropped.shape != tensor.shape and cropped.count_nonzero() != tensor.count_nonzero():

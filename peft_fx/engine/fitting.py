@@ -35,7 +35,8 @@ def by_place(chosen: tuple[Placement, ...]) -> dict[tuple[str, str], Placement]:
 def planned_writes(gm, adapter: str, slots: dict, old: dict, new: dict, values: dict, left_out: list) -> tuple:
     """(names, values, number padded) that make the slots of `old` hold `new`. Raises HotswapError where that cannot be."""
     faults = [Refusal(old[k].target.name, "the new config has no place for it") for k in old if k not in new]
-    names, writes, padded, newer, numbers = [], [], 0, {}, {}
+    names, writes, padded, numbers = [], [], 0, {}
+    newer: dict[str, torch.Tensor] = {}
     for place, p in new.items():
         was = old[place]
         if p is not was and shape_of(p) != shape_of(was):
@@ -94,7 +95,7 @@ def neutral_value(p: Placement, name: str, slot: torch.Tensor) -> torch.Tensor |
     None for what is computed from the config.
     """
     spec, shape = p.tensors[name], p.tensors[name].shape
-    if name in (values := neutral(p)):
+    if name in (values := neutral(p) or {}):
         return slot.new_full(shape, values[name])
     if spec.key is None:
         return None
@@ -113,14 +114,16 @@ def literals(p: Placement) -> tuple:
 
 def slots_of(gm, adapter: str) -> dict[str, torch.Tensor]:
     """State name -> tensor of a resident adapter. One walk over its modules, where a look-up per name is one each."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
 
     def visit(module: nn.Module, prefix: str) -> None:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                found[prefix + name] = tensor
+                if tensor is not None:
+                    found[prefix + name] = tensor
         for name, child in module._modules.items():
-            visit(child, f"{prefix}{name}.")
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
 
     visit(gm.peft_fx.adapters._modules[adapter], f"{adapter}.")
     return found

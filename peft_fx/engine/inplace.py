@@ -6,13 +6,14 @@ The graph module of such a model runs nothing: `gm.meta["peft_fx_model"]` is the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from ..planning.plan import Placement
 from ..store.state import State, state_of
-from ..store.tensors import REPLACED, ROOT, get_tensor, owner_of, set_tensor
+from ..store.tensors import REPLACED, ROOT, get_tensor, owner_of, set_tensor, store_of, tensor_of
 from .merging import by_target, folded
 from .replaced import restored, shelved
 from .transitions import mergeable, merged, unmerged
@@ -30,12 +31,13 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
     state = state_of(gm)
     mergeable(state, places)
     source = restored(gm, state) if state.merged else gm
-    results, report = {}, []
+    results: dict[str, torch.Tensor] = {}
+    report = []
     for group in shown(by_target(state.placed((*state.merged, *places))).values()):
         found, line = folded(source, group, check_finite)
         results |= found
         report.append(line)
-    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+    with store_of(gm).sharing.writing(results.values()), torch.no_grad():
         write(gm, state, results)
         gm.meta[ROOT] = merged(state, places, report)
         then()
@@ -43,11 +45,11 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
 
 def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bool) -> None:
     """Merged placements, all that are on their targets, with the numbers that the adapters have now."""
-    state, results = state_of(gm), {}
+    state, results = state_of(gm), dict[str, torch.Tensor]()
     source = restored(gm, state)
     for group in by_target(chosen).values():
         results |= folded(source, group, check_finite)[0]
-    with gm.peft_fx.sharing.writing(results.values()), torch.no_grad():
+    with store_of(gm).sharing.writing(results.values()), torch.no_grad():
         write(gm, state, results)
 
 
@@ -55,15 +57,15 @@ def unmerge_in_place(gm: fx.GraphModule, then: Callable[[], None]) -> None:
     """The model's tensors as they were before the merge, bit for bit."""
     state = unmerged(state_of(gm))
     shelf = shelved(gm)
-    with gm.peft_fx.sharing.writing(shelf.values()), torch.no_grad():
+    with store_of(gm).sharing.writing(shelf.values()), torch.no_grad():
         for name, kept in shelf.items():
             if isinstance(kept, nn.Parameter):
                 put(gm, name, kept)
             elif kept.numel() == 0:  # the merge added this one
                 put(gm, name, None)
             else:
-                get_tensor(gm, name).copy_(kept)
-        gm.peft_fx.replaced = nn.Module()
+                tensor_of(gm, name).copy_(kept)
+        store_of(gm).replaced = nn.Module()
         gm.meta[ROOT] = state
         then()
 
@@ -92,12 +94,24 @@ def step(
         if new:
             set_tensor(gm, shelf, now, persistent=False)
         old.copy_(value)
-        return lambda: (old.copy_(now), new and drop(gm, shelf))
+
+        def back() -> None:
+            old.copy_(now)
+            if new:
+                drop(gm, shelf)
+
+        return back
     # a weight that others share, a bias that there was none of, a convolution that loses its groups
     if new:
         set_tensor(gm, shelf, value.new_empty(0) if old is None else old, persistent=False)
     put(gm, name, nn.Parameter(value, requires_grad=False))
-    return lambda: (put(gm, name, old), new and drop(gm, shelf))
+
+    def put_back() -> None:
+        put(gm, name, old)
+        if new:
+            drop(gm, shelf)
+
+    return put_back
 
 
 def drop(gm: fx.GraphModule, name: str) -> None:
@@ -109,8 +123,8 @@ def put(gm: fx.GraphModule, name: str, parameter: torch.Tensor | None) -> None:
     """Another Parameter under a name of the model's, None to take it away."""
     model = gm.meta[MODEL]
     for root in (model, gm):
-        owner, leaf = owner_of(root, name)
-        owner._parameters[leaf] = parameter
-    owner = owner_of(model, name)[0]
+        place, leaf = owner_of(root, name)
+        place._parameters[leaf] = cast("nn.Parameter | None", parameter)
+    owner: Any = owner_of(model, name)[0]
     if parameter is not None and parameter.dim() > 2 and hasattr(owner, "groups"):
         owner.groups = owner.in_channels // parameter.shape[0 if owner.transposed else 1]

@@ -6,6 +6,7 @@ W_merged = round(f_k(... f_1(float32(W)) ...))        one rounding, into the dty
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from ..methods.base import Additive, Method
 from ..passes.forms.lowering import apply_weight, to_canonical
 from ..planning.plan import Placement
 from ..store.state import State
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, get_tensor, tensor_of
 from .derive import acting
 
 
@@ -32,7 +33,7 @@ def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
     return tuple(name for name in state.active if name in weights)
 
 
-def by_target(chosen: list[Placement]) -> dict[str, list[Placement]]:
+def by_target(chosen: Iterable[Placement]) -> dict[str, list[Placement]]:
     """Parameter name -> its placements, in order; an adapter's own bias goes with the weight that may change it again."""
     groups: dict[str, list[Placement]] = {}
     for p in chosen:
@@ -48,29 +49,30 @@ def folded(
     place: memory for the weight, where it keeps its shape.
     """
     target = group[0].target
-    W = get_tensor(gm, target.name)
+    W = tensor_of(gm, target.name)
     b = get_tensor(gm, target.bias_name) if target.has_bias else None
     wide = torch.promote_types(W.dtype, torch.float32) if W.is_floating_point() else W.dtype
     with torch.no_grad():
-        exact_W, exact_b = W.detach(), None if b is None else b.detach()
-        old_b = exact_b
+        exact_W, old_b = W.detach(), None if b is None else b.detach()
+        exact_b = old_b
         operands = {t.untyped_storage()._cdata for t in (W, b) if t is not None}
         for p in group:
             method, theta = p.rule, theta_of(gm, p)
             operands |= {t.untyped_storage()._cdata for t in theta.values()}
-            dense, weight = method.dense_groups(p.target), method.weight
+            dense = method.dense_groups(p.target)
+            weight: Callable = method.weight
             last = p is group[-1] and wide == W.dtype and not dense and exact_W.shape == W.shape
             if last and writes_in_place(method):
                 place = torch.empty_like(W, memory_format=torch.contiguous_format) if place is None else place
                 weight = partial(weight, out=to_canonical(place, p.target))
             exact_W, exact_b = apply_weight(weight, exact_W, exact_b, theta, p.target, p.config, wide, dense)
         results = {target.name: rounded(exact_W, W.dtype, operands, place)}
-        if exact_b is not old_b:
+        if exact_b is not None and exact_b is not old_b:
             results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype, operands)
         for name, result in results.items():
             if check_finite and not finite(result):
-                adapters = ", ".join(p.adapter for p in group)
-                raise MergeError(f"{name}: merging {adapters} gives inf or nan in {result.dtype}; nothing was merged")
+                merged = ", ".join(p.adapter for p in group)
+                raise MergeError(f"{name}: merging {merged} gives inf or nan in {result.dtype}; nothing was merged")
         error = rounding_error(results[target.name], exact_W)
     adapters = [p.adapter for p in group]
     return results, {"target": target.name, "adapters": adapters, "dtype": str(W.dtype), "rounding_error": error}
@@ -108,6 +110,6 @@ def theta_of(gm: fx.GraphModule, p: Placement) -> dict[str, torch.Tensor]:
     theta = {}
     for name in p.tensors:
         shared = p.resolve(name)
-        tensor = get_tensor(gm, f"{ADAPTERS}.{shared.name}").detach()
+        tensor = tensor_of(gm, f"{ADAPTERS}.{shared.name}").detach()
         theta[name] = tensor.t() if shared.transposed else tensor
     return theta

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..planning.plan import Placement
 from ..store.resident import Adapter, Derived, adapter_of
-from ..store.tensors import ADAPTERS, get_tensor, set_tensor
+from ..store.tensors import ADAPTERS, get_tensor, set_tensor, store_of, tensor_of
 
 
 def put(gm: fx.GraphModule, p: Placement, name: str, tensor: torch.Tensor) -> None:
@@ -31,8 +31,8 @@ def copy_all(writes: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def describe(gm: fx.GraphModule, placements: Iterable[Placement]) -> None:
     """Notes how derived tensors are made, from now on."""
     for p in placements:
-        adapter: Adapter = adapter_of(gm.peft_fx.adapters, p.adapter)
-        base = get_tensor(gm, p.target.name).dtype
+        adapter: Adapter = adapter_of(store_of(gm).adapters, p.adapter)
+        base = tensor_of(gm, p.target.name).dtype
         for name, spec in p.tensors.items():
             if spec.derived and name not in p.shared:
                 adapter.derived[p.state_name(name).partition(".")[2]] = Derived(spec, base)

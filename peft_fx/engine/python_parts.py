@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
+from typing import Any
 
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 def running() -> Iterator[tuple[nn.Module, CodeType]]:
     """(module, code) of what runs with a module as its first one among the arguments, innermost first."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         values = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount])
@@ -67,7 +68,7 @@ def as_written() -> set[nn.Module]:
             if code not in output_codes:
                 found.add(module)
             continue
-        function = type(module).forward
+        function: Any = type(module).forward
         while function is not None and getattr(function, "__code__", None) is not code:
             function = getattr(function, "__wrapped__", None)  # what decorators have wrapped
         if function is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,8 +20,8 @@ from ..errors import MergeError, RecipeError
 from ..methods.base import block_diagonal
 from ..passes.inject.inject import lower
 from ..store.modules import shell
-from ..store.state import Resident, State, state_of
-from ..store.tensors import REPLACED, ROOT, get_tensor, set_tensor
+from ..store.state import Resident, State, base_of, state_of
+from ..store.tensors import REPLACED, ROOT, get_tensor, set_tensor, store_of, tensor_of
 from ..target import ModuleTable, Target, sizes
 from .adding import allocate
 from .inplace import MODEL, write
@@ -54,7 +55,7 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
     """
     old = {p.target.name for p in state.recipe[adapter].placements}
     fold = computed(gm, state, adapter, config, values)
-    sharing = gm.peft_fx.sharing
+    sharing = store_of(gm).sharing
     graphs = [g for g in {gm, *sharing.all()} if state_of(g).merge_report is state.merge_report]
     written = [t for t, _ in fold.writes.values()] + [t for _, t in fold.first.values()]
     with sharing.writing(written), torch.no_grad():
@@ -67,7 +68,7 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
                 for name, (kept, value) in fold.first.items():
                     set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
                     set_tensor(graph, name, value)
-            graph.peft_fx.adapters._modules[adapter] = shell(fold.adapter)
+            store_of(graph).adapters._modules[adapter] = shell(fold.adapter)
             if MODEL not in gm.meta:
                 shelve(graph, (adapter,))
             graph.meta[ROOT] = swapped(state_of(graph), adapter, fold.resident).update(merge_report=fold.report)
@@ -89,8 +90,9 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
     refuse_what_cannot_be_unmerged(new)
 
     scratch = restored(gm, state, move=False)
-    trainable = any(t.requires_grad for t in scratch.peft_fx.adapters._modules[adapter].parameters())
-    scratch.peft_fx.adapters._modules[adapter] = nn.Module()
+    adapters = store_of(scratch).adapters
+    trainable = any(t.requires_grad for t in adapters.get_submodule(adapter).parameters())
+    adapters._modules[adapter] = nn.Module()
     for p in resident.placements:
         read = {t.tensor_name for spec in p.tensors.values() for t in (p.target, *spec.sources)}
         with brought(scratch, gm, read):
@@ -109,10 +111,12 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
     finals = {name: get_tensor(scratch, name) for name in names}
     keep_ties(gm, scratch, finals, groups, state.table)
     targets = {p.target.name: p.target for p in (*state.placed(state.merged), *chosen)}
-    writes, first, padded, seen = {}, {}, 0, {}
+    writes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    first: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    padded, seen = 0, dict[int, Any]()
     for name, final in finals.items():
-        now = get_tensor(gm, name)
-        value = fitted(name, final, now, targets.get(name))
+        value = fitted(name, final, get_tensor(gm, name), targets.get(name))
+        now = tensor_of(gm, name)
         padded += final is None or value.shape != final.shape
         if name in shelved(gm):
             if id(now) not in seen:
@@ -123,12 +127,13 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
                 kept, own = (now if waits is None else now.to(waits)), value.to(now.device)
                 seen[id(now)] = kept, nn.Parameter(own, requires_grad=False) if isinstance(now, nn.Parameter) else own
             first[name] = seen[id(now)]
-    return Fold(writes, first, padded, scratch.peft_fx.adapters._modules[adapter], resident, tuple(report))
+    return Fold(writes, first, padded, adapters.get_submodule(adapter), resident, tuple(report))
 
 
 def refuse_what_cannot_be_unmerged(state: State) -> None:
     """An adapter whose dropout, say, has no form in the graph could be folded, and never come back."""
-    refused = [x for x in lower(state.base.graph, state.placed(state.acting), state.base.traces) if x.form == "refused"]
+    base = base_of(state)
+    refused = [x for x in lower(base.graph, state.placed(state.acting), base.traces) if x.form == "refused"]
     if refused:
         raise RecipeError(
             f"{refused[0].placement.target.name}: refused, since unmerge could not bring it: {refused[0].reason}"
@@ -137,7 +142,7 @@ def refuse_what_cannot_be_unmerged(state: State) -> None:
 
 def waiting_device(gm: fx.GraphModule) -> torch.device | None:
     """Where replaced weights wait, if not on the graph's device."""
-    devices = ((kept.device, get_tensor(gm, name).device) for name, kept in shelved(gm).items() if kept.numel())
+    devices = ((kept.device, tensor_of(gm, name).device) for name, kept in shelved(gm).items() if kept.numel())
     return next((kept for kept, now in devices if kept != now), None)
 
 
@@ -183,9 +188,9 @@ def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, targ
     if final.shape == now.shape:
         return final
     dense = (target.out_features, target.in_features) if target is not None and target.groups > 1 else None
-    if dense == tuple(now.shape[:2]):
+    if target is not None and dense == tuple(now.shape[:2]):
         return block_diagonal(final, target.groups)
-    if dense == tuple(final.shape[:2]):
+    if target is not None and dense == tuple(final.shape[:2]):
         raise MergeError(
             f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}"
         )

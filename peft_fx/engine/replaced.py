@@ -11,7 +11,7 @@ from ..errors import MergeError
 from ..planning.plan import Placement
 from ..store.modules import derive
 from ..store.state import State
-from ..store.tensors import ADAPTERS, REPLACED, get_tensor, owner_of, set_tensor
+from ..store.tensors import ADAPTERS, REPLACED, get_tensor, owner_of, set_tensor, store_of, tensor_of
 from .merging import theta_of
 from .placed import put
 from .transitions import unmerged
@@ -35,7 +35,7 @@ def refuse_or_keep_ties(tuned, new, state: State, merged: dict[str, list[Placeme
         if not set(names) & set(merged):
             continue
         first, *rest = names
-        tensors = {n: get_tensor(new, n) for n in names}
+        tensors = {n: tensor_of(new, n) for n in names}
         if all(stays_tied(tuned, merged, first, n) or equal(tensors[n], tensors[first]) for n in rest):
             for n in rest:
                 set_tensor(new, n, tensors[first])
@@ -67,19 +67,19 @@ def same_numbers(gm: fx.GraphModule, p: Placement, q: Placement) -> bool:
     )
 
 
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b.to(a.device))
+def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device)))
 
 
 def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
     """Tensor name -> what a merge replaced there."""
-    return dict(gm.peft_fx.replaced.named_buffers(remove_duplicate=False))
+    return dict(store_of(gm).replaced.named_buffers(remove_duplicate=False))
 
 
 def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
     """Takes merged adapters out of parameters() and state_dict(), where the model's own names alone remain."""
     for name in names:
-        tree = merged.peft_fx.adapters._modules.get(name)
+        tree = store_of(merged).adapters._modules.get(name)
         for module in tree.modules() if tree is not None else ():
             module._buffers.update(module._parameters)
             module._parameters.clear()
@@ -92,7 +92,7 @@ def unshelve(gm: fx.GraphModule, placed: Iterable[Placement]) -> None:
         for name, spec in p.tensors.items():
             if name in p.shared:
                 continue
-            tensor = get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}")
+            tensor = tensor_of(gm, f"{ADAPTERS}.{p.state_name(name)}")
             if spec.trainable and not isinstance(
                 tensor, nn.Parameter
             ):  # .to() on a merged graph made a plain tensor of it
@@ -123,10 +123,10 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
             continue
         if group[0] not in back:
             back[group[0]] = (
-                as_it_was(kept, get_tensor(new, name), move) if untouched is None else get_tensor(new, untouched)
+                as_it_was(kept, tensor_of(new, name), move) if untouched is None else tensor_of(new, untouched)
             )
         set_tensor(new, name, back[group[0]])
-    new.peft_fx.replaced = nn.Module()
+    store_of(new).replaced = nn.Module()
     unshelve(new, state.placed(state.merged))
     return new
 

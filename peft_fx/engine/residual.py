@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import fx
 
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
-from ..methods.lora import LoRA
+from ..methods.lora import LoRA, LoraConfig
 from ..missing import init_of
 from ..passes.forms.lowering import to_canonical
 from ..planning.plan import Placement
 from ..store.state import state_of
-from ..store.tensors import REPLACED, get_tensor
+from ..store.tensors import REPLACED, get_tensor, tensor_of
 from .transitions import planned
 
 
@@ -56,6 +57,7 @@ def on_whole_base(gm: fx.GraphModule, adapter: str, config: AdapterConfig, tenso
             if key in tensors and tensors[key].shape == spec.shape:  # whoever matches the file refuses any other
                 axis = spec.pad[0][0]  # the rank's
                 new[key] = torch.cat([tensors[key].float(), added.to(tensors[key].device)], dim=axis)
+    config = cast(LoraConfig, config)
     more = math.sqrt(2) if config.use_rslora else 2
     doubled = replace(
         config,
@@ -79,9 +81,9 @@ def start(gm: fx.GraphModule, p: Placement, of_weight, where: str) -> dict[str, 
         return {name: torch.zeros(p.tensors[name].shape) for name in (A, B)}
     name = p.target.tensor_name
     merged = get_tensor(gm, f"{REPLACED}.{name}")
-    W = get_tensor(gm, name) if merged is None else merged
+    W = tensor_of(gm, name) if merged is None else merged
     if p.target.kind != "linear" or W.is_meta:
-        init = str(p.config.init_lora_weights)
+        init = str(cast(LoraConfig, p.config).init_lora_weights)
         reason = "weights on meta have no numbers" if W.is_meta else f"there is none for kind {p.target.kind}"
         raise AdapterFileError(f"{where}: {p.target.name}: {init!r} takes its start from the weight: {reason}")
     r, scaling = method.rank(p.target, p.config), method.scaling(p.target, p.config)

@@ -10,7 +10,7 @@ from torch import fx
 from ..errors import GraphError, HotswapError
 from ..planning.plan import Placement, check_adapter_name
 from ..store.state import State, state_of
-from ..store.tensors import ADAPTERS, GATES, get_tensor, set_tensor
+from ..store.tensors import ADAPTERS, GATES, set_tensor, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adding import allocate, fill
 from .transitions import names_of
@@ -21,11 +21,11 @@ def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Te
     made: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=()):
         for p in chosen:
-            if get_tensor(gm, p.target.name).is_meta:
+            if tensor_of(gm, p.target.name).is_meta:
                 continue
             for name in p.tensors:
                 if name not in p.shared:
-                    tensor = torch.empty_like(get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"))
+                    tensor = torch.empty_like(tensor_of(gm, f"{ADAPTERS}.{p.state_name(name)}"))
                     fill(tensor, gm, p, name, None, made)
                     made[p.state_name(name)] = tensor
     return {f"{ADAPTERS}.{name}": tensor for name, tensor in made.items()}
@@ -33,14 +33,14 @@ def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Te
 
 def allocate_slot(gm: fx.GraphModule, state: State, slot: str) -> None:
     """Registers the tensors of a free slot."""
-    gm.peft_fx.adapters._modules.pop(slot, None)
+    store_of(gm).adapters._modules.pop(slot, None)
     for placement in state.recipe[slot].placements:
         allocate(gm, placement, None, trainable=False)
 
 
 def set_gate(gm: fx.GraphModule, slot: str, weight: float) -> None:
     """Registers a gate of the graph module's own."""
-    set_tensor(gm, f"{GATES}.{slot}", torch.tensor(float(weight), device=gm.peft_fx.device()))
+    set_tensor(gm, f"{GATES}.{slot}", torch.tensor(float(weight), device=store_of(gm).device()))
 
 
 def with_slots(tuned: fx.GraphModule, verb: str) -> tuple[fx.GraphModule, State]:

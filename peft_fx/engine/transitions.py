@@ -16,7 +16,7 @@ from ..errors import AdapterNameError, GraphError, MergeError, RecipeError, Targ
 from ..planning.kinds import one_line_each
 from ..planning.plan import Placement, Plan, clashes, make_plan
 from ..store.state import Resident, State, state_of
-from ..store.tensors import ROOT
+from ..store.tensors import ROOT, store_of
 from ..suggestions import did_you_mean
 
 NO_MATTER = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")  # to a plan
@@ -140,7 +140,8 @@ def swapped(state: State, place: str, resident: Resident) -> State:
 def emptied(state: State, slot: str) -> Resident:
     """A free slot for what fits into this one."""
     resident = state.recipe[slot]
-    return resident_of(state, slot, resident.room, resident.lowering, room=resident.room)
+    room = resident.room or resident.config
+    return resident_of(state, slot, room, resident.lowering, room=room)
 
 
 def refuse_merged(state: State, verb: str) -> None:
@@ -162,7 +163,7 @@ def publish(gm: fx.GraphModule, place: str, new: Resident) -> None:
     """Another adapter's numbers are in these tensors: all graphs over them know."""
     home = state_of(gm).recipe[place].home
     new = new.update(home=home)
-    for graph in {gm, *gm.peft_fx.sharing.all()}:
+    for graph in {gm, *store_of(gm).sharing.all()}:
         state = state_of(graph)
         if place in state.recipe and state.recipe[place].home is home:
             graph.meta[ROOT] = swapped(state, place, new)

@@ -10,6 +10,7 @@ from ..errors import HotswapError
 from ..store.modules import derive
 from ..store.resident import adapter_of
 from ..store.state import State
+from ..store.tensors import store_of
 from ..target import sizes
 from .fitting import by_place, fitted, planned, slots_of
 from .placed import put
@@ -21,7 +22,7 @@ def widened(tuned: fx.GraphModule, state: State, max_rank: int | None) -> fx.Gra
     state = state.update(recipe=recipe)
     new = derive(tuned, fx.Graph(), state)
     for adapter, resident in state.recipe.items():
-        tree = adapter_of(new.peft_fx.adapters, adapter)
+        tree = adapter_of(store_of(new).adapters, adapter)
         tree.derived = dict(tree.derived)
         slots = slots_of(tuned, adapter)
         larger = by_place(planned(state, adapter, wide(resident.config, max_rank)).placements)

@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export.pt2_archive import constants as names
@@ -45,7 +46,7 @@ class Unfailing(io.BufferedWriter):
 
     error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         if self.error is None:
             try:
                 return super().write(data)
@@ -108,7 +109,7 @@ def refuse_code(path: Path) -> None:
         raise AdapterFileError(f"{path}: is damaged: {str(error).strip().partition(chr(10))[0]}") from error
 
 
-def code_in(record: str, reader) -> str | None:
+def code_in(record: str, reader: torch._C.PyTorchFileReader) -> str | None:
     """What of a record would be run, or None."""
     name = record.lower()
     if name.startswith(names.MODELS_DIR):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -29,9 +30,12 @@ from ..planning.selection import completed, last_parts, select
 from ..planning.wrappers import BASE
 from ..target import ModuleTable, Target, sizes
 
+if TYPE_CHECKING:
+    from ..methods.lora import LoRA, LoraConfig
+
 Tensors = dict[str, torch.Tensor]
 
-LORA = get_method("LORA")
+LORA = cast("LoRA", get_method("LORA"))
 FACTORS = ("lora_A", "lora_B")
 MODULE = re.compile(rf"{re.escape(PREFIX)}(?P<path>.+)\.lora_[AB]\.weight")
 EXPERT = re.compile(r"(?P<stack>.+)\.\d+\.(?P<old>\w+)")
@@ -98,7 +102,9 @@ def join(tensors: Tensors, target: Target, old: AdapterConfig, new: AdapterConfi
     r, rows = LORA.rank(target, new) // len(parts), target.out_features // len(parts)
     expected = {"lora_A": (r, target.in_features), "lora_B": (rows, r)}
     keys = {
-        factor: [[f"{PREFIX}{target.path}.{e}.{part}.{factor}.weight" for part in parts] for e in range(target.experts)]
+        factor: [
+            [f"{PREFIX}{target.path}.{e}.{part}.{factor}.weight" for part in parts] for e in range(target.experts or 0)
+        ]
         for factor in FACTORS
     }
     wanted = {key: expected[factor] for factor, experts in keys.items() for own in experts for key in own}
@@ -120,6 +126,7 @@ def join(tensors: Tensors, target: Target, old: AdapterConfig, new: AdapterConfi
 
 def scale_of(config: AdapterConfig, path: str, r: int) -> float:
     """Of a module of transformers 4, with the names of today or of then in front."""
+    config = cast("LoraConfig", config)
     alpha = by_pattern(config.alpha_pattern, path.replace(TODAY, FORMERLY), config.lora_alpha)
     alpha = by_pattern(config.alpha_pattern, path, alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r

@@ -51,7 +51,10 @@ TENSORS = {
     ".alpha": (None, ALPHA),
 }  # fmt: skip
 # the tensors whose rows are the output features: they are cut where one weight of the file is several of the model
-BY_ROWS = {"LORA": ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector"), "LOHA": ("hada_w1_a", "hada_w2_a")}
+BY_ROWS: dict[str | None, tuple[str, ...]] = {
+    "LORA": ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector"),
+    "LOHA": ("hada_w1_a", "hada_w2_a"),
+}
 SHOWN = 5
 
 
@@ -96,7 +99,8 @@ def sorted_out(tensors: Tensors, table: ModuleTable) -> dict[str, Component]:
         raise AdapterFileError(
             "has PEFT's keys, whose scale is in adapter_config.json: give the folder with both files"
         )
-    names, components, places = Names(table), defaultdict(Component), {}
+    names, components = Names(table), defaultdict[str, Component](Component)
+    places: dict[str, tuple[str, str, Place | None]] = {}
     for key, tensor in tensors.items():
         end = max((e for e in TENSORS if key.endswith(e)), key=len, default="")
         name = key.removesuffix(end) if end else key
@@ -109,7 +113,7 @@ def sorted_out(tensors: Tensors, table: ModuleTable) -> dict[str, Component]:
             found.unknown[key if not end else name] = None
             continue
         method, tensor_name = TENSORS[end]
-        found.methods |= {method} - {None}
+        found.methods |= {method} if method else set()
         for path, part in parts_of(name, tensor, tensor_name, method, place, table):
             if tensor_name in found.modules[path]:
                 raise AdapterFileError(f"{key}: the file has another {tensor_name} for module {path}")
@@ -125,7 +129,9 @@ def place_of(name: str, names: Names) -> tuple[str, str, Place | None]:
     return COMPONENTS.get(prefix, UNNAMED), prefix, names.find(name.removeprefix(prefix)) if prefix else None
 
 
-def parts_of(name: str, tensor: torch.Tensor, tensor_name: str, method: str | None, place: Place, table: ModuleTable):
+def parts_of(
+    name: str, tensor: torch.Tensor, tensor_name: str, method: str | None, place: Place, table: ModuleTable
+) -> list[tuple[str, torch.Tensor]]:
     """(path, tensor) for each module that the name stands for: rows are cut, everything else is shared."""
     if len(place.paths) == 1 and not place.swapped:
         return [(place.paths[0], tensor)]
@@ -143,7 +149,7 @@ def parts_of(name: str, tensor: torch.Tensor, tensor_name: str, method: str | No
         )
     if place.swapped:
         return [(place.paths[0], torch.cat(tensor.chunk(2)[::-1]))]
-    return zip(place.paths, tensor.split(rows), strict=True)
+    return list(zip(place.paths, tensor.split(rows), strict=True))
 
 
 def as_peft(key: str, tensor: torch.Tensor, end: str) -> torch.Tensor:

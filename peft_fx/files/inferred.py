@@ -33,7 +33,7 @@ def inferred(
     if written and alphas:
         raise AdapterFileError(f"has scales twice: as tensors, and in the metadata {METADATA!r}")
     if not written:
-        ranks = {path: rank_of(path, found) for path, found in modules.items()}
+        ranks: dict[str, float] = {path: rank_of(path, found) for path, found in modules.items()}
         r, rank_pattern = with_pattern(ranks)
         alpha, alpha_pattern = with_pattern(
             {path: alphas.get(path, r) if scaled(modules[path]) else r for path, r in ranks.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def needless(tensors: dict[str, torch.Tensor], plan: Plan) -> set[str]:
     return found
 
 
-def untied(wanted: dict, tensors: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> list[str]:
+def untied(wanted: dict, tensors: dict[str, torch.Tensor], found: dict[str, Any]) -> list[str]:
     """Shared tensors that come twice must agree."""
     faults = []
     for key, (placement, name) in wanted.items():

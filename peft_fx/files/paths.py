@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import WrongTypeError
 
 
-def as_path(given, what: str) -> Path:
+def as_path(given: object, what: str) -> Path:
     """`given` as a Path. what: what was expected, e.g. "a folder to write to". Raises WrongTypeError."""
     if not isinstance(given, (str, os.PathLike)):
         raise WrongTypeError(f"expected {what}, got {type(given).__name__}")

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ..atomic import current
+from ..atomic import StrPath, current
 from ..config import AdapterConfig
 from ..config_files import CONFIG_FILE as CONFIG
 from ..errors import AdapterFileError, NotAConfigError, RecipeError
@@ -38,7 +40,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def read_adapter(
-    source, table: ModuleTable, config: AdapterConfig | None = None, key_mapping: dict[str, str] | None = None
+    source: StrPath, table: ModuleTable, config: AdapterConfig | None = None, key_mapping: dict[str, str] | None = None
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """Config, and PEFT's keys -> tensors, of an adapter for the model of `table`. Raises AdapterFileError.
 
@@ -57,7 +59,7 @@ def read_adapter(
     return config, tensors
 
 
-def of_one_save(folder: Path, read):
+def of_one_save(folder: Path, read: Callable[[], Any]) -> Any:
     """What `read` gives of a folder's files, all of them of one save: once more where somebody saved meanwhile."""
     for _ in range(TRIES):
         with ExitStack() as held:  # open files, whose numbers no others get
@@ -95,7 +97,7 @@ def same_files(stats: list, paths: list[Path | None]) -> bool:
     return before == after
 
 
-def foreign_file(source) -> Path | None:
+def foreign_file(source: StrPath) -> Path | None:
     """The one safetensors file that `source` is or has, unless it is an adapter folder."""
     path = as_path(source, "an adapter folder, a .safetensors file or a hub id")
     if path.is_file():
@@ -114,7 +116,7 @@ def foreign_file(source) -> Path | None:
     return file_in(folder, names[0]) if names else None
 
 
-def read_config(folder, subfolder: str | None = None, **hub) -> AdapterConfig:
+def read_config(folder: StrPath, subfolder: str | None = None, **hub: Any) -> AdapterConfig:
     """The config in `folder` (a local folder, or a hub id "org/name"). hub: as for `located`. Raises AdapterFileError."""
     local = local_folder(folder, subfolder, **hub)
     return of_one_save(local, lambda: config_in(local))
@@ -156,7 +158,7 @@ def config_data(folder: Path) -> dict | None:
     return data
 
 
-def read_tensors(folder) -> dict[str, torch.Tensor]:
+def read_tensors(folder: StrPath) -> dict[str, torch.Tensor]:
     """File key -> tensor, on the CPU; safetensors are mapped, not copied. Raises AdapterFileError."""
     local = local_folder(folder)
     return of_one_save(local, lambda: tensors_in(local))
@@ -227,7 +229,7 @@ def file_in(folder: Path, name: str) -> Path | None:
     return path
 
 
-def local_folder(source, subfolder: str | None = None, **hub) -> Path:
+def local_folder(source: StrPath, subfolder: str | None = None, **hub: Any) -> Path:
     """`located`, for folders alone."""
     path = located(source, subfolder, **hub)
     if not path.is_dir():
@@ -237,7 +239,7 @@ def local_folder(source, subfolder: str | None = None, **hub) -> Path:
     return path
 
 
-def located(source, subfolder: str | None = None, **hub) -> Path:
+def located(source: StrPath, subfolder: str | None = None, **hub: Any) -> Path:
     """A local file or folder as it is; adapter files of a hub id are downloaded. hub: arguments of `snapshot_download`.
 
     Raises AdapterFileError.

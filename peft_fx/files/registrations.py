@@ -24,7 +24,7 @@ def register_for(archive: ZipFile) -> None:
             register_named(archive.read(name), archive.filename)
 
 
-def register_named(text: bytes, where) -> None:
+def register_named(text: bytes, where: object) -> None:
     """Imports what a serialised program names. Raises AdapterFileError if this transformers lacks it."""
     modules = {m.decode() for m in CLASS.findall(text)} | ({OPERATORS_IN} if OPERATOR in text else set())
     for module in sorted(modules):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..atomic import Writers, write_files
+from ..atomic import StrPath, Writers, write_files
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
 from ..missing import PEFT_VERSION
@@ -35,7 +35,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(header.replace(other, one, 1))
 
 
-def write_adapter(folder, config: AdapterConfig, tensors: dict[str, torch.Tensor],
+def write_adapter(folder: StrPath, config: AdapterConfig, tensors: dict[str, torch.Tensor],
                   others: Writers | None = None) -> Path:  # fmt: skip
     """Writes config and tensors (file key -> tensor) into `folder`, made if need be; other files in it stay.
 
@@ -64,7 +64,8 @@ def file_config(config: AdapterConfig, plan: Plan) -> AdapterConfig:
         return config
     # methods of this config, whichever variant it chose; not what all configs share
     adapted = [p.target for p in plan.placements if isinstance(config, getattr(p.rule, "Config", ()))]
-    return replace(config, fan_in_fan_out=any(t.kind == "linear" and t.transposed for t in adapted))
+    stored = {"fan_in_fan_out": any(t.kind == "linear" and t.transposed for t in adapted)}
+    return replace(config, **stored)  # type: ignore[arg-type]  # some configs' field
 
 
 def plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from ..suggestions import did_you_mean
 if TYPE_CHECKING:  # it imports torch, which the names of the methods can do without
     from .base import Method
 
-METHODS = {
+METHODS: dict[str, tuple[str, ...] | type[Method]] = {
     "ADALORA": ("adalora", "AdaLoRA", "AdaLoraConfig"),
     "ADAMSS": ("adamss", "AdaMSS", "AdamssConfig"),
     "BEFT": ("beft", "BEFT", "BeftConfig"),
@@ -65,7 +65,7 @@ METHODS = {
 INTERNAL = frozenset({"DORA", "IA3_INPUT", "MISS_BAT", "OFT_OUTPUT", "SAVED", "TOKENS"})
 
 
-def get_method(peft_type: str) -> Method:
+def get_method(peft_type: str | None) -> Method:
     """The method for a `peft_type`. Raises RecipeError with the known types."""
     key = str(getattr(peft_type, "value", peft_type)).upper()
     if key not in METHODS:

@@ -50,7 +50,7 @@ class AdaLoraConfig(LoraConfig):
     orth_reg_weight: float = nonnegative(0.5)
     total_step: int | None = None
     init_lora_weights: bool | str = start(True, False, missing=start_of_lora)
-    rank_pattern: dict | None = None
+    rank_pattern: dict | None = None  # type: ignore[assignment]
 
     def __post_init__(self):
         super().__post_init__()

@@ -59,15 +59,15 @@ class AdaMSS(Matrices):
         q, k = min(config.r, m, n), min(config.num_subspaces, m)
         R, seed = min(config.subspace_rank, q), config.random_seed
         bias = replace(target, parameter=target.bias, kind="parameter", shape=(m,), transposed=False)
-        of = {"sources": (target, bias) if target.has_bias else ()}
+        sources = (target, bias) if target.has_bias else ()
         start_A = partial(leading, seed, config.svd_threshold if config.use_dynamic_rank else None)
         start_B = partial(start, 0.0 if config.init_weights else 0.01)
         by, grows = ("rows", "components"), ((1, 1),)
         A, B = Pieces(k, join_A, split_A, by[1:]), Pieces(k, join_B, split_B, by)
         return {
-            "rows": Tensor((k, m), partial(clusters, q, seed), None, False, torch.bool, **of),
-            "adamss_newB": Tensor((q, n), partial(directions, q, seed), "adamss_newB", False, **of),
-            "adamss_A": Tensor((k, R, q), start_A, "adamss_A", pad=grows, needs=by[:1], pieces=A, **of),
+            "rows": Tensor((k, m), partial(clusters, q, seed), None, False, torch.bool, sources=sources),
+            "adamss_newB": Tensor((q, n), partial(directions, q, seed), "adamss_newB", False, sources=sources),
+            "adamss_A": Tensor((k, R, q), start_A, "adamss_A", pad=grows, needs=by[:1], pieces=A, sources=sources),
             "components": Tensor((k, R), existing, None, False, torch.bool, pad=grows, needs=("adamss_A",)),
             "adamss_B": Tensor((m, R), start_B, "adamss_B", pad=grows, needs=by, pieces=B),
         }

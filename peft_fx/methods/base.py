@@ -121,14 +121,14 @@ class Method:
     name: str
     Config: type[AdapterConfig]
     # operator kind -> why the method has no meaning there; {name} and {shape} are filled in
-    refuses: ClassVar[dict[str, str]] = {}
+    refuses: dict[str, str] = {}
     # operator kind -> the registered method to use there
     variants: ClassVar[dict[str, str]] = {}
     # what an activation form finds in theta besides the tensors: "W", the base weight in canonical layout; "y" (a Branch
     # only), the base's product x Wᵀ without the bias, of the dropped x where there is input dropout
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: tuple[str, ...] = ()
     # what of the update sees the input before the dropout, "y" too: like `weight`, without the rest; None: nothing
-    undropped: ClassVar[Callable | None] = None
+    undropped: Callable | None = None
     # True: in half precision the weight form is taken, so that a merge rounds nothing that the forward did not
     rounds_weight: bool = False
     # True: takes weights with an axis for experts as they are; else it sees each expert as a linear weight of its own

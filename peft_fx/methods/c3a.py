@@ -11,6 +11,7 @@ first instead of the input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +61,7 @@ class C3A(Branch):
 
     def tensors(self, target, config):
         m, n, q = target.out_features, row_size(target), self.block_size(target, config)
-        starts = {True: zeros, "gaussian": normal, "kaiming_uniform": partial(uniform, n**-0.5)}
+        starts: dict[object, Callable] = {True: zeros, "gaussian": normal, "kaiming_uniform": partial(uniform, n**-0.5)}
         start = starts.get(config.init_weights, partial(uniform, math.sqrt(6 / (m + n))))  # Xavier
         return {"c3a_kernel": Tensor((m // q, n // q, q), start, "c3a_kernel")}
 

@@ -57,7 +57,7 @@ class FRoD(Branch):
         }
 
     def together(self, targets, config):
-        groups, widths = [], ()
+        groups, widths = [], tuple[int, ...]()
         for name, n, sources, members in categories(targets):
             widths += (n,)
             groups.append((of_category(name, widths, sources, config), members))

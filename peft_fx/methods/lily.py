@@ -47,7 +47,8 @@ class Lily(Branch):
         return {"scaling": fixed(config.scaling)}
 
     def together(self, targets, config):
-        groups, grouped, own = {}, [], {}
+        groups: dict[tuple, list[str]] = {}
+        grouped, own = [], {}
         for t in targets:
             groups.setdefault((suffix(t.path, config), t.shape), []).append(t.name)
         for (_, (m, n)), members in groups.items():

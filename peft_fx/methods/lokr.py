@@ -27,7 +27,13 @@ from .scales import fixed
 from .shapes import factorization
 
 # init_weights -> what of it starts at zero
-AT_ZERO = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}
+AT_ZERO: dict[object, tuple[str, ...]] = {
+    True: ("lokr_w1", "lokr_w1_a"),
+    "lycoris": ("lokr_w2", "lokr_w2_b"),
+    False: (),
+}
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[tuple[int, int], ...]]]  # tensor -> its shape, and its `pad`
 
 
 @dataclass
@@ -36,7 +42,7 @@ class LoKrConfig(LycorisConfig):
 
     decompose_both: bool = False
     decompose_factor: int = -1
-    rank_dropout_scale: bool = False
+    rank_dropout_scale: bool = False  # type: ignore[misc]  # LoHa has no choice
     init_weights: bool | str = one_of(True, False, "lycoris")
 
 
@@ -49,7 +55,8 @@ class LoKr(Lycoris):
         r, kernel, factor = self.rank(target, config), target.kernel, config.decompose_factor
         (l, k), (c, d) = (factorization(size, factor) for size in (target.out_features, target.shape[1]))
         row, column = ((0, 1),), ((1, 1),)  # where the rank is
-        w1, w2 = {"lokr_w1": ((l, c), ())}, {"lokr_w2": ((k, d, *kernel), ())}
+        w1: Shapes = {"lokr_w1": ((l, c), ())}
+        w2: Shapes = {"lokr_w2": ((k, d, *kernel), ())}
         if config.decompose_both and r < max(l, c) / 2:
             w1 = {"lokr_w1_a": ((l, r), column), "lokr_w1_b": ((r, c), row)}
         if r < max(k, d) / 2:

@@ -12,6 +12,7 @@ projection of MultiheadAttention gets its update once; lora_dropout works on exp
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -93,7 +94,7 @@ class LoRA(Ranked, Additive):
         starts = {True: (kaiming, zeros), "gaussian": (gaussian, zeros), "orthogonal": orthogonal(r)}
         # of an adapter that began otherwise the numbers are in its file
         init_A, init_B = starts.get(config.init_lora_weights, (made, made))
-        init_bias = partial(uniform, 1 / math.sqrt(B[1]))
+        init_bias: Callable = partial(uniform, 1 / math.sqrt(B[1]))
         if config.init_lora_weights in starts:
             if target.reads_ids:
                 init_A, init_B = zeros, normal

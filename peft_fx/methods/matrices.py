@@ -41,7 +41,7 @@ class Matrices(Additive):
             A = block_diagonal(A.repeat(target.groups, *(1,) * (A.dim() - 1)), target.groups)
         return Factors(A, B, B.new_ones(()), bias)
 
-    def weight(self, W, b, theta, target, config):
+    def weight(self, W, b, theta, target, config):  # type: ignore[override]  # without `out`
         A, B, bias = self.parts(theta | {"W": W} if self.reads else theta, target, config)
         return torch.addmm(W.flatten(1), B, A).reshape(W.shape), b if bias is None else b + bias
 

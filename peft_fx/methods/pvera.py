@@ -44,7 +44,7 @@ class PveraConfig(AdapterConfig):
 
 class PVeRA(VeRA):
     name = "PVERA"
-    Config = PveraConfig
+    Config = PveraConfig  # type: ignore[assignment]  # beside VeRA's, not derived from it
     refuses = {"expert": "PVeRA draws noise for the tokens of one product, which a stack of experts cannot tell apart"}
     drops = "pvera_dropout"
     written = ("sample_at_inference",)
@@ -75,7 +75,7 @@ class PVeRA(VeRA):
             z = torch.where(keeps == 0, z, mean)
         return z.flatten(-2).movedim(-1, axis)
 
-    def weight(self, W, b, theta, target, config):
+    def weight(self, W, b, theta, target, config):  # type: ignore[override]  # without `out`
         A, B = self.matrices(theta, target, config)
         return torch.addmm(W.flatten(1), B, A.chunk(2)[0]).reshape(W.shape), b
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
@@ -81,12 +82,12 @@ class Stacked(Method):
         return torch.stack([W for W, _ in made]), b
 
 
-class StackedAdditive(Stacked, Additive):
+class StackedAdditive(Stacked, Additive):  # type: ignore[misc]  # nobody asks a stack's `weight` for `out`
     """Keeps the factored form: one pair of factors per expert."""
 
     def factors(self, theta, target, config):
         def one(W, theta):
-            f = self.one.factors(theta | ({} if W is None else {"W": W}), each(target), config)
+            f = cast(Additive, self.one).factors(theta | ({} if W is None else {"W": W}), each(target), config)
             return f.A, f.B, f.scale.reshape(1, 1)
 
         theta = dict(theta)
@@ -124,7 +125,7 @@ def stack(specs: Sequence[Tensor], own: dict[str, Tensor]) -> Tensor:
     stacked = [need in own for need in first.needs]
 
     pad = tuple((axis + 1, blocks) for axis, blocks in first.pad)
-    pieces = first.pieces and stacked_pieces([spec.pieces for spec in specs], stacked, own)
+    pieces = first.pieces and stacked_pieces([s.pieces for s in specs if s.pieces is not None], stacked, own)
     init = partial(initialise, specs, stacked)
     return replace(first, shape=(len(specs), *first.shape), init=init, pad=pad, stacked=True, pieces=pieces)
 

@@ -12,6 +12,7 @@ PEFT leaves it uninitialised. Token ids cannot be dropped out: on embeddings tin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,14 +65,16 @@ class TinyLoRA(Matrices):
         groups = max(1, round(len(targets) * (1 - config.weight_tying)))
         size = max(1, len(targets) // groups)
         key = "tinylora_P" if config.save_projection else None
-        members, own = {}, {}
+        members: dict[int, list[str]] = {}
+        own: dict[str, dict[str, Tensor]] = {}
         for i, t in enumerate(targets):
             members.setdefault(min(i // size, groups - 1), []).append(t.name)
             r = min(config.r, t.out_features, row_size(t))
             draw = partial(seeded_normal, config.projection_seed + i, 1 / math.sqrt(r))
             pad = ((0, 1), (1, 1), (2, 1))
             own[t.name] = {"tinylora_P": Tensor((config.u, r, r), draw, key, False, pad=pad, derived=key is None)}
-        start = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}[config.init_weights]
+        starts: dict[object, Callable] = {True: zeros, False: normal, "uniform": partial(uniform, config.init_v_bound)}
+        start = starts[config.init_weights]
         vectors = {g: {"tinylora_v": Tensor((config.u,), start, f"tinylora_v.{g}", pad=((0, 1),))} for g in members}
         return Together(own=own, grouped=tuple((vectors[g], tuple(names)) for g, names in members.items()))
 

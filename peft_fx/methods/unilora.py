@@ -49,16 +49,17 @@ class UniLoRA(Matrices):
     def together(self, targets, config):
         d = config.theta_d_length
         deal = (sum(config.r * (t.out_features + row_size(t)) for t in targets), d, config.proj_seed)
-        own, first = {}, 0
+        own: dict[str, dict[str, Tensor]] = {}
+        first = 0
         for t in targets:
             specs = own[t.name] = {}
             for factor, shape, axis in ("A", (config.r, row_size(t)), 0), ("B", (t.out_features, config.r), 1):
                 indices, scale = f"unilora_indices_{factor}", f"unilora_scales_{factor}"
                 keys, pad = (indices, scale) if config.save_indices else (None, None), ((axis, 1),)
                 drawn = partial(drawn_over, partial(integers, d), partial(dealt_positions, deal, first))
-                fixed = dict(trainable=False, pad=pad, derived=not config.save_indices)
-                specs[indices] = Tensor(shape, drawn, keys[0], dtype=torch.int64, below=d, **fixed)
-                specs[scale] = Tensor(shape, partial(dealt_scales, deal, first), keys[1], **fixed)
+                fixed = partial(Tensor, shape, trainable=False, pad=pad, derived=not config.save_indices)
+                specs[indices] = fixed(drawn, keys[0], dtype=torch.int64, below=d)
+                specs[scale] = fixed(partial(dealt_scales, deal, first), keys[1])
                 first += shape[0] * shape[1]
         start = partial(uniform, config.init_theta_d_bound) if config.init_weights else normal
         return Together({"unilora_theta_d": Tensor((d,), start, "unilora_theta_d", pad=((0, 1),))}, own)

@@ -89,7 +89,7 @@ IA3_TARGETS = (
     (["key_proj", "value_proj", "output.dense"], "deberta-v2"),
     (["in_proj", "output.dense"], "deberta"),
 )
-IA3_FEEDFORWARD = (
+IA3_FEEDFORWARD: tuple[tuple[list[str], str], ...] = (
     (["wo"], "t5"),
     ([], "mt5"),
     (["mlp.c_proj"], "gpt2 gpt_bigcode"),
@@ -103,7 +103,7 @@ IA3_FEEDFORWARD = (
     (["w2"], "mixtral"),
 )
 # peft_type -> model type -> target_modules
-DEFAULT_TARGETS = {
+DEFAULT_TARGETS: dict[str | None, dict[str | None, list[str] | str]] = {
     peft_type: {model: names for names, models in targets for model in models.split()}
     for peft_type, targets in {
         "ADALORA": ADALORA_TARGETS,
@@ -143,7 +143,7 @@ DEFAULT_TARGETS = {
     }.items()
 }
 # peft_type -> other field -> model type -> names, where the field is None
-DEFAULT_NAMES = {
+DEFAULT_NAMES: dict[str | None, dict[str, dict[str | None, list[str]]]] = {
     "IA3": {"feedforward_modules": {model: names for names, models in IA3_FEEDFORWARD for model in models.split()}}
 }
 # Types whose experts PEFT converts to target_parameters: naming target_parameters alone adds no default modules.
@@ -154,7 +154,7 @@ NO_TARGETS = "dummy-target-modules"
 # Heads that "all-linear" leaves out of a classifier without an output embedding.
 CLASSIFIER_HEADS = ("score", "classifier")
 # task type -> modules that get a trained copy, where the model has them
-TASK_HEADS = {
+TASK_HEADS: dict[str | None, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),

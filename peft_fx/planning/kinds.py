@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from ..folding import components, gathered, joined
 from ..target import ModuleRecord, Target, sizes
@@ -43,7 +44,7 @@ class Refusal:
     target_name: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.target_name}: {self.reason}"
 
 
@@ -123,9 +124,11 @@ def _observed_targets(record: ModuleRecord) -> tuple[Target, ...] | Refusal:
     return (_target(record, names[0], kind, bool(transposed), groups),)
 
 
-def _target(record, name, kind, transposed, groups, by_parameter=False) -> Target:
+def _target(
+    record: ModuleRecord, name: str, kind: str, transposed: bool, groups: int, by_parameter: bool = False
+) -> Target:
     shape = record.parameters[name]
-    features = (record.attributes.get("out_features"), record.attributes.get("in_features"))
+    features: Any = (record.attributes.get("out_features"), record.attributes.get("in_features"))
     if kind == "linear" and not by_parameter and None not in features:
         shape = features  # a quantized weight is packed: the module knows the real shape
     elif transposed:

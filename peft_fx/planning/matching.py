@@ -19,7 +19,7 @@ class Unmatched:
     entry: str
     nearest: tuple[str, ...] = ()
 
-    def __str__(self):
+    def __str__(self) -> str:
         near = f"; nearest: {', '.join(self.nearest)}" if self.nearest else ""
         return f"{self.field}: {self.entry!r} matches nothing{near}"
 
@@ -67,7 +67,9 @@ def nearest(entry: str, names: Iterable[str]) -> tuple[str, ...]:
     return lookalikes(entry, known, 3, 0.5)
 
 
-def report_unmatched(field: str, entries, matched: set[str], names: Iterable[str]) -> list[Unmatched]:
+def report_unmatched(
+    field: str, entries: list[str] | str | None, matched: set[str], names: Iterable[str]
+) -> list[Unmatched]:
     names = list(names)
     entries = [entries] if isinstance(entries, str) else entries or []
     return [Unmatched(field, e, nearest(e, names)) for e in entries if e not in matched]

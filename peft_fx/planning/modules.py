@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,13 +42,15 @@ def module_table(model: nn.Module) -> ModuleTable:
 
 def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
     """One module's record; `paths`: where it is reachable, the first one names it."""
-    persistent = (n for n in module._buffers if n not in module._non_persistent_buffers_set)
+    buffers = {
+        n: b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
+    }
     return ModuleRecord(
         path=paths[0],
         type=own_class(module).__name__,
         bases=tuple(c.__name__ for c in own_class(module).__mro__ if c not in (nn.Module, object)),
         parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
-        buffers={n: tuple(module._buffers[n].shape) for n in persistent if module._buffers[n] is not None},
+        buffers={n: tuple(b.shape) for n, b in buffers.items()},
         # without __getattr__, in which diffusers' models look into their config, with a warning
         attributes={
             n: _literal(v)
@@ -101,7 +104,7 @@ def _path_of(paths: dict[nn.Module, list[str]], module: object) -> str | None:
     return paths[module][0] if isinstance(module, nn.Module) and module in paths else None
 
 
-def _get(config: object, name: str):
+def _get(config: object, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
@@ -114,6 +117,6 @@ def _is_literal(value: object) -> bool:
     return isinstance(value, LITERALS)
 
 
-def _literal(value):
+def _literal(value: Any) -> Any:
     """JSON's version of a literal, so that a table equals its own round trip."""
     return [_literal(v) for v in value] if isinstance(value, (tuple, list)) else value

@@ -13,16 +13,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 from ..config import AdapterConfig, by_pattern
 from ..errors import RecipeError
 from ..target import ModuleTable
 
+if TYPE_CHECKING:
+    from ..methods.lora import LoraConfig
+
 # a module of transformers 4 -> the parameter that holds its weight; of a stack's former names the first comes first in it
 MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
 QWEN = {"gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 # model type -> those names; transformers' _MODEL_TO_CONVERSION_PATTERN, and mixtral
-NAMES = {
+NAMES: dict[str | None, dict[str, str]] = {
     model: names
     for names, models in (
         (MIXTRAL, "mixtral minimax minimax_m2"),
@@ -64,7 +68,7 @@ def converted(
     """
     if config.peft_type != "LORA" or not names or not config.target_modules or not stacks(table):
         return config
-    entries = config.target_modules
+    entries: Iterable[str] = config.target_modules
     if isinstance(entries, str):
         every = [f"{r.path}.{name}" for r in table.records for name in r.parameters]
         # paths that were, as the pattern may have them: the former name in the place of the parameter's
@@ -94,6 +98,7 @@ def with_parameters(
     Where the config's own patterns say another rank or alpha for all of a model's stacks, they alone remain: PEFT adds its
     pattern behind them, and its file, which sorts them, puts it before.
     """
+    config = cast("LoraConfig", config)
     ranks, alphas = dict(config.rank_pattern or {}), dict(config.alpha_pattern or {})
     for parameter in sorted(parameters):
         count = len(former(names, parameter))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -71,12 +72,10 @@ class Placement:
 
     def file_key(self, tensor: str) -> str:
         """The tensor's key in PEFT's `adapter_model.safetensors`."""
-        key = self.tensors[tensor].key
-        return (
-            PREFIX_SHARED + key[len(ROOT_KEY) :]
-            if key.startswith(ROOT_KEY)
-            else f"{PREFIX}{self.target.file_path}.{key}"
-        )
+        key = self.tensors[tensor].key or ""
+        if key.startswith(ROOT_KEY):
+            return PREFIX_SHARED + key[len(ROOT_KEY) :]
+        return f"{PREFIX}{self.target.file_path}.{key}"
 
     def file_keys(self, tensor: str) -> tuple[str, ...]:
         """The keys under which files hold the tensor: its own, or one per piece."""
@@ -127,12 +126,12 @@ def make_plan(table: ModuleTable, adapter: str, config: AdapterConfig, strict: b
         *bias_placements(table, selection, adapter, config),
         *token_placements(selection, adapter, config),
     ]
-    refusals = (*selection.refusals, *refusals)
+    refusals = [*selection.refusals, *refusals]
     if refusals and strict:
         raise TargetError(
             "\n  ".join([f"adapter {adapter!r}: {len(refusals)} target(s) refused", *one_line_each(refusals)])
         )
-    return Plan((*substitutions, *adapted), refusals, selection.unmatched)
+    return Plan((*substitutions, *adapted), tuple(refusals), selection.unmatched)
 
 
 def clashes(placements: Iterable[Placement]) -> list[Refusal]:
@@ -212,8 +211,8 @@ def with_shared(together: Together, placements: list[Placement]) -> list[Placeme
     """Adds the tensors that depend on all targets: shared ones belong to the first placement, the rest use them there."""
     result = {p.target.name: replace(p, tensors=p.tensors | together.own.get(p.target.name, {})) for p in placements}
     for shared, names in ((together.shared, tuple(result)), *together.grouped):
-        owner = result[names[0]] if names else None
         for p in (result[name] for name in names):
+            owner = result[names[0]]
             tensors = {n: replace(t, key=shared_key(t.key, p is owner)) for n, t in shared.items()} | p.tensors
             used = {} if p is owner else {n: Shared(owner.state_name(n)) for n in shared}
             result[p.target.name] = replace(p, tensors=tensors, shared=p.shared | used)
@@ -229,7 +228,8 @@ def shared_key(key: str | None, owner: bool) -> str | None:
 
 def saved_placements(table: ModuleTable, selection: Selection, adapter: str, config: AdapterConfig) -> list[Placement]:
     """A copy of every parameter and persistent buffer of the modules to save, shared where the module shares it."""
-    placements, sources = [], {}
+    placements: list[Placement] = []
+    sources: dict[str | None, dict[str, str]] = {}
     counts = wrap_counts(list(selection.targets))
     for saved in selection.saved:
         owners = dict(sources.get(saved.source, {}))
@@ -287,7 +287,9 @@ def token_placements(selection: Selection, adapter: str, config: AdapterConfig) 
     return [token_placement(method, r, rows, adapter, config) for r in selection.tokens]
 
 
-def token_placement(method, rows: TokenRows, targets: dict[str, Target], adapter: str, config) -> Placement:
+def token_placement(
+    method: Method, rows: TokenRows, targets: dict[str, Target], adapter: str, config: Any
+) -> Placement:
     # the config of the placement names the module, whichever way the recipe found it
     config = replace(config, trainable_token_indices={rows.target.path: list(rows.ids)})
     placement = Placement(adapter, method.name, rows.target, config, method.tensors(rows.target, config))

@@ -7,10 +7,14 @@ another one has for the names behind its own. Only those that rename are taken; 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ..target import Renaming
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PLAIN = ("WeightRenaming", "PrefixChange")  # classes of rules; those derived from them keep a state, or count
 
@@ -22,19 +26,19 @@ def renamings(model: nn.Module) -> tuple[Renaming, ...]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}  # of a model whose code is not transformers'
-    rules = get_model_conversion_mapping(model, add_legacy=False)
+    rules = get_model_conversion_mapping(cast("PreTrainedModel", model), add_legacy=False)
     plain = (from_rule(rule) for rule in rules if type(rule).__name__ in PLAIN)
     return (*(Renaming(old, new) for old, new in own.items()), *plain)
 
 
-def from_rule(rule) -> Renaming:
+def from_rule(rule: Any) -> Renaming:
     """transformers' `\\1` is the first group inside of the pattern that matched; groups that did not are empty."""
     inner = "".join(rf"\{number + 1}" for number in rule.compiled_sources.groupindex.values())
     to = re.sub(r"\\(?!\d)", "", rule.target_patterns[0]).replace(r"\1", inner)
     return Renaming(rule.compiled_sources.pattern, to, scopes(rule))
 
 
-def scopes(rule) -> tuple[str, ...]:
+def scopes(rule: Any) -> tuple[str, ...]:
     """A model inside another is behind its path; the outer model's own prefix may be missing there."""
     if getattr(rule, "scope_prefix", None) is None:
         return ("",)

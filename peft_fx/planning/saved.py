@@ -31,7 +31,9 @@ def choose_saved(table: ModuleTable, config: AdapterConfig) -> tuple[list[SavedM
     """The outermost modules that `modules_to_save` and the task type name."""
     heads = TASK_HEADS.get(config.task_type, ())
     matches = ending_matcher(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
-    saved, refusals, seen = [], [], set()
+    saved: list[SavedModule] = []
+    refusals: list[Refusal] = []
+    seen: set[str] = set()
     for record in table.records:
         matched = set().union(*map(matches, paths_of(record))) if record.path else set()
         seen |= matched
@@ -58,17 +60,18 @@ def tied_group(table: ModuleTable) -> tuple[str, ...]:
 def tie_saved(table: ModuleTable, config: AdapterConfig, saved: list[SavedModule]) -> list[SavedModule]:
     """With `ensure_weight_tying`, saving one of the tied modules saves all of them, sharing one weight."""
     group = tied_group(table) if config.ensure_weight_tying else ()
-    everyone = (table.input_embedding, *group)
-    if not group or not any(s.path in everyone for s in saved):
+    embedding = table.input_embedding
+    everyone = (embedding, *group)
+    if embedding is None or not group or not any(s.path in everyone for s in saved):
         return saved
     rest = [s for s in saved if s.path not in everyone]
-    return [SavedModule(table.input_embedding), *(SavedModule(p, table.input_embedding) for p in group), *rest]
+    return [SavedModule(embedding), *(SavedModule(p, embedding) for p in group), *rest]
 
 
 def tied_targets(table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]) -> dict[str, str]:
     """With `ensure_weight_tying`, adapting one tied module adapts all: each path -> the embedding's, its own too."""
     group = tied_group(table) if config.ensure_weight_tying else ()
-    everyone = (table.input_embedding, *group)
-    if not group or not any(r.path in everyone for r in modules):
+    embedding = table.input_embedding
+    if embedding is None or not group or not any(r.path in (embedding, *group) for r in modules):
         return {}
-    return dict.fromkeys(everyone, table.input_embedding)
+    return dict.fromkeys((embedding, *group), embedding)

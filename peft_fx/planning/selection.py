@@ -75,7 +75,8 @@ def completed(table: ModuleTable, config: AdapterConfig) -> AdapterConfig:
 def last_parts(table: ModuleTable, config: AdapterConfig, more: Iterable[str]) -> set[str]:
     """The last parts of the paths that a `target_modules` string chooses among modules and `more`: "all-linear" all of these."""
     more = list(more)
-    if config.target_modules.lower() == defaults.ALL_LINEAR:
+    entries = config.target_modules
+    if isinstance(entries, str) and entries.lower() == defaults.ALL_LINEAR:
         heads = heads_left_out(table, config)
         paths = [r.path for r in table.records if r.is_a("Linear", "Conv1D") and r.path not in heads] + more
     else:
@@ -171,7 +172,8 @@ def targets_of_modules(
     table: ModuleTable, config: AdapterConfig, modules: list[ModuleRecord]
 ) -> tuple[list[Target], list[Refusal]]:
     """Each parameter once, even where an attention module and its own projection are both named."""
-    targets, refusals = {}, []
+    targets: dict[str, Target] = {}
+    refusals: list[Refusal] = []
     mamba = table.model_type in defaults.MAMBA_MODELS and config.peft_type in defaults.MAMBA_REFUSES
     for record in modules:
         read = module_targets(record)
@@ -194,7 +196,9 @@ def add_parameters(
 ) -> tuple[list[Target], list[Refusal], list[Unmatched]]:
     """`targets` and those of `target_parameters`; a module is chosen either whole or by parameters."""
     matches = matcher("target_parameters", config.target_parameters)
-    modules, found, refusals, seen = {t.path for t in targets}, [], [], set()
+    modules, seen = {t.path for t in targets}, set[str]()
+    found: list[Target] = []
+    refusals: list[Refusal] = []
     for record in table.records:
         for name in record.parameters:
             matched = set().union(*(matches(f"{path}.{name}" if path else name) for path in paths_of(record)))
@@ -204,7 +208,10 @@ def add_parameters(
             read = parameter_target(record, name)
             if record.path in modules and isinstance(read, Target):
                 read = Refusal(read.name, "target_modules chooses its module too; set target_modules=[] to avoid it")
-            (refusals if isinstance(read, Refusal) else found).append(read)
+            if isinstance(read, Refusal):
+                refusals.append(read)
+            else:
+                found.append(read)
     names = [f"{r.path}.{name}" for r in table.records for name in r.parameters]
     return [*targets, *found], refusals, report_unmatched("target_parameters", config.target_parameters, seen, names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import AdapterConfig
 from ..errors import RecipeError
@@ -64,7 +65,7 @@ def vocabulary(target: Target) -> int:
     return target.in_features if target.transposed else target.out_features
 
 
-def checked_ids(ids, target: Target) -> tuple[int, ...]:
+def checked_ids(ids: Any, target: Target) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise RecipeError(f"trainable_token_indices for {target.path}: expected a list of token ids, got {ids!r}")
     outside = [i for i in ids if not 0 <= i < vocabulary(target)]
@@ -80,7 +81,7 @@ def checked_ids(ids, target: Target) -> tuple[int, ...]:
 
 def tie_tokens(table: ModuleTable, config: AdapterConfig, rows: dict[str, TokenRows]) -> list[TokenRows]:
     """Modules tied to the embedding use its rows, unless they are given ids of their own."""
-    group, source = tied_group(table), rows.get(table.input_embedding)
+    group, source = tied_group(table), rows.get(table.input_embedding or "")
     own = {path: rows[path].ids for path in group if path in rows}
     if source is None or not group:
         return list(rows.values())

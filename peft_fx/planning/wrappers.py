@@ -36,7 +36,7 @@ def base_path(path: str, counts: dict[str, int]) -> str:
 
 def with_file_paths(targets: list[Target]) -> list[Target]:
     """The targets of one adapter, in registration order, each with its `file_path`."""
-    counts, seen, filed = wrap_counts(targets), Counter(), []
+    counts, seen, filed = wrap_counts(targets), Counter[str](), []
     for target in targets:
         seen[target.path] += 1
         outer = BASE * (counts[target.path] - seen[target.path])

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import copy
 import threading
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 # Generating code renames nodes meanwhile: two threads must not do it for one graph.
 LOCK = threading.RLock()
@@ -20,7 +24,7 @@ LOCK = threading.RLock()
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with its own nodes; `meta` is copied one level deep, the call structure (codegen) is shared."""
     new = fx.Graph(tracer_cls=graph._tracer_cls)
-    result, output = new.graph_copy(graph, {}, return_output_node=True)
+    result, output = cast("tuple[Argument, fx.Node]", new.graph_copy(graph, {}, return_output_node=True))
     new.output(result).meta = copy.copy(output.meta)
     new._codegen = graph._codegen
     return new
@@ -49,8 +53,8 @@ class Lazy(fx.GraphModule):
     def _graph(self) -> fx.Graph:
         with LOCK:
             if self.__dict__["_graph"] is None:
-                self.__dict__["_graph"] = copy_graph(self._kept)
-                self.__dict__["_graph"].owning_module = self
+                own = self.__dict__["_graph"] = copy_graph(graph_to_read(self))
+                own.owning_module = self
             return self.__dict__["_graph"]
 
     @_graph.setter
@@ -61,7 +65,7 @@ class Lazy(fx.GraphModule):
         self.__dict__["_graph"] = graph
 
     @property
-    def forward(self):
+    def forward(self) -> Any:  # type: ignore[override]  # of the class as long as there is none
         self._generate()
         return self.forward  # the class's own by now
 
@@ -88,7 +92,7 @@ class Lazy(fx.GraphModule):
     def __deepcopy__(self, memo):
         self.graph  # noqa: B018  now it has one of its own
         memo[id(self._kept)] = self._kept
-        new = super().__deepcopy__(memo)
+        new = cast(Lazy, super().__deepcopy__(memo))
         new._kept = self._kept
         return new
 
@@ -99,4 +103,4 @@ class Lazy(fx.GraphModule):
 
 def graph_to_read(gm: fx.GraphModule) -> fx.Graph:
     """The graph that `gm` runs, not to be changed."""
-    return gm.__dict__["_graph"] or gm._kept
+    return gm.__dict__["_graph"] or vars(gm)["_kept"]

@@ -10,6 +10,8 @@ A GraphModule subclass would be lost by the next pass; a submodule and `meta` ar
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import fx, nn
 
@@ -19,7 +21,7 @@ from .lazy import copy_graph
 from .resident import Adapters
 from .sharing import Shared, Sharing
 from .state import State
-from .tensors import PRESERVED, ROOT
+from .tensors import PRESERVED, ROOT, store_of
 
 
 class ByMode(nn.Module):
@@ -82,9 +84,7 @@ def set_graph(gm: fx.GraphModule, graph: fx.Graph) -> None:
     graph.owning_module = gm
 
 
-def build(
-    modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State
-) -> fx.GraphModule:
+def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph: fx.Graph, state: State) -> Shared:
     """A GraphModule that owns the given root entries (objects, not copies); it runs `graph` once passes have run on it."""
     gm = Shared(nn.Module(), fx.Graph(), class_name="GraphModule")
     for name, module in modules.items():
@@ -96,20 +96,20 @@ def build(
     set_graph(gm, graph)
     gm.meta[ROOT] = state
     gm.meta[PRESERVED] = {name: getattr(gm, name) for name in (ROOT, "_non_persistent_buffers_set")}
-    gm.training = gm.peft_fx.mode.training
+    gm.training = store_of(gm).mode.training
     return gm
 
 
-def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> fx.GraphModule:
+def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> Shared:
     """A new GraphModule over the same tensors with its own module objects, graph, mode and state."""
     copies: dict[nn.Module, nn.Module] = {}
-    modules = {name: shell(module, copies) for name, module in gm._modules.items()}
+    modules = {name: shell(module, copies) for name, module in gm._modules.items() if module is not None}
     modules = {ROOT: modules.pop(ROOT), **modules}
     buffers = {n: (b, n not in gm._non_persistent_buffers_set) for n, b in gm._buffers.items()}
     if not hasattr(modules[ROOT], "sharing"):  # another tool's pass rebuilt the containers
-        modules[ROOT].sharing = Sharing()
+        cast(Store, modules[ROOT]).sharing = Sharing()
     new = build(modules, dict(gm._parameters), buffers, graph, state)
-    new.peft_fx.sharing.add(gm, new)
+    store_of(new).sharing.add(gm, new)
     return new
 
 
@@ -122,9 +122,9 @@ def shell(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -
     if module in copies:
         return copies[module]
     if isinstance(module, fx.GraphModule):
-        new = fx.GraphModule(module, copy_graph(module.graph))
-        new.training = module.training
-        return new
+        region = fx.GraphModule(module, copy_graph(module.graph))
+        region.training = module.training
+        return region
     new = copies[module] = module.__new__(type(module))
     new.__dict__.update(module.__dict__)
     for kind in ("_parameters", "_buffers"):

@@ -14,6 +14,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -21,6 +22,9 @@ from torch import fx
 from ..errors import GraphError
 from .lazy import Lazy
 from .summary import OURS, summary, summary_html
+
+if TYPE_CHECKING:
+    from .modules import Store
 
 
 class Forward:
@@ -179,6 +183,8 @@ def synchronize(devices: Iterable[torch.device]) -> None:
 class Shared(Lazy):
     """A graph module whose calls are forwards to `Sharing`. Code that Dynamo made of such a call along with its caller's has
     no lock: its caller takes `forward()`. Printed, it is a summary; all of it is in `code`."""
+
+    peft_fx: Store  # not by `store_of`: Dynamo would meet that in a call, and compile it
 
     def __call__(self, *args, **kwargs):
         if torch.compiler.is_compiling():

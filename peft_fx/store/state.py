@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 from torch import fx, nn
 
@@ -121,6 +122,11 @@ class State:
         """The names that callers know adapters by, free slots left out."""
         names = {slot: name for name, slot in self.residents.items()}
         return tuple(names[place] for place in places if place in names)
+
+
+def base_of(state: State) -> BaseGraph:
+    """The base of a graph's state: a model's has none."""
+    return cast(BaseGraph, state.base)
 
 
 def state_of(gm: nn.Module, verb: str = "this") -> State:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..tables import Table, as_html, counted, terminal_width, text
 from ..target import sizes
 from .lazy import graph_to_read
+from .tensors import store_of
 
 OURS = "peft_fx"  # the submodule, and the key of what is known of a graph and of a node
 INDENT = "  "
@@ -52,7 +53,7 @@ def adapters(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
     forms = forms_of(graph)
     for name, slot in state.residents.items():
         config = state.recipe[slot].config
-        held = getattr(graph.peft_fx.adapters, slot, nn.Module())
+        held = getattr(store_of(graph).adapters, slot, nn.Module())
         targets = {n.rpartition(".")[0] for kind in (held.named_parameters(), held.named_buffers()) for n, _ in kind}
         rank = f" {config.ranked}={getattr(config, config.ranked)}" if config.ranked else ""
         words = [config.peft_type + rank, counted(len(targets), "target"), *forms.get(slot, ()), status(graph, slot)]
@@ -65,7 +66,7 @@ def adapters(graph: fx.GraphModule) -> Iterator[tuple[str, str]]:
 
 def forms_of(graph: fx.GraphModule) -> dict[str, list[str]]:
     """Adapter -> in which forms it is in the graph, and on how many targets each."""
-    placed = {}
+    placed: dict[tuple[str, str], str] = {}
     for node in graph_to_read(graph).nodes:
         tag = node.meta.get("custom", {}).get(OURS, {})
         if tag.get("role") and "form" in tag:
@@ -84,14 +85,14 @@ def status(graph: fx.GraphModule, adapter: str) -> str:
         return "merged into the weights"
     if not state.gated:
         return "active" if adapter in state.acting else "not active"
-    gate = getattr(graph.peft_fx.gates, adapter, None)
+    gate = getattr(store_of(graph).gates, adapter, None)
     if gate is None or gate.is_meta:
         return "in a slot"
     return f"on with weight {gate.item():g}" if gate.item() else "off"
 
 
 def mode(graph: fx.GraphModule) -> str:
-    switch = graph.peft_fx.mode
+    switch = store_of(graph).mode
     now = "train" if switch.training else "eval"
     return f"{now} only: {switch.locked}" if switch.locked else f"{now}; train() and eval() change it"
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import nn
 
 from ..errors import GraphError
+
+if TYPE_CHECKING:
+    from .modules import Store
 
 ROOT = "peft_fx"
 ADAPTERS = f"{ROOT}.adapters"
@@ -15,6 +20,11 @@ MODE = f"{ROOT}.mode"
 DEVICE = f"{ROOT}.device"
 INPUTS = f"{ROOT}.inputs"
 PRESERVED = "_user_preserved_attributes"  # torch.fx: attributes named here survive deepcopy though no node reads them
+
+
+def store_of(gm: nn.Module) -> Store:
+    """`gm.peft_fx`, by its type."""
+    return cast("Store", getattr(gm, ROOT))
 
 
 def owner_of(root: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
@@ -28,7 +38,7 @@ def owner_of(root: nn.Module, name: str, create: bool = False) -> tuple[nn.Modul
             child = nn.Module()
             child.training = root.training
             module.add_module(part, child)
-        module = module._modules[part]
+        module = module.get_submodule(part)
     return module, leaf
 
 
@@ -37,10 +47,19 @@ def get_tensor(root: nn.Module, name: str) -> torch.Tensor | None:
     *path, leaf = name.split(".")
     module = root
     for part in path:
-        module = module._modules.get(part)
-        if module is None:
+        child = module._modules.get(part)
+        if child is None:
             return None
+        module = child
     return module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+
+
+def tensor_of(root: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer called `name`, which is there."""
+    tensor = get_tensor(root, name)
+    if tensor is None:
+        raise GraphError(f"the graph module has no {name!r}")
+    return tensor
 
 
 def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:

@@ -13,16 +13,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import fx
 
+from ..atomic import StrPath
 from ..config import AdapterConfig
 from ..errors import RecipeError
 from ..files.write import file_config, write_adapter
 from ..planning.plan import make_plan
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, tensor_of
+
+if TYPE_CHECKING:
+    from ..methods.adalora import AdaLoraConfig
 
 COMPONENTS = {"lora_A": -2, "lora_E": -2, "lora_B": -1}  # tensor -> the axis of its components
 
@@ -35,9 +40,12 @@ class RankAllocator:
 
     def __init__(self, tuned: fx.GraphModule, adapter: str = "default"):
         self.tuned, self.adapter, self.state = tuned, adapter, state_of(tuned, "RankAllocator")
-        self.config = self.state.recipe[adapter].config
+        self.config = cast("AdaLoraConfig", self.state.recipe[adapter].config)
         if self.config.peft_type != "ADALORA":
             raise RecipeError(f"adapter {adapter!r} is {self.config.peft_type}; only AdaLoRA has a rank budget")
+        self.last = (
+            cast(int, self.config.total_step) - self.config.tfinal
+        )  # step after which nothing is chosen any more
         self.tensors = factors(tuned, adapter)
         self.first_budget = sum(t["lora_A"].shape[-2] for t in self.tensors.values())
         self.last_budget = self.config.target_r * len(self.tensors)
@@ -49,14 +57,14 @@ class RankAllocator:
         c = self.config
         if step <= c.tinit:
             return self.first_budget
-        if step > c.total_step - c.tfinal:
+        if step > self.last:
             return self.last_budget
-        left = 1 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit)
+        left = 1 - (step - c.tinit) / (self.last - c.tinit)
         return int((self.first_budget - self.last_budget) * left**3 + self.last_budget)
 
     def update_and_allocate(self, step: int) -> None:
         """Call once per training step, after `backward` and before `zero_grad`."""
-        c, last = self.config, self.config.total_step - self.config.tfinal
+        c, last = self.config, self.last
         if step < last:
             self.update_importance()
         if step == last or (c.tinit < step < last and step % c.deltaT == 0):
@@ -92,11 +100,12 @@ class RankAllocator:
 
     def zero(self) -> None:
         """Sets E of every component that is not kept to zero."""
+        pattern = self.rank_pattern or {}
         for path, tensors in self.tensors.items():
-            kept = torch.tensor(self.rank_pattern[f"{path}.lora_E"], device=tensors["lora_E"].device)
+            kept = torch.tensor(pattern[f"{path}.lora_E"], device=tensors["lora_E"].device)
             tensors["lora_E"].data.masked_fill_(~kept.unsqueeze(1), 0.0)
 
-    def save(self, folder) -> Path:
+    def save(self, folder: StrPath) -> Path:
         """Writes the adapter as `save_adapter` does, with the kept components only."""
         return write_adapter(Path(folder), *self.files())
 
@@ -107,7 +116,7 @@ class RankAllocator:
         found = {}
         for p in plan.placements:
             for name, key, _ in p.saved():
-                found[key] = get_tensor(tuned or self.tuned, f"{ADAPTERS}.{p.resolve(name).name}").detach()
+                found[key] = tensor_of(tuned or self.tuned, f"{ADAPTERS}.{p.resolve(name).name}").detach()
                 if p.method == "ADALORA" and self.rank_pattern:
                     kept = torch.tensor(self.rank_pattern[f"{p.target.file_path}.lora_E"], device=found[key].device)
                     found[key] = found[key].index_select(COMPONENTS[name], kept.nonzero().flatten())
@@ -121,13 +130,14 @@ def orthogonality(tuned: fx.GraphModule, adapter: str = "default") -> torch.Tens
         A, B = tensors["lora_A"], tensors["lora_B"]
         grams += [A @ A.mT, B.mT @ B]
     distances = [torch.linalg.matrix_norm(g - torch.diag_embed(g.new_ones(g.shape[-1]))).flatten() for g in grams]
-    return state_of(tuned).recipe[adapter].config.orth_reg_weight * torch.cat(distances).mean()
+    config = cast("AdaLoraConfig", state_of(tuned).recipe[adapter].config)
+    return config.orth_reg_weight * torch.cat(distances).mean()
 
 
 def factors(tuned: fx.GraphModule, adapter: str) -> dict[str, dict[str, torch.Tensor]]:
     """Module path in PEFT's files -> the adapter's A, E and B there."""
     return {
-        p.target.file_path: {n: get_tensor(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in COMPONENTS}
+        p.target.file_path: {n: tensor_of(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in COMPONENTS}
         for p in state_of(tuned, "AdaLoRA").recipe[adapter].placements
         if p.method == "ADALORA"
     }

@@ -13,15 +13,21 @@ As PEFT's, except that T subspaces go on where it keeps T - 1. PEFT drops `requi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
 
 from ..errors import RecipeError
+from ..planning.plan import Placement
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, tensor_of
+
+if TYPE_CHECKING:
+    from ..methods.adamss import AdamssConfig
 
 NAMES = ("adamss_A", "adamss_B", "rows", "components")
 
@@ -44,7 +50,7 @@ class Subspaces:
     kept: tuple[torch.Tensor, ...] = ()
     importance: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.learning = torch.ones_like(self.rows[..., 0])
         self.masks = self.learning.clone()[..., None, None], torch.ones_like(self.B[..., :1], dtype=torch.bool)
 
@@ -55,7 +61,8 @@ class Subspaces:
 
     def update_importance(self, beta_I: float, beta_U: float) -> None:
         updated = []
-        for p, (mean, spread) in zip((self.A, self.B), self.importance or [(0.0, 0.0)] * 2, strict=True):
+        before: Sequence[tuple[Any, Any]] = self.importance or [(0.0, 0.0)] * 2
+        for p, (mean, spread) in zip((self.A, self.B), before, strict=True):
             if p.grad is None:
                 raise RecipeError(
                     f"{self.path} has no gradient: call update_and_allocate between backward and zero_grad"
@@ -67,7 +74,7 @@ class Subspaces:
 
     def score(self) -> torch.Tensor:
         """(..., k): the importance of those that learn, below everything for the others."""
-        A, B = (mean * spread for mean, spread in self.importance)
+        A, B = (mean * spread for mean, spread in self.importance or ())
         r, members = self.components.sum(-1), self.rows.to(B.dtype)
         of_A = A.sum((-2, -1)) / (r * A.shape[-1]).clamp(min=1)
         of_B = (members @ B.sum(-1, keepdim=True)).squeeze(-1) / (r * self.rows.sum(-1)).clamp(min=1)
@@ -82,6 +89,11 @@ class Subspaces:
         self.importance = None
 
 
+def subspaces_of(tuned: fx.GraphModule, p: Placement) -> Subspaces:
+    A, B, rows, components = (tensor_of(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in NAMES)
+    return Subspaces(p.target.file_path, A, B, rows, components)
+
+
 class SubspaceAllocator:
     """Budget and importance of the subspaces of one resident AdaMSS adapter with use_asa.
 
@@ -90,14 +102,11 @@ class SubspaceAllocator:
 
     def __init__(self, tuned: fx.GraphModule, adapter: str = "default"):
         state = state_of(tuned, "SubspaceAllocator")
-        self.config = state.recipe[adapter].config
+        self.config = cast("AdamssConfig", state.recipe[adapter].config)
         if self.config.peft_type != "ADAMSS" or not self.config.use_asa:
             raise RecipeError(f"adapter {adapter!r}: only AdaMSS with use_asa=True allocates subspaces")
-        self.subspaces = [
-            Subspaces(p.target.file_path, *(get_tensor(tuned, f"{ADAPTERS}.{p.resolve(n).name}") for n in NAMES))
-            for p in state.recipe[adapter].placements
-            if p.method == "ADAMSS"
-        ]
+        placements = state.recipe[adapter].placements
+        self.subspaces = [subspaces_of(tuned, p) for p in placements if p.method == "ADAMSS"]
         self.total = sum(s.learning.numel() for s in self.subspaces)
         for s in self.subspaces:
             if not s.A.requires_grad:

@@ -11,7 +11,7 @@ A PeftModel adds the term to its outputs' loss itself and has `update_and_alloca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ from ..config import AdapterConfig
 from ..store.state import state_of
 from .adalora import RankAllocator, orthogonality
 from .adamss import SubspaceAllocator
+
+if TYPE_CHECKING:
+    from ..methods.adamss import AdamssConfig
 
 
 class Allocator(Protocol):
@@ -39,7 +42,7 @@ class Work(NamedTuple):
 
 WORK = {
     "ADALORA": Work(RankAllocator, penalty=orthogonality),
-    "ADAMSS": Work(SubspaceAllocator, wanted=lambda config: config.use_asa),
+    "ADAMSS": Work(SubspaceAllocator, wanted=lambda config: cast("AdamssConfig", config).use_asa),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -25,9 +26,9 @@ FORMS = ("linear", "embedding")
 class LoraFAOptimizer(Optimizer):
     """AdamW. projected: parameter B -> (A, scale), for those whose gradient is projected first."""
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
                  weight_decay: float = 0.0, correct_bias: bool = True, *,
-                 projected: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]):  # fmt: skip
+                 projected: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]) -> None:  # fmt: skip
         wrong = {"lr": lr < 0, "betas": not all(0 <= b < 1 for b in betas), "eps": eps < 0}
         if any(wrong.values()):
             raise ValueError(f"out of range: {', '.join(n for n, is_wrong in wrong.items() if is_wrong)}")
@@ -36,7 +37,7 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, options)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -52,7 +53,7 @@ class LoraFAOptimizer(Optimizer):
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
         grad = parameter.grad
-        if parameter in self.projected:
+        if grad is not None and parameter in self.projected:
             grad = projected(grad, *self.projected[parameter])
         state["step"] += 1
         mean = state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -73,7 +74,7 @@ def projected(grad: torch.Tensor, A: torch.Tensor, scale: torch.Tensor) -> torch
     return (product.float() / scale**2).to(product.dtype).to(grad.dtype)
 
 
-def create_lorafa_optimizer(model, r: int, lora_alpha: float, lr: float, weight_decay: float = 0.0,
+def create_lorafa_optimizer(model: Any, r: int, lora_alpha: float, lr: float, weight_decay: float = 0.0,
                             use_rslora: bool | None = None) -> LoraFAOptimizer:  # fmt: skip
     """LoRA-FA for what trains in a PeftModel, a graph or a backend; freezes all A. What is no B of LoRA's gets plain AdamW.
 

@@ -9,6 +9,10 @@ Groups and defaults are PEFT's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch.optim import Optimizer
 
 from ..store.state import state_of
@@ -18,19 +22,20 @@ from ..verbs.tensors import Owned, adapters_of, parameters_of
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 
 
-def create_loraplus_optimizer(model, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float,
+def create_loraplus_optimizer(model: Any, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float,
                               loraplus_weight_decay: float = 0.0, loraplus_lr_embedding: float = 1e-6,
-                              **options) -> Optimizer:  # fmt: skip
+                              **options: Any) -> Optimizer:  # fmt: skip
     """An optimiser of that class for what trains in a PeftModel, a graph or a backend. options: its further arguments."""
     table = state_of(adapters_of(model)).table
     owned = [t for t in parameters_of(model) if t.tensor.requires_grad]
-    groups = {role: [] for role in ("others", "embedding", "B", "B_no_decay")}
+    groups: dict[str, list[torch.Tensor]] = {role: [] for role in ("others", "embedding", "B", "B_no_decay")}
     for t in owned:
         groups[role(t, table)].append(t.tensor)
     rates = {"others": lr, "embedding": loraplus_lr_embedding, "B": lr * loraplus_lr_ratio}
     if optimizer_cls.__name__ in EIGHT_BIT:
         keep_32_bits([t for t in owned if t.placement.method == "SAVED" and record_of(t, table).is_a("Embedding")])
-    return optimizer_cls(
+    make: Callable[..., Optimizer] = optimizer_cls
+    return make(
         [
             {"params": parameters, "weight_decay": 0.0 if name == "B_no_decay" else loraplus_weight_decay,
              "lr": rates.get(name, rates["B"])}

@@ -8,6 +8,8 @@ Of linear weights only, as in PEFT.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -15,8 +17,8 @@ from torch.optim import Optimizer
 from ..verbs.tensors import pairs_of, parameters_of
 
 
-def create_riemannian_optimizer(model, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2,
-                                **options) -> Optimizer:  # fmt: skip
+def create_riemannian_optimizer(model: Any, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2,
+                                **options: Any) -> Optimizer:  # fmt: skip
     """An optimiser of a subclass of that class for what trains in a PeftModel, a graph or a backend.
 
     Before each step it replaces the gradients of both factors of linear weights; others it leaves alone. reg keeps the
@@ -34,8 +36,8 @@ def create_riemannian_optimizer(model, optimizer_cls: type[Optimizer], *, lr: fl
     if not pairs:
         raise ValueError("no linear weight of this model has two factors of LoRA's that train: nothing to precondition")
 
-    class Riemannian(optimizer_cls):
-        def step(self, closure=None):
+    class Riemannian(optimizer_cls):  # type: ignore[misc, valid-type]  # the caller's
+        def step(self, closure: Callable | None = None) -> Any:
             if closure is not None:
                 raise ValueError("a closure would put its own gradients in place of the preconditioned ones: call backward "
                                  "before step()")  # fmt: skip

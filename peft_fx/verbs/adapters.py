@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
+from ..atomic import StrPath
 from ..engine.adding import with_adapter
 from ..engine.derive import derived
 from ..engine.filing import adapter_files
@@ -17,10 +19,12 @@ from ..files.read import read_adapter
 from ..files.write import write_adapter
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
-from ..store.state import state_of
+from ..store.state import base_of, state_of
 
 
-def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lowering: str = "auto") -> fx.GraphModule:
+def apply(
+    graph: fx.GraphModule, recipe: Any, adapter_name: str = "default", *, lowering: str = "auto"
+) -> fx.GraphModule:
     """Adds the adapters of a recipe and makes them active, after those that already are.
 
     recipe: a config, a Recipe, a dict, a path to .json / .yaml, or a PEFT config object. adapter_name: the name of a
@@ -39,7 +43,7 @@ def apply(graph: fx.GraphModule, recipe, adapter_name: str = "default", *, lower
 
 def load_adapter(
     graph: fx.GraphModule,
-    path,
+    path: StrPath,
     adapter_name: str = "default",
     *,
     trainable: bool = False,
@@ -78,14 +82,14 @@ def disable_adapter(tuned: fx.GraphModule) -> Iterator[fx.GraphModule]:
     state = state_of(tuned, "disable_adapter")
     refuse_merged(state, "disable_adapter")
     adapted = tuned.graph
-    tuned.graph = copy_graph(state.base.graph)
+    tuned.graph = copy_graph(base_of(state).graph)
     try:
         yield tuned
     finally:
         tuned.graph = adapted
 
 
-def save_adapter(tuned: fx.GraphModule, path, adapter_name: str | None = None) -> Path:
+def save_adapter(tuned: fx.GraphModule, path: StrPath, adapter_name: str | None = None) -> Path:
     """Writes one adapter as PEFT's `adapter_config.json` and `adapter_model.safetensors`, atomically; returns the folder.
 
     adapter_name may be left out when there is one adapter, or one active.

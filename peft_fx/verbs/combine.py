@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -32,10 +33,10 @@ from ..engine.transitions import names_of, planned
 from ..errors import RecipeError, UnsupportedError, WrongTypeError
 from ..methods.base import Additive
 from ..methods.ia3 import IA3Config
-from ..methods.lora import LoraConfig
+from ..methods.lora import LoRA, LoraConfig
 from ..planning.plan import Placement
 from ..store.state import State, state_of
-from ..store.tensors import get_tensor
+from ..store.tensors import tensor_of
 
 # name -> (how entries are pruned, whether signs are elected)
 RULES = {
@@ -58,7 +59,7 @@ class Combination:
     density: float | None = None
     majority_sign_method: str = "total"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.type not in TYPES:
             raise ValueError(f"combination_type={self.type!r}: expected one of {', '.join(TYPES)}")
         if self.majority_sign_method not in SIGNS:
@@ -83,7 +84,7 @@ class Combination:
 
 
 def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-            combination_type: str = "svd", **options) -> fx.GraphModule:  # fmt: skip
+            combination_type: str = "svd", **options: Any) -> fx.GraphModule:  # fmt: skip
     """The graph with one more resident LoRA adapter, which does not act until `set_adapter`, made of others.
 
     weights: one per adapter; negative ones subtract. options: svd_rank, svd_clamp, svd_full_matrices, svd_driver, density,
@@ -98,7 +99,9 @@ def combine(tuned: fx.GraphModule, adapters: Sequence[str], weights: Sequence[fl
 
 
 @torch.no_grad()
-def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combination) -> tuple[LoraConfig, dict]:
+def combined(
+    gm: fx.GraphModule, names: Sequence[str], weights: Sequence[float], how: Combination
+) -> tuple[LoraConfig, dict]:
     """The config and file key -> tensor of the combination."""
     state = state_of(gm)
     refuse_lengths(names, weights)
@@ -120,13 +123,20 @@ def combined(gm, names: Sequence[str], weights: Sequence[float], how: Combinatio
     tensors = {}
     for p, tensor_name, (key, *_) in planned(state, "combined", config).filed:
         A, B = factors[p.target.name]
-        value = A if tensor_name == p.rule.names(p.target)[0] else B
-        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(get_tensor(gm, p.target.name).device)
+        value = A if tensor_name == cast(LoRA, p.rule).names(p.target)[0] else B
+        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(tensor_of(gm, p.target.name).device)
     return config, tensors
 
 
 @torch.no_grad()
-def weighted(gm, names, weights, type: str | None = None, *options, **named) -> tuple[AdapterConfig, dict]:
+def weighted(
+    gm: fx.GraphModule,
+    names: Sequence[str],
+    weights: Sequence[float],
+    type: str | None = None,
+    *options: Any,
+    **named: Any,
+) -> tuple[AdapterConfig, dict]:
     """`combined` with these fields of `Combination`; `combined_scales` where none are given and all adapters are IA3's."""
     plain = type is None and not options and not named
     if plain and all(state_of(gm).recipe[n].config.peft_type == "IA3" for n in names):
@@ -134,7 +144,7 @@ def weighted(gm, names, weights, type: str | None = None, *options, **named) -> 
     return combined(gm, names, weights, Combination(type or "svd", *options, **named))
 
 
-def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
+def combined_scales(gm: fx.GraphModule, names: Sequence[str], weights: Sequence[float]) -> tuple[IA3Config, dict]:
     """The config and file key -> tensor of IA3 adapters as one IA3 adapter: l = sum_k w_k l_k, over those on a module."""
     refuse_lengths(names, weights)
     targets_of(state_of(gm), names)
@@ -148,8 +158,10 @@ def combined_scales(gm, names: Sequence[str], weights: Sequence[float]) -> tuple
                     f"{key}: a feed-forward module for some of {', '.join(names)} alone, whose scales have no sum"
                 )
             tensors[key] = before + weight * scale
-    fields = {f: union(f, [getattr(c, f) for c, _ in parts]) for f in ("target_modules", "feedforward_modules")}
-    return dataclasses.replace(parts[0][0], **fields), tensors
+    fields: dict[str, Any] = {
+        f: union(f, [getattr(c, f) for c, _ in parts]) for f in ("target_modules", "feedforward_modules")
+    }
+    return dataclasses.replace(cast(IA3Config, parts[0][0]), **fields), tensors
 
 
 def union(field: str, entries: list[list[str] | str | None]) -> list[str] | str:
@@ -185,7 +197,9 @@ def targets_of(state: State, names: Sequence[str]) -> dict[str, list[Placement]]
     return groups
 
 
-def by_update(gm, parts: list[tuple[Placement, float]], how: Combination) -> tuple[torch.Tensor, torch.Tensor]:
+def by_update(
+    gm: fx.GraphModule, parts: list[tuple[Placement, float]], how: Combination
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n) and B (m, r) of the best rank r for the sum of updates."""
     T = mixed([update(gm, p) for p, _ in parts], [w for _, w in parts], how)
     rank = how.svd_rank or max(rank_of(p) for p, _ in parts)
@@ -199,12 +213,16 @@ def by_update(gm, parts: list[tuple[Placement, float]], how: Combination) -> tup
     return A, B
 
 
-def by_factors(gm, parts: list[tuple[Placement, float]], how: Combination) -> tuple[torch.Tensor, torch.Tensor]:
+def by_factors(
+    gm: fx.GraphModule, parts: list[tuple[Placement, float]], how: Combination
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, n) and B (m, r) from the parts' own."""
     As, Bs, scaled = [], [], []
     for p, weight in parts:
         A, B, scale = factors_of(gm, p)
-        As.append(A), Bs.append(B), scaled.append(weight * scale)
+        As.append(A)
+        Bs.append(B)
+        scaled.append(weight * scale)
     if how.type == "cat":
         return torch.cat([w * A for w, A in zip(scaled, As, strict=True)]), torch.cat(Bs, 1)
     if len({A.shape for A in As}) > 1:
@@ -216,15 +234,15 @@ def by_factors(gm, parts: list[tuple[Placement, float]], how: Combination) -> tu
     return mixed(As, signed, how), mixed(Bs, roots, how)
 
 
-def factors_of(gm, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
+def factors_of(gm: fx.GraphModule, p: Placement) -> tuple[torch.Tensor, torch.Tensor, float]:
     """LoRA's A (r, n), B (m, r) in fp32 at least, and scale. Raises RecipeError for other methods."""
     if p.method != "LORA" or "lora_B_bias" in p.tensors:
         raise RecipeError(f"{p.target.name}: {p.method} has no two factors that can be summed: take an svd type")
-    f = p.rule.factors(wide(theta_of(gm, p)), p.target, p.config)
+    f = cast(Additive, p.rule).factors(wide(theta_of(gm, p)), p.target, p.config)
     return f.A.flatten(1), f.B, float(f.scale)
 
 
-def update(gm, p: Placement) -> torch.Tensor:
+def update(gm: fx.GraphModule, p: Placement) -> torch.Tensor:
     """dW (m, n) in fp32 at least."""
     W, theta = base_weight(gm, p.target), wide(theta_of(gm, p))
     W = W.to(torch.promote_types(W.dtype, torch.float32))

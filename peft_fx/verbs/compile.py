@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import fx
 
@@ -34,7 +36,7 @@ def compile(
     fullgraph: bool = True,
     dynamic: bool | None = True,
     options: dict | None = None,
-    backend="inductor",
+    backend: str | Callable = "inductor",
 ) -> fx.GraphModule:
     """The graph with its blocks compiled, each class of equal ones once: a cold start that does not grow with depth.
 

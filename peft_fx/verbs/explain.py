@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -15,7 +15,7 @@ from ..passes.match.readers import describe, parameter_nodes, sites
 from ..planning.plan import Placement, Plan, make_plan
 from ..planning.possible import possible_targets
 from ..recipe import as_recipe
-from ..store.state import State, state_of
+from ..store.state import State, base_of, state_of
 from ..tables import Table, as_html
 from .explanation import Explanation
 from .rows import Row, possible_row
@@ -32,10 +32,10 @@ class ParameterCount(NamedTuple):
         """Of those that are trained, in percent."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {self.share:.4f}"
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         cells = [f"{self.trainable:,}", f"{self.total:,}", f"{self.share:.4f}"]
         heads = ("trainable params", "all params", "trainable%")
         return as_html([Table(heads, [cells], frozenset(heads))])
@@ -49,7 +49,7 @@ def trainable_parameters(graph: fx.GraphModule) -> ParameterCount:
     return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
-def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
+def explain(graph: fx.GraphModule, recipe: Any = None) -> Explanation:
     """Every target of the resident adapters, or of a `recipe` that has not been applied: what was decided and why.
 
     Printed, targets of equal layers are one line; `.rows` has each.
@@ -79,7 +79,8 @@ def explain(graph: fx.GraphModule, recipe=None) -> Explanation:
 def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placement] = ()) -> dict[str, list[Lowering]]:
     """Adapter -> the lowerings of its placements, of adapters that act together, after those that are `present`."""
     decided: dict[str, list[Lowering]] = {}
-    for x in lower(state.base.graph, [*present, *asked], state.base.traces)[len(present) :]:
+    base = base_of(state)
+    for x in lower(base.graph, [*present, *asked], base.traces)[len(present) :]:
         decided.setdefault(x.placement.adapter, []).append(x)
     return decided
 
@@ -87,7 +88,7 @@ def decisions(state: State, asked: Sequence[Placement], present: Sequence[Placem
 def possible(graph: fx.GraphModule) -> Explanation:
     """Every parameter that an adapter could take, and the lowering that an additive method would get there."""
     state = state_of(graph, "explain")
-    nodes, rows = parameter_nodes(state.base.graph), []
+    nodes, rows = parameter_nodes(base_of(state).graph), []
     for target in (t for t in possible_targets(state.table) if t.name in nodes):
         found, reason = sites(nodes[target.name])
         if found or target.kind != "norm":
@@ -112,7 +113,9 @@ def rows_of(
                         "refused" if x.form == "refused" else status, note, error))  # fmt: skip
     left_out = [(r.target_name, "refused", r.reason) for r in plan.refusals]
     left_out += [(str(u.entry), "unmatched", str(u)) for u in plan.unmatched]
-    return rows + [Row(adapter, name, "", (), "", config.peft_type, "", 0, *what) for name, *what in left_out]
+    return rows + [
+        Row(adapter, name, "", (), "", config.peft_type or "", "", 0, status, why) for name, status, why in left_out
+    ]
 
 
 def numel(shape: tuple[int, ...]) -> int:

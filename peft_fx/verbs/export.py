@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
+from ..atomic import StrPath
 from ..engine.placed import adopt
 from ..engine.transitions import names_of, resident_of
 from ..errors import AdapterFileError, GraphError
@@ -38,7 +40,7 @@ EXTRA = "peft_fx.json"
 FORMAT = 2
 
 
-def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
+def export(graph: fx.GraphModule, path: StrPath | None = None) -> ExportedProgram:
     """The graph as a `torch.export.ExportedProgram`, in the mode that it is in now; no re-tracing, tensors are shared.
 
     path: where to write a `.pt2` too (atomically); `peft_fx.load` reads it back with its adapters. A merged graph gives a
@@ -51,7 +53,7 @@ def export(graph: fx.GraphModule, path=None) -> ExportedProgram:
     program = lift(baked, state.range_constraints)
     device = next(graph.parameters(), torch.empty(0)).device
     if traced_device(program) not in (None, device):
-        program = torch.export.passes.move_to_device_pass(program, device)
+        program = move_to_device_pass(program, device)
     if path is not None:
         save(program, as_path(path, "a .pt2 file to write"), state, graph.training)
     return program
@@ -103,7 +105,7 @@ def residents(data: dict, state: State, where: str) -> dict[str, Resident]:
     }
 
 
-def load(path) -> fx.GraphModule:
+def load(path: StrPath) -> fx.GraphModule:
     """Reads a `.pt2` written by `export`: a graph that can be run, inspected, hot-swapped, merged and exported again.
 
     Its mode is the one it was exported in. A `.pt2` of another origin is read too, without adapters. Raises

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ from ..store.state import state_of
 from ..store.unwrap import unwrapped
 
 
-def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapReport:
+def hotswap(tuned: fx.GraphModule, path: Any, adapter_name: str = "default") -> SwapReport:
     """Replaces the numbers of a resident adapter by those of another one, in place: 0 recompiles.
 
     tuned: the graph module from `apply` / `load_adapter`, torch.compile's result for it, or a `load_package`. path: what
@@ -64,7 +65,7 @@ def hotswap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> SwapR
     return SwapReport(adapter_name, source, len(written), elements, padded, zeroed, time.perf_counter() - start)
 
 
-def prepare_swap(tuned: fx.GraphModule, path, adapter_name: str = "default") -> Swap:
+def prepare_swap(tuned: fx.GraphModule, path: Any, adapter_name: str = "default") -> Swap:
     """Reads and checks an adapter for later: `hotswap(tuned, swap)` then is a copy of its numbers.
 
     Raises what `hotswap` raises, and HotswapError for a merged adapter, whose weights are folded when they are swapped.

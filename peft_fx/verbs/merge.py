@@ -20,8 +20,8 @@ from ..errors import MergeError
 from ..passes.core.base import run
 from ..passes.inject.fold import PointAtFolded
 from ..store.modules import derive
-from ..store.state import state_of
-from ..store.tensors import ROOT, get_tensor
+from ..store.state import base_of, state_of
+from ..store.tensors import ROOT, tensor_of
 
 KEEP = ("device", "cpu", None)
 
@@ -55,11 +55,11 @@ def merge(
     chosen = state.placed(names)
     before = acted(tuned, state) if keep_base else None
     new = derive(tuned, fx.Graph(), state)
-    new._keep(state.base.graph)
+    new._keep(base_of(state).graph)
     report, groups = [], by_target(chosen)
-    memory = Memory(get_tensor(new, name) for name in groups)
+    memory = Memory(tensor_of(new, name) for name in groups)
     for name, group in groups.items():
-        results, line = folded(new, group, check_finite, memory.like(get_tensor(new, name)))
+        results, line = folded(new, group, check_finite, memory.like(tensor_of(new, name)))
         for name, result in results.items():
             replace_tensor(new, name, result, keep_base)
         report.append(line)

@@ -33,7 +33,7 @@ def mixed_batch(tuned: fx.GraphModule, names: Sequence[str] | None = None) -> fx
     refuse_merged(state, "mixed_batch")
     if isinstance(names, str):
         raise GraphError(f"names={names!r}: expected a list of adapter names")
-    chosen = names_of(state, state.residents if names is None else names)
+    chosen = names_of(state, tuple(state.residents if names is None else names))
     if not chosen:
         raise GraphError("mixed_batch needs at least one adapter: apply or load one first")
     return derived(tuned, state.update(active=chosen, mixed=True))

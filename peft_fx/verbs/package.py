@@ -11,7 +11,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 import safetensors.torch
 import torch
@@ -21,18 +21,20 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from ..atomic import StrPath
 from ..engine.adding import base_weight, values_of
 from ..engine.placed import adopt
 from ..errors import AdapterFileError, GraphError, HotswapError
 from ..files.archive import archive_to, opened, replace_archive
 from ..files.paths import as_path
 from ..files.registrations import register_named
+from ..passes.core.nodes import calling, results_of
 from ..planning.plan import Placement
 from ..recipe import Recipe
 from ..store.lazy import copy_graph
 from ..store.modules import ByDevice, ByMode, Store, build, derive
 from ..store.state import BaseGraph, State, state_of
-from ..store.tensors import ADAPTERS, GATES, ROOT, get_tensor, set_tensor
+from ..store.tensors import ADAPTERS, GATES, ROOT, set_tensor, store_of, tensor_of
 from ..target import ModuleTable, sizes
 from .export import EXTRA, FORMAT, export, residents, to_json
 
@@ -50,7 +52,7 @@ KEEP_CONSTANTS = {
 FOLD_CONSTANTS = {"freezing": True}
 
 
-def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
+def package(tuned: fx.GraphModule, path: StrPath, *, swappable: bool = True) -> Path:
     """Compiles the graph and writes it as a `.pt2`, atomically; `peft_fx.load_package` runs it without the model's code.
 
     swappable: whether `hotswap` and `switch` work on the package. If not, adapters are frozen, and the compiler folds what it
@@ -67,13 +69,13 @@ def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
     program = export(plain)
     named = {**program.state_dict, **program.constants}
     tensors = swappable_tensors(tuned, state) if swappable else {}
-    info = tuned.graph._codegen.pytree_info
+    info = calling(tuned.graph)
     data = to_json(state, training=False) | {
         "swappable": swappable,
         "device": str(next((t.device for t in named.values()), "cpu")),
         "arguments": info.orig_args,
         "in_spec": spec_text(info.in_spec),
-        "out_spec": spec_text(info.out_spec),
+        "out_spec": spec_text(cast(pytree.TreeSpec, info.out_spec)),
         "inputs": [described(n, state) for n in tuned.graph.find_nodes(op="placeholder")],
         "outputs": outputs,
         "constants": {name: form(t) for name, t in tensors.items()},
@@ -98,8 +100,8 @@ def package(tuned: fx.GraphModule, path, *, swappable: bool = True) -> Path:
 def with_tensor_outputs(tuned: fx.GraphModule, state: State) -> tuple[fx.GraphModule, list]:
     """The graph returning a flat tuple of its tensors, and per output of the original null or the constant, in a list."""
     new = derive(tuned, copy_graph(tuned.graph), state)
-    node, info = new.graph.output_node(), new.graph._codegen.pytree_info
-    flat = list(node.args[0])
+    node, info = new.graph.output_node(), calling(new.graph)
+    flat = list(results_of(new.graph))
     for value in flat:
         if not isinstance(value.meta.get("val") if isinstance(value, fx.Node) else value, (torch.Tensor, *LITERALS)):
             raise GraphError(f"output {value} is neither a tensor nor a constant: compiled code cannot return it")
@@ -111,7 +113,7 @@ def with_tensor_outputs(tuned: fx.GraphModule, state: State) -> tuple[fx.GraphMo
     return new, [None if is_tensor(v) else [v.meta["val"] if isinstance(v, fx.Node) else v] for v in flat]
 
 
-def is_tensor(value) -> bool:
+def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -171,7 +173,7 @@ def needed(tuned: fx.GraphModule, p: Placement) -> set[str]:
         if spec.key is None and name not in p.shared:
             targets = spec.sources or (p.target,)
             weights = [base_weight(tuned, t).to("meta") for t in targets]
-            made = torch.empty(spec.shape, dtype=get_tensor(tuned, f"{ADAPTERS}.{p.state_name(name)}").dtype)
+            made = torch.empty(spec.shape, dtype=tensor_of(tuned, f"{ADAPTERS}.{p.state_name(name)}").dtype)
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=()):
                     values = values_of(tuned, p, spec.needs, {})
@@ -183,7 +185,7 @@ def needed(tuned: fx.GraphModule, p: Placement) -> set[str]:
 
 def compile_to(file: IO[bytes], program: ExportedProgram, options: dict) -> None:
     """Compiles the program. Inputs are taken as contiguous, and adapter tensors as contiguous and unlike any other's memory."""
-    for held in (program._state_dict, program._constants):
+    for held in (program._state_dict, cast(dict[str, Any], program._constants)):
         for name, tensor in held.items():
             if name.startswith(f"{ROOT}."):
                 own = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -221,14 +223,15 @@ def refuse_folded(program: ExportedProgram, tensors: dict, compiled: list[str]) 
 class Compiled(nn.Module):
     """Runs the compiled code on flat inputs, after checking them: it would read wrong memory for others."""
 
-    def __init__(self, runner, data: dict):
+    def __init__(self, runner: Any, data: dict) -> None:
         super().__init__()
         self.run, self.inputs, self.outputs = runner.loader.boxed_run, data["inputs"], data["outputs"]
         self.device = torch.device(data["device"])
 
     @torch.no_grad()
-    def forward(self, *values):
-        given, bound = [], {}
+    def forward(self, *values: torch.Tensor) -> Any:
+        given: list[torch.Tensor] = []
+        bound: dict[str, int] = {}
         for value, expected in zip(values, self.inputs, strict=True):
             if "constant" in expected:
                 fits = value is expected["constant"] or value == expected["constant"]
@@ -264,7 +267,7 @@ def told(expected: dict) -> str:
     return f"{expected['name']} = {expected['dtype']} {shape}{ranges}"
 
 
-def seen(value) -> str:
+def seen(value: Any) -> str:
     return (
         f"{dtype_name(value)} {sizes(value.shape)} on {value.device}"
         if isinstance(value, torch.Tensor)
@@ -283,7 +286,7 @@ class Package:
     swappable: bool
     held: fx.GraphModule
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.held(*args, **kwargs)
 
     @property
@@ -308,17 +311,17 @@ class Package:
             raise HotswapError(f"{self.path}: packaged with swappable=False, its adapters are part of the code")
         return self.held
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         raise GraphError(
             f"a package cannot be copied or pickled; load it again: peft_fx.load_package({str(self.path)!r})"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         adapters = ", ".join(f"{name}: {config.peft_type}" for name, config in self.recipe.items())
         return f"Package({str(self.path)!r}, adapters=[{adapters}], swappable={self.swappable})"
 
 
-def load_package(path) -> Package:
+def load_package(path: StrPath) -> Package:
     """Loads a `.pt2` written by `package`: called with the same inputs, it gives the same outputs as the graph.
 
     Raises AdapterFileError for files of another origin. A package is native code: load files of people you trust only.
@@ -364,7 +367,7 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     graph.set_codegen(_PyTreeCodeGen(info))
     held = build({ROOT: Store(ByMode(False, "it is compiled"), ByDevice(device))}, {}, {}, graph, state)
     runner = torch._inductor.aoti_load_package(str(path))
-    held.peft_fx.compiled = Compiled(runner, data)
+    store_of(held).add_module("compiled", Compiled(runner, data))
     for name, (shape, dtype) in data["base"].items():
         set_tensor(held, name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
     for name, expected in data["constants"].items():
@@ -373,7 +376,7 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
         set_tensor(held, name, tensors[name].to(device))
     adopt(held, state.placed(state.recipe))
     swapped = [name for name in runner.get_constant_fqns() if name in tensors and name.startswith(f"{ROOT}.")]
-    read = {name: get_tensor(held, name) for name in swapped}
+    read = {name: tensor_of(held, name) for name in swapped}
     runner.load_constants(read, check_full_update=False, user_managed=True)
     held.recompile()
     return Package(path, data["swappable"], held)

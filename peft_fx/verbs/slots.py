@@ -18,7 +18,7 @@ from ..errors import GraphError
 from ..planning.plan import check_adapter_name
 from ..store.modules import derive
 from ..store.state import state_of
-from ..store.tensors import GATES, get_tensor
+from ..store.tensors import GATES, store_of, tensor_of
 
 
 class Slot(NamedTuple):
@@ -44,11 +44,12 @@ def slots(tuned: fx.GraphModule) -> tuple[Slot, ...]:
         Slot(
             slot,
             resident.name,
-            resident.room.peft_type,
-            getattr(resident.room, resident.room.ranked, None),
-            get_tensor(gm, f"{GATES}.{slot}").item(),
+            room.peft_type or "",
+            getattr(room, room.ranked, None),
+            tensor_of(gm, f"{GATES}.{slot}").item(),
         )
         for slot, resident in state.recipe.items()
+        for room in [resident.room or resident.config]
     )
 
 
@@ -62,15 +63,15 @@ def release(tuned: fx.GraphModule, name: str) -> None:
     Raises GraphError, and changes nothing, for a graph without slots, a merged one, or a name that is not resident.
     """
     gm, _ = with_slots(tuned, "release")
-    sharing = gm.peft_fx.sharing
+    sharing = store_of(gm).sharing
     with sharing.swapping():
         state = state_of(gm)
         refuse_merged(state, "release")
         (slot,) = names_of(state, name)
         free = emptied(state, slot)
         numbers = fresh(gm, free.placements)
-        tensors = [get_tensor(gm, full) for full in numbers]
-        gate = get_tensor(gm, f"{GATES}.{slot}")
+        tensors = [tensor_of(gm, full) for full in numbers]
+        gate = tensor_of(gm, f"{GATES}.{slot}")
         with sharing.writing([gate, *tensors]), torch.no_grad():
             gate.zero_()
             for tensor, number in zip(tensors, numbers.values(), strict=True):
@@ -90,7 +91,7 @@ def delete_adapter(tuned: fx.GraphModule, name: str) -> fx.GraphModule:
     state = deleted(state, place)
     if not state.gated:
         new = derived(tuned, state)
-        new.peft_fx.adapters._modules.pop(place, None)
+        store_of(new).adapters._modules.pop(place, None)
         return new
     new = derive(tuned, fx.Graph(), state)
     allocate_slot(new, state, place)
@@ -104,7 +105,7 @@ def rename(tuned: fx.GraphModule, name: str, new_name: str) -> None:
     Raises GraphError for a graph without slots, a name that is not resident, or a new name that another adapter has.
     """
     gm, _ = with_slots(tuned, "rename")
-    with gm.peft_fx.sharing.swapping():
+    with store_of(gm).sharing.swapping():
         state = state_of(gm)
         (slot,) = names_of(state, name)
         check_adapter_name(new_name)

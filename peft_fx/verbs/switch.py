@@ -7,6 +7,7 @@ hotswap under a new name fills a free slot, which `release` (slots.py) frees aga
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -17,7 +18,7 @@ from ..engine.transitions import names_of, refuse_merged, refuse_slots, resident
 from ..engine.widening import wide, widened
 from ..errors import GraphError
 from ..store.state import state_of
-from ..store.tensors import GATES, get_tensor
+from ..store.tensors import GATES, store_of, tensor_of
 
 
 def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -> fx.GraphModule:
@@ -42,7 +43,8 @@ def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -
     recipe = {n: r.update(name=n, room=wide(r.config, max_rank)) for n, r in state_of(new).recipe.items()}
     first = next(iter(recipe.values()))
     free = [f"slot{i}" for i in range(slots) if f"slot{i}" not in recipe][: slots - len(recipe)]
-    recipe |= {slot: resident_of(state, slot, first.room, first.lowering, room=first.room) for slot in free}
+    room = first.room or first.config
+    recipe |= {slot: resident_of(state, slot, room, first.lowering, room=room) for slot in free}
     state = state.update(recipe=recipe, active=(*on, *(n for n in recipe if n not in on)), gated=True)
     for slot in free:
         allocate_slot(new, state, slot)
@@ -73,10 +75,10 @@ def switch(
     ):
         raise GraphError(f"weights={weights!r}: expected {len(chosen)} numbers in a list, one per adapter")
     wanted = dict(zip(chosen, factors, strict=True))
-    gates = {slot: get_tensor(gm, f"{GATES}.{slot}") for slot in state.recipe}
-    sharing = gm.peft_fx.sharing
+    gates = {slot: tensor_of(gm, f"{GATES}.{slot}") for slot in state.recipe}
+    sharing = store_of(gm).sharing
     with sharing.swapping(), sharing.writing(gates.values()), torch.no_grad():
         before = acting(gm, state)
         for slot, gate in gates.items():
             gate.fill_(wanted.get(slot, 0.0))
-    return {state.recipe[slot].name: weight for slot, weight in before.items()}
+    return {cast(str, state.recipe[slot].name): weight for slot, weight in before.items()}

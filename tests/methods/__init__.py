@@ -1,4 +1,4 @@
-"""What is known about each method besides its code, one module of data per method (module name: the peft_type in lower case).
+"""What is known about each method besides its code, one module of data per method, beside their tests (module name: the peft_type in lower case).
 
     PEFT        [(options, "subject subject ...")]: cells that PEFT 0.21.2 has and has right
     DEFINED     [(options, "subject ...")]: cells that are compared with `definition` instead
@@ -16,7 +16,7 @@ Subjects are those of tests/conformance.py; the adapted module is `layer` unless
 from importlib import import_module
 from pathlib import Path
 
-NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith(("__", "test_")))
 MODULES = {name.upper(): import_module(f"{__name__}.{name}") for name in NAMES}
 
 

@@ -1,4 +1,4 @@
-"""AdaMSS in PEFT: Linear. Its files hold A and B in pieces, one per cluster; tests/test_adamss.py looks at those."""
+"""AdaMSS in PEFT: Linear. Its files hold A and B in pieces, one per cluster; tests/training/test_adamss.py looks at those."""
 
 R = {"r": 4, "num_subspaces": 3}
 TWO = {"r": 6, "num_subspaces": 2, "subspace_rank": 2}

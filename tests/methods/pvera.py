@@ -1,4 +1,4 @@
-"""PVeRA in PEFT: Linear, Conv1D. Here everything is the mean; tests/test_pvera.py has the noise."""
+"""PVeRA in PEFT: Linear, Conv1D. Here everything is the mean; tests/methods/test_pvera.py has the noise."""
 
 PEFT = [
     ({"r": 4}, "wide wide_without_bias square wide_Conv1D"),

@@ -66,7 +66,7 @@ REFUSED = {
     ),
     "get_peft_model: a dot": (NONE, lambda lib, m, t: lib.get_peft_model(bare(), lora(lib), "a.b"), "without a dot"),
     "base_model.set_adapter: two heads": (
-        two_heads, lambda lib, m, t: m.base_model.set_adapter(["default", "other"]), "set one of them",
+        two_heads, lambda lib, m, t: m.base_model.set_adapter(["default", "other"]), "take one of them",
     ),
     # rows of a batch
     "adapter_names: unknown": (two, rows(["nope", "default"]), "no adapter 'nope'"),

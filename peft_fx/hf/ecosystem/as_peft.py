@@ -10,7 +10,7 @@ from .absent import stand_in
 from .callers import CALLERS
 from .changes import Changes
 from .imports import when_imported
-from .version import Answers, answered
+from .version import Answers, answered, installed
 
 
 class AsPeft:
@@ -51,7 +51,8 @@ def as_peft() -> AsPeft:
     changes, version = Changes(), answered()
     try:
         there = find_spec("peft") is not None
-        changes.front(sys.meta_path, Answers(version))
+        if version != installed():
+            changes.front(sys.meta_path, Answers(version))
         if not there:
             stand_in(version, changes)
         when_imported(CALLERS | ({"peft": lead} if there else {}), changes)

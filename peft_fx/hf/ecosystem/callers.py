@@ -10,25 +10,30 @@ from .imports import Then
 
 
 def transformers_loads(module: ModuleType, changes: Changes) -> None:
-    from .loading import loading
+    theirs = module.PeftAdapterMixin.load_adapter
 
-    mixin = module.PeftAdapterMixin
-    changes.attribute(mixin, "load_adapter", loading(mixin.load_adapter))
+    @wraps(theirs)
+    def load_adapter(self, *args, **kwargs):
+        from .loading import load_adapter
+
+        return load_adapter(theirs, self, *args, **kwargs)
+
+    changes.attribute(module.PeftAdapterMixin, "load_adapter", load_adapter)
 
 
 def diffusers_unloads(module: ModuleType, changes: Changes) -> None:
-    from ..model.injection import injected, remove_all
-
     theirs = module.recurse_remove_peft_layers
 
     @wraps(theirs)
     def recurse_remove_peft_layers(model):
+        from ..model.injection import injected, remove_all
+
         return theirs(model) if injected(model) is None else remove_all(model)
 
     changes.functions({theirs: recurse_remove_peft_layers})
 
 
-# their module -> what is done to it; what that needs is imported then: torch takes a second
+# their module -> what is done to it; what ours need is imported when they are called: they may be why theirs is imported
 CALLERS: dict[str, Then] = {
     "diffusers.utils.peft_utils": diffusers_unloads,
     "transformers.integrations.peft": transformers_loads,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from types import FunctionType, ModuleType
+from weakref import WeakSet
 
 from torch import nn
 
@@ -31,20 +33,22 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
     """PEFT's functions, models, tables and configs."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    left: WeakSet[nn.Module] = WeakSet()  # models that are PEFT's to adapt
+
     def ours(*args, **kwargs) -> bool:
         """Whether a call with these arguments is for us: adapted models decide, then configs."""
         given = (*args, *kwargs.values())
-        for model in (unwrapped(m) for m in given if isinstance(m, nn.Module)):
+        for model in map(unwrapped, models_in(given)):
             if is_ours(model):
                 return True
-            if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
+            if model in left or any(BaseTunerLayer in type(part).__mro__ for part in model.modules()):
                 return False
         configs = (c for value in given for c in (value.values() if isinstance(value, dict) else (value,)))
         return any(isinstance(c, peft.PeftConfig) and known(c) for c in configs)
 
     changes.functions({theirs: led(theirs, function, ours) for theirs, function in functions(peft)})
     for name in ("PeftModel", "PeftMixedModel"):
-        lead_model(getattr(peft, name), ours, peft, changes)
+        lead_model(getattr(peft, name), ours, left, changes)
     for table in (peft.PEFT_TYPE_TO_TUNER_MAPPING, peft.PEFT_TYPE_TO_MIXED_MODEL_MAPPING):
         for peft_type in here() & table.keys():
             key = peft.PeftType(peft_type)
@@ -54,6 +58,10 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
     for config, theirs in configs:
         if theirs is not None:
             changes.bases(config, (*config.__bases__, theirs))
+
+
+def models_in(values: Iterable) -> Iterator[nn.Module]:
+    return (value for value in values if isinstance(value, nn.Module))
 
 
 def is_ours(model: nn.Module) -> bool:
@@ -101,20 +109,25 @@ def led_tuner(theirs: type, own: type, ours: Callable[..., bool]) -> type:
     return type(theirs)(theirs.__name__, (theirs,), {"__new__": new, "__module__": theirs.__module__})
 
 
-def lead_model(cls: type, ours: Callable[..., bool], peft: ModuleType, changes: Changes) -> None:
-    """A class of PEFT's, and those derived from it in PEFT, whose names ours have too."""
-    theirs = cls.__dict__["from_pretrained"].__func__
+def lead_model(cls: type, ours: Callable[..., bool], left: WeakSet[nn.Module], changes: Changes) -> None:
+    """A class of PEFT's, and those derived from it in PEFT, whose names ours have too.
+
+    left: gets the models of classes that somebody else derived, whose methods are written for what PEFT has.
+    """
+    theirs, package = cls.__dict__["from_pretrained"].__func__, cls.__module__.partition(".")[0]
 
     def counterpart(asked: type) -> type | None:
-        return getattr(models, asked.__name__, None) if asked.__module__.partition(".")[0] == peft.__name__ else None
+        return getattr(models, asked.__name__, None) if asked.__module__.partition(".")[0] == package else None
 
     def new(asked, *args, **kwargs):
         own = counterpart(asked)
+        if own is None:
+            left.update(models_in((*args, *kwargs.values())))
         return own(*args, **kwargs) if own and ours(*args, **kwargs) else plain(asked)
 
     def from_pretrained(asked, model, model_id, *args, **kwargs):
         call = inspect.signature(theirs).bind(asked, model, model_id, *args, **kwargs)
-        config = call.arguments.get("config") or peft.PeftConfig.from_pretrained(model_id, **kwargs)
+        config = call.arguments.get("config") or sys.modules[package].PeftConfig.from_pretrained(model_id, **kwargs)
         own = counterpart(asked)
         if own and ours(model, config):
             return own.from_pretrained(model, model_id, *args, **kwargs)

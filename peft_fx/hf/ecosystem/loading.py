@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from typing import get_origin
@@ -25,24 +24,15 @@ from ..model.tuner import DEFAULT
 HUB = frozenset(inspect.signature(snapshot_download).parameters) | {"subfolder"}
 
 
-def loading(theirs: Callable) -> Callable:
-    """A method for models of transformers', in place of `theirs`."""
-
-    @functools.wraps(theirs)
-    def load_adapter(
-        self, peft_model_id=None, adapter_name=None, peft_config=None, adapter_state_dict=None, *args, **kwargs
-    ):
-        call = inspect.signature(theirs).bind(
-            self, peft_model_id, adapter_name, peft_config, adapter_state_dict, *args, **kwargs
-        )
-        if self._hf_peft_config_loaded and injected(self) is None:
-            return theirs(*call.args, **call.kwargs)  # PEFT has adapted it
-        call.apply_defaults()
-        given = call.arguments | call.arguments.pop("kwargs", {})
-        config, tensors = contents(self, **given)
-        return load(self, config, tensors, adapter_name or DEFAULT, given["hotswap"], given["is_trainable"])
-
-    return load_adapter
+def load_adapter(theirs: Callable, model, *args, **kwargs) -> LoadStateDictInfo:
+    """In place of `theirs`, with its arguments."""
+    call = inspect.signature(theirs).bind(model, *args, **kwargs)
+    if model._hf_peft_config_loaded and injected(model) is None:
+        return theirs(*call.args, **call.kwargs)  # PEFT has adapted it
+    call.apply_defaults()
+    given = dict(call.arguments) | call.arguments["kwargs"]
+    config, tensors = contents(model, **given)
+    return load(model, config, tensors, given["adapter_name"] or DEFAULT, given["hotswap"], given["is_trainable"])
 
 
 def contents(model, *, peft_model_id, peft_config, adapter_state_dict, adapter_kwargs, local_files_only, load_config,

@@ -66,4 +66,4 @@ class Answers(DistributionFinder):
         return None
 
     def find_distributions(self, context=DistributionFinder.Context()):  # noqa: B008  as in the base class
-        return [Named(self.version)] if context.name in (None, "peft") else []
+        return [Named(self.version)] if (context.name or "peft").lower() == "peft" else []

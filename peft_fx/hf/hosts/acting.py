@@ -45,8 +45,8 @@ class Snapshots:
         if key not in self.kept:
             placed: dict[int, tuple[Placement, ...]] = {}
             for p in state.placed(names):
-                index = hosts[p.target.path]
-                placed[index] = (*placed.get(index, ()), p)
+                if (index := hosts.get(p.target.path)) is not None:  # else the model has lost that module
+                    placed[index] = (*placed.get(index, ()), p)
             self.kept[key] = Acting(names, placed, set(hosts.values()))
         self.kept.move_to_end(key)
         while len(self.kept) > KEPT:

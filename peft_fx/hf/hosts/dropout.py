@@ -27,7 +27,7 @@ class InputDropout(nn.Dropout):
     @p.setter
     def p(self, value: float) -> None:
         self.tuner.backend.configure(self.adapter, **{self.field: float(value)})
-        self.tuner.refresh()
+        self.tuner.refresh((self.adapter,))
 
 
 def dropouts(tuner: nn.Module, there: Iterable[InputDropout]) -> Iterator[InputDropout]:

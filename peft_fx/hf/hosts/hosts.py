@@ -27,9 +27,10 @@ from ...store.sharing import Forward, Sharing
 from ...store.state import State
 from ...verbs.backend import Backend
 from .acting import Acting, Rows, Snapshots
+from .bindings import Bindings
 from .modes import no_modes
 from .offloaded import HOOK, brought, owners
-from .raw import raw, raw_forward
+from .raw import PLAIN, raw, raw_forward
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
@@ -203,10 +204,13 @@ def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
 
 
 class Hosts:
-    """Those of one model and its adapters. now: the snapshot that calls take which begin, None in a copy not yet called."""
+    """Those of one model and its adapters. now: the snapshot that calls take which begin, None in a copy not yet called.
 
-    def __init__(self, model: nn.Module, backend: Backend):
-        self.model, self.backend = model, backend
+    renew: refreshes them, and what else depends on which modules the model has.
+    """
+
+    def __init__(self, model: nn.Module, backend: Backend, renew: Callable[[], None]):
+        self.model, self.backend, self.renew = model, backend, renew
         self.sharing: Sharing = backend.adapters.peft_fx.sharing
         self.opened: dict[nn.Module, Host] = {}
         self.made = 0
@@ -262,17 +266,31 @@ class Hosts:
 
     def refresh(self, state: State, changed: Sequence[str] = ()) -> None:
         """After adapters came or went. changed: those of which graphs hold something that is another now."""
-        placed = state.placed(state.recipe)
-        paths = dict.fromkeys(p.target.path for p in placed)
+        ends = (state.table.input_embedding, state.table.output_head)
+        self.bindings = Bindings(self.model, [p.target for p in state.placed(state.recipe)], ends)
+        paths = [path for path, module in self.bindings.modules.items() if module is not None]
         wholes = {path for path in paths if self.model.get_submodule(path)._modules}
+        for module in self.opened.keys() - set(self.model.modules()):  # others are in their place
+            self.opened.pop(module).close()
+        places = {}
         for path in paths:
             host = self.host(path, wholes)
-            self.places[path] = host.index
+            places[path] = host.index
             if host.dynamo:
                 give_frames(filter(of_torch, [self.model.get_submodule(path)]))
         self.lock()
+        if places.items() != self.places.items():
+            self.places, changed = places, (*state.recipe,)
         self.snapshots.forget(state, changed)
         self.publish(state)
+
+    def rebind(self) -> None:
+        """Adapters follow to modules that were put in place of theirs. Raises TargetError where they cannot."""
+        with self.sharing.swapping():
+            state = self.backend.state
+            if self.bindings.moved(self.model, [p.target for p in state.placed(state.recipe)], state):
+                self.backend.keep(self.backend.adapters)
+            self.renew()
 
     def publish(self, state: State) -> None:
         """Calls that begin from now on see this state."""
@@ -345,6 +363,8 @@ class Locked:
             hosts.calls += 1
             if hosts.calls == 2:
                 hosts.check_used()
+            if not hosts.bindings.hold() and hosts.sharing.call() is None:
+                hosts.rebind()
         if hosts.sharing.call() is not None:
             return call(*args, **kwargs)
         return hosts.called(call, args, kwargs)
@@ -366,6 +386,8 @@ def kind(x: torch.Tensor) -> tuple:
 
 def take_over(model: nn.Module) -> None:
     """Warns where a PeftModel is around the model already; its adapters act no longer."""
+    for module in model.modules():
+        module.__dict__.pop(PLAIN, None)  # what was taken off once may be adapted again
     others = hosts_in(model)
     for hosts in others:
         hosts.close()

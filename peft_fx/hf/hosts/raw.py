@@ -12,6 +12,7 @@ from torch import nn
 from ...planning.modules import own_class
 
 STATE = threading.local()
+PLAIN = "_peft_fx_plain"  # where an adapted module has itself as it was, for who asks
 
 
 @contextmanager

@@ -9,10 +9,11 @@ As torch's `fully_shard` does, the object stays the one that it was, and `undres
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import sys
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import product
@@ -49,6 +50,7 @@ EXAMPLES = [
     Target("x", "weight", kind, (8, 8, *kernel), kind == "embedding", has_bias=kind != "embedding")
     for kind, kernel in {"linear": (), "embedding": (), "conv2d": (3, 3)}.items()
 ]
+EXAMPLES.append(Target("x", "weight", "norm", (8,), has_bias=True))
 PARENTS = {"ADALORA": "LORA"}  # whose layers are another method's in PEFT
 
 
@@ -64,9 +66,22 @@ def layer_class(peft_type: str) -> type[BaseTunerLayer]:
     return made_class
 
 
+def learn(peft_type: str, containers: Iterable[str]) -> None:
+    """Layers of the method have these too: what only the targets of all an adapter say."""
+    kind = layer_class(peft_type)
+    for name in containers:
+        if not hasattr(kind, name):
+            view = View(partial(of_layer, container, name))
+            view.__set_name__(kind, name)
+            setattr(kind, name, view)
+
+
 def views(peft_type: str) -> dict[str, View]:
     """What layers of the method have besides: its tensors and its config's fields, by adapter."""
-    found = {name: View(partial(of_layer, by_adapter, name)) for name in names(get_config(peft_type))}
+    found, entry = {}, METHODS[peft_type]
+    for name in names(get_config(peft_type)):
+        for attribute in (name, f"{entry[0]}_{name}") if isinstance(entry, tuple) else (name,):
+            found[attribute] = View(partial(of_layer, by_adapter, name))
     found |= {name: View(partial(of_layer, container, name)) for name in tensor_names(peft_type)}
     return found | {SCALE: View(lambda module: Scaling(layer_of(module)))}
 
@@ -83,10 +98,10 @@ def tensor_names(peft_type: str) -> list[str]:
     ]
     found = []
     for method, target in product(methods, EXAMPLES):
-        with suppress(Exception):  # no such form
-            specs = method.tensors(target, config())
-            specs |= method.together([target], config()).shared
-            found += [parts(spec.key or name)[0] for name, spec in specs.items()]
+        for describe in (method.tensors, lambda t, c, m=method: m.together([t], c).shared):
+            with suppress(Exception):  # no form there, or none with the defaults
+                specs = describe(target, unchecked(config))
+                found += [parts(spec.key or name)[0] for name, spec in specs.items()]
     return [name for name in dict.fromkeys(found) if name != SCALE]
 
 
@@ -127,6 +142,15 @@ def __getattr__(name: str):
         if isinstance(entry, tuple) and peft_type not in INTERNAL and entry[0] == name:
             return Names(peft_type)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def unchecked(config: type):
+    """One with the defaults, also where these alone are refused."""
+    new = object.__new__(config)
+    for field in dataclasses.fields(config):
+        made = field.default_factory
+        setattr(new, field.name, field.default if made is dataclasses.MISSING else made())
+    return new
 
 
 def of_peft(marker: type) -> type | None:

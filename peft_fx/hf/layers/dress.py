@@ -9,9 +9,11 @@ from torch import nn
 
 from ...planning.plan import Placement
 from ...planning.selection import choose_saved
-from .classes import put_on
+from ..hosts.bindings import at
+from ..hosts.raw import PLAIN
+from .classes import learn, put_on
+from .containers import containers
 from .layer import ATTRIBUTE, SUBSTITUTES, Layer
-from .plain import PLAIN
 from .trained import TRAINED, Reading
 
 CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
@@ -19,10 +21,12 @@ CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters'
 
 def dress(tuner: nn.Module) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
-    layers = {tuner.model.get_submodule(path): layer for path, layer in layers_of(tuner).items()}
-    for module in tuner.model.modules():
-        if ATTRIBUTE in module.__dict__ and module not in layers:
-            undress(module)
+    found = {at(tuner.model, path): layer for path, layer in layers_of(tuner).items()}
+    layers = {module: layer for module, layer in found.items() if module is not None}
+    before = tuner.__dict__.get("layers", {})
+    for module in before.keys() - layers.keys():
+        undress(module)
+    tuner.__dict__["layers"] = layers
     for module, layer in layers.items():
         module.__dict__[ATTRIBUTE] = layer
         module.__dict__[TRAINED] = readings(layer)
@@ -69,11 +73,10 @@ def layers_of(tuner: nn.Module) -> dict[str, Layer]:
 def on_it(layer: Layer) -> tuple[tuple[str, str], ...]:
     """What `Recipe` takes."""
     attention = layer.tuner.backend.state.table[layer.path].is_a("MultiheadAttention")
-    found = [
-        (p.config.peft_type, "attention" if attention else p.target.kind)
-        for name in layer.placed
-        for p in layer.updates(name)
-    ]
+    placed = [p for name in layer.placed for p in layer.updates(name)]
+    for method in dict.fromkeys(str(p.config.peft_type) for p in placed):
+        learn(method, (*containers(layer, True), *containers(layer, False)))
+    found = [(str(p.config.peft_type), "attention" if attention else p.target.kind) for p in placed]
     found += [("", kind) for p in substitutes(layer) if (kind := SUBSTITUTES[p.method])]
     return (*dict.fromkeys(found), *[("", "saved")] * bool(layer.saved))
 

@@ -17,8 +17,10 @@ from .layer import Layer
 KEPT = frozenset({
     "r", "alpha", "use_dora", "use_rslora", "lora_bias", "hybrid_r", "gralora_k", "topk", "block_size", "rank_dropout",
     "rank_dropout_scale", "module_dropout", "boft_block_size", "boft_block_num", "oft_block_size", "num_B", "stride_A", "depth",
-    "sample_at_inference", "variant", "group_size", "num_subspaces", "token_indices", "act_fn",
+    "sample_at_inference", "n_frequency", "random_loc_seed", "apply_GS", "mini_r", "rank", "variant", "group_size",
+    "num_subspaces", "token_indices", "act_fn",
 })  # fmt: skip
+CHOICES = frozenset({"r", "boft_block_size", "boft_block_num", "oft_block_size"})  # 0: the other one of two says it
 
 
 def names(config: type[AdapterConfig]) -> list[str]:
@@ -38,7 +40,8 @@ def value(p: Placement, name: str):
 
 def by_adapter(layer: Layer, name: str):
     """Adapter -> the field; dropout as modules, which set the config where their `p` is set."""
-    found = {p.adapter: p for adapter in layer.placed for p in layer.updates(adapter)[:1] if hasattr(p.config, name)}
+    placed = [p for adapter in layer.placed for p in layer.updates(adapter)[:1] if hasattr(p.config, name)]
+    found = {p.adapter: p for p in placed if name not in CHOICES or value(p, name)}
     if any(p.rule.drops == name for p in found.values()):
         dropouts = {d.adapter: d for d in layer.tuner.dropouts}
         return fixed_dict(nn.ModuleDict, {adapter: dropouts.get(adapter, nn.Identity()) for adapter in found})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from ...planning.modules import own_class
+from ..hosts.raw import PLAIN
 from .containers import PLACES, written
 from .layer import ATTRIBUTE
 
-PLAIN = "_peft_fx_plain"  # where an adapted module keeps it
 OURS = (
     "forward",
     "_old_forward",
@@ -23,7 +23,7 @@ def plain(module: nn.Module) -> nn.Module:
     found = module.__dict__.get(PLAIN)
     if found is None:
         found = object.__new__(own_class(module))
-        module.__dict__[PLAIN] = found
+        module.__dict__[PLAIN] = found.__dict__[PLAIN] = found
     found.__dict__.update({k: v for k, v in module.__dict__.items() if k not in OURS})
     return found
 

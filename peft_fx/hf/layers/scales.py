@@ -20,7 +20,8 @@ class Scaling(MutableMapping):
 
     def __init__(self, layer: Layer):
         self.layer = layer
-        self.scaled = {p.adapter: p for p in scaled(layer, layer.placed)}
+        placed = (p for name in layer.placed for p in layer.updates(name))
+        self.scaled = {p.adapter: p for p in placed if SCALE in p.tensors}
 
     def __getitem__(self, adapter: str) -> float:
         return scale_of(self.layer, self.scaled[adapter])

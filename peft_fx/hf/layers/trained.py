@@ -13,6 +13,7 @@ from ..hosts.raw import is_raw
 from ..hosts.traced import held
 from .layer import Layer
 
+FSDP_MARK = "_fsdp_flattened"
 TRAINED = "_peft_fx_trained"  # where an adapted module has: parameter name -> what is read in its place, or nothing
 
 
@@ -44,16 +45,26 @@ def function_of(p: Placement):
     return weight_function(p.rule, p.target, p.config, tuple(p.tensors), p.rule.weight)
 
 
+def is_a_shard(kept: dict, name: str, own: torch.Tensor) -> bool:
+    """Whether FSDP 1 looks after the parameter, which it reads this way itself, and has not gathered it for a call."""
+    return name not in kept and getattr(own, FSDP_MARK, False)
+
+
 def own_or_base(name: str) -> property:
     """The parameter of this name while no adapter acts that has its own; else that one."""
 
     def read(self) -> torch.Tensor | None:
         kept = self.__dict__
+        if name in kept:  # while a forward runs, FSDP 1 has the gathered tensors among the attributes
+            own = kept[name]
+        elif name in kept["_parameters"]:
+            own = kept["_parameters"][name]
+        else:
+            raise AttributeError(name)
         trained: dict[str, Reading] = kept.get(TRAINED, {})
-        if name in trained and not is_raw():
+        if name in trained and not is_raw() and not is_a_shard(kept, name, own):
             return trained[name]()
-        # while a forward runs, FSDP 1 has the gathered tensors among the attributes
-        return kept[name] if name in kept else kept["_parameters"][name]
+        return own
 
     def write(self, value) -> None:
         self.__dict__[name] = value

@@ -95,8 +95,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     owned = [t.tensor for t in parameters_of(model) if t.placement.adapter == adapter_name]
     if autocast_adapter_dtype and any(t.dtype in LOW for t in owned):
         config, tensors = adapter_files(tuner.backend.adapters, adapter_name)
-        tuner.backend.delete(adapter_name)
-        tuner.add(adapter_name, config, (tensors, "the adapter"), any(t.requires_grad for t in owned))
+        with tuner.changing():
+            active = tuner.state.active
+            tuner.backend.delete(adapter_name)
+            tuner.add(adapter_name, config, (tensors, "the adapter"), any(t.requires_grad for t in owned))
+            tuner.become(tuner.state.update(active=active))
 
 
 # Which adapters act and train

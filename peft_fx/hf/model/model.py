@@ -14,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers.utils import PushToHubMixin
 
 from ...config import AdapterConfig
+from ...errors import TargetError
 from ...files.read import located, read_adapter
 from ...notices import warn
 from ...peft_types import PeftType, TaskType
@@ -23,6 +24,7 @@ from ...recipe import as_config
 from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
+from ..hosts.bindings import REMEDY
 from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
@@ -103,6 +105,14 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def generate(self, *args, **kwargs):
         return self.base_model.generate(*args, **kwargs)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """The model's. Raises TargetError where an adapter is on the embedding or the head: its tensors have their sizes."""
+        table, targets = self.base_model.backend.state.table, self.base_model.targets
+        held = [t.path for t in targets if t.path in (table.input_embedding, table.output_head)]
+        if held and new_num_tokens is not None:
+            raise TargetError(f"resize_token_embeddings: adapters are on {', '.join(dict.fromkeys(held))}: {REMEDY}")
+        return self.get_base_model().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The model itself, whose calls run adapted."""

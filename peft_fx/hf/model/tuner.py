@@ -78,7 +78,7 @@ class Tuner(nn.Module):
         self.peft_config.adopt(adapter_name, peft_config)
         self.dropouts = nn.ModuleList()
         self.forget_importance()
-        self.__dict__["hosts"] = Hosts(model, backend)
+        self.__dict__["hosts"] = Hosts(model, backend, self.refresh)
         self.refresh()
 
     def __getstate__(self) -> dict:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -29,7 +30,7 @@ from ...store.lazy import copy_graph
 from ...store.modules import ByDevice, ByMode, Store, build, set_graph
 from ...store.resident import Adapters
 from ...store.state import BaseGraph, State
-from ...store.tensors import ROOT, get_tensor, set_tensor
+from ...store.tensors import ROOT, get_tensor, set_tensor, store_of
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face, refuse_no_call
 from .ones import wider
@@ -37,6 +38,9 @@ from .program import program_table, retie
 from .proof import modes_agree, refuse_difference
 from .stamp import TRACED, equal_lists, shortened, stamp_layers
 from .trace import auto_shapes, export_in_mode, separate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGGER = logging.getLogger("peft_fx")
 
@@ -46,7 +50,7 @@ def capture(
     args: tuple = (),
     kwargs: dict | None = None,
     *,
-    dynamic_shapes="auto",
+    dynamic_shapes: Any = "auto",
     stamp: bool = True,
 ) -> fx.GraphModule:
     """Captures a model as an FX graph in the ATen dialect that shares the model's parameters.
@@ -77,14 +81,14 @@ def capture(
     if given:
         refuse_no_call(model, args, kwargs)
     elif is_hugging_face(model):
-        kwargs = example_inputs(model)
+        kwargs = example_inputs(cast("PreTrainedModel", model))
     else:
         raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
     with working(f"capturing {type(model).__name__}"):
-        for axes, *larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
+        for axes, larger_args, larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
             try:
-                gm = stamped(model, *larger, dynamic_shapes, stamp)
+                gm = stamped(model, larger_args, larger, dynamic_shapes, stamp)
                 refuse_difference(model, gm, args, kwargs)
                 return gm
             except (CaptureError, GraphError) as reason:
@@ -92,7 +96,7 @@ def capture(
         return stamped(model, args, kwargs, dynamic_shapes, stamp)
 
 
-def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: bool) -> fx.GraphModule:
+def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, stamp: bool) -> fx.GraphModule:
     """The base graph; lists of equal layers are traced in part if `stamp` and that can be proved right."""
     shapes = auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
     if lists := equal_lists(model) if stamp else {}:
@@ -103,7 +107,7 @@ def stamped(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, stamp: 
     return traced(model, args, kwargs, shapes, {})
 
 
-def traced(model: nn.Module, args: tuple, kwargs: dict, shapes, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
+def traced(model: nn.Module, args: tuple, kwargs: dict, shapes: Any, lists: dict[str, nn.ModuleList]) -> fx.GraphModule:
     """The base graph of `model`; of `lists` only the first layers are traced, the others are stamped out."""
     table = module_table(model)
     mode, what = ByMode(model.training), described(model, lists)
@@ -146,8 +150,8 @@ def described(model: nn.Module, lists: dict[str, nn.ModuleList]) -> str:
 def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list) -> fx.GraphModule:
     """The training capture with literals that follow the mode; if the two cannot be aligned, the current mode's capture."""
     run([*clean, MarkModes(evaluation)], gm)
-    if gm.peft_fx.mode.locked and not gm.peft_fx.mode.training:
-        lock(evaluation, gm.peft_fx.mode.locked)
+    if store_of(gm).mode.locked and not store_of(gm).mode.training:
+        lock(evaluation, store_of(gm).mode.locked)
         return evaluation
     return gm
 
@@ -199,7 +203,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
     device = next(tree.parameters(), torch.empty(0)).device
     state = State(table, BaseGraph(fx.Graph()), dict(program.range_constraints))
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
-    modules = {ROOT: Store(mode, ByDevice(device)), **tree._modules}
+    modules = {ROOT: Store(mode, ByDevice(device)), **dict(tree.named_children())}
     gm = build(modules, dict(tree._parameters), buffers, fx.Graph(), state)
     for node in exported.graph.nodes:
         if node.op != "get_attr":
@@ -213,7 +217,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
     return gm
 
 
-def get_attribute(module: nn.Module, name: str):
+def get_attribute(module: nn.Module, name: str) -> Any:
     for part in name.split("."):
         module = getattr(module, part)
     return module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -27,7 +28,7 @@ def wider(args: tuple, kwargs: dict) -> Iterator[tuple[tuple[int, ...], tuple, d
             yield chosen, *pytree.tree_unflatten(larger, spec)
 
 
-def repeated(leaf, sizes: dict[int, int]):
+def repeated(leaf: Any, sizes: dict[int, int]) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     times = [sizes.get(axis, 1) if size == 1 else 1 for axis, size in enumerate(leaf.shape)]

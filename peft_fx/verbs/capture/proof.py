@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -18,13 +19,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import CaptureError, GraphError
+from ...store.tensors import store_of
 from .trace import in_mode, quiet_cache, refusals
 
 
 def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs: dict) -> None:
     """Raises GraphError unless the graph's outputs and writes are the model's, operator by operator, in eval mode (a graph that
     is locked to its mode: in that one)."""
-    training = bool(gm.peft_fx.mode.locked) and gm.training
+    training = bool(store_of(gm).mode.locked) and gm.training
     try:
         with torch.enable_grad():
             expected, found = numbers(model, ((model, training), (gm, training)), args, kwargs)
@@ -50,7 +52,9 @@ def numbers(model: nn.Module, runs: tuple, args: tuple, kwargs: dict) -> list[li
     known, fakes, results = Numbers(), FakeTensorMode(allow_non_fake_inputs=True), []
     with quiet_cache(model), fakes, exporting():
         real = *(holder[name] for holder, name in held(model)), *tensors((args, kwargs))
-        made = {tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real}
+        made: dict[torch.Tensor, torch.Tensor] = {
+            tensor: fakes.from_tensor(tensor, static_shapes=True) for tensor in real
+        }
         for index, tensor in enumerate(made.values()):
             known.find(tensor, "given", index)
         given = pytree.tree_map(lambda x: made[x] if isinstance(x, torch.Tensor) else x, (args, kwargs))
@@ -88,7 +92,7 @@ def in_place_of(made: dict[torch.Tensor, torch.Tensor], module: nn.Module) -> It
             d.update(before)
 
 
-def tensors(values) -> list[torch.Tensor]:
+def tensors(values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
@@ -117,21 +121,21 @@ class Numbers(TorchDispatchMode):
     seen through all of them, and a detached tensor is another.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.expressions: dict[tuple, int] = {}
         self.memory: dict[int, int] = {}
         self.held: list[torch.Tensor] = []  # so that no other memory gets an address that is known
 
-    def number(self, *expression) -> int:
+    def number(self, *expression: object) -> int:
         return self.expressions.setdefault(expression, len(self.expressions))
 
-    def write(self, tensor: torch.Tensor, *expression) -> None:
+    def write(self, tensor: torch.Tensor, *expression: object) -> None:
         """Says what the memory behind a tensor holds."""
         self.held.append(tensor)
         self.memory[address(tensor)] = self.number(*expression)
 
-    def find(self, tensor: torch.Tensor, *expression) -> None:
+    def find(self, tensor: torch.Tensor, *expression: object) -> None:
         """The same of memory that is met for the first time."""
         if address(tensor) not in self.memory:
             self.write(tensor, *expression)
@@ -145,7 +149,7 @@ class Numbers(TorchDispatchMode):
             self.memory[address(tensor)], *shown, tensor.is_conj(), tensor.is_neg(), tensor.requires_grad
         )
 
-    def key(self, value):
+    def key(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self.of(value)
         if isinstance(value, (tuple, list)):
@@ -154,7 +158,7 @@ class Numbers(TorchDispatchMode):
             return tuple((name, self.key(v)) for name, v in value.items())
         return type(value), str(value)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         expression = ALIKE.get(func, func), self.key(args), self.key(kwargs)
         output = func(*args, **kwargs)
@@ -169,7 +173,7 @@ class Numbers(TorchDispatchMode):
         return output
 
 
-def constant(tensor: torch.Tensor):
+def constant(tensor: torch.Tensor) -> Any:
     """What tells a constant from others of its shape: its values, if it has any."""
     if type(tensor) is not torch.Tensor:
         return id(tensor)

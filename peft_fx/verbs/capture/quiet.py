@@ -26,7 +26,7 @@ def quiet_export() -> Iterator[None]:
     quiet = [logger for logger in map(logging.getLogger, LOGGERS) if logger.getEffectiveLevel() >= logging.WARNING]
     for logger in quiet:
         logger.addFilter(below_critical)
-    _trace.print = lambda *values, **options: None  # of that module alone: all that it prints is the graph
+    vars(_trace)["print"] = lambda *values, **options: None  # of that module alone: all that it prints is the graph
     try:
         yield
     finally:

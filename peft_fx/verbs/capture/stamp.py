@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -51,11 +52,11 @@ def equal(a: nn.Module, b: nn.Module, index_a: int, index_b: int) -> bool:
     )
 
 
-def described(tensor: torch.Tensor | None):
+def described(tensor: torch.Tensor | None) -> Any:
     return tensor is None or (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, type(tensor))
 
 
-def same(a, b, index_a: int, index_b: int) -> bool:
+def same(a: object, b: object, index_a: int, index_b: int) -> bool:
     """Whether two attributes are the same: a layer's own index counts as equal, anything that cannot be compared does not."""
     if a is b or (type(a) is type(b) is int and (a, b) == (index_a, index_b)):
         return True

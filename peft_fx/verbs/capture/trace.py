@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from .examples import is_hugging_face
 from .quiet import brief, quiet_export
 
 
-def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes, training: bool) -> ExportedProgram:
+def export_in_mode(model: nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool) -> ExportedProgram:
     """Exports `model` in the given mode and restores the mode of every module.
 
     Raises CaptureError naming the innermost module that was being traced.
@@ -52,7 +53,7 @@ def quiet_cache(model: nn.Module) -> Iterator[None]:
 
     Sub-modules may hold copies of their own: T5's stacks do.
     """
-    configs = []
+    configs: list[Any] = []
     if is_hugging_face(model):
         found = [getattr(module, "config", None) for module in model.modules()]
         found += [getattr(c, name, None) for c in found for name in getattr(c, "sub_configs", {})]
@@ -82,7 +83,7 @@ def separate(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def auto_shapes(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     """`Dim.AUTO` for every axis of every example tensor, by argument name: what the model fixes is found out by export."""
 
-    def shape(leaf):
+    def shape(leaf: Any) -> Any:
         return (Dim.AUTO,) * leaf.dim() if isinstance(leaf, torch.Tensor) else None
 
     return pytree.tree_map(shape, dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments))
@@ -126,7 +127,7 @@ def innermost_module(model: nn.Module, error: BaseException) -> str:
     """Path and class of the last module on the error's stack."""
     paths = {id(m): path for path, m in model.named_modules()}
     found = ""
-    chain = error
+    chain: BaseException | None = error
     while chain is not None:
         frame = chain.__traceback__
         while frame is not None:

@@ -57,7 +57,7 @@ def test_the_form_decided_is_the_one_inserted_and_gives_the_definition_s_numbers
     (report,) = run((inject,), gm)
     assert decided.form == form and report.changed == 1
     assert {n.meta["custom"]["peft_fx"]["form"] for n in tagged(gm)} == {form}
-    A, B = (tuned.get_parameter(f"peft_fx.adapters.default.layer.weight.lora_{x}") for x in "AB")
+    A, B = (tuned.get_parameter(f"peft_fx.adapters.default.layer.on_weight.lora_{x}") for x in "AB")
     updated = gm.layer.weight + 4 * B @ A
     torch.testing.assert_close(gm(X)[0], nn.functional.linear(X, updated, gm.layer.bias))
     if read_twice:

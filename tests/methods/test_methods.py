@@ -4,10 +4,10 @@ import conformance as c
 import peft
 import pytest
 import torch
-from methods import MODULES, cells, label
 from torch.func import functional_call
 
 import peft_fx as fx
+from methods import MODULES, cells, label
 from peft_fx.methods import INTERNAL, METHODS, get_method
 from peft_fx.planning.kinds import module_targets
 from peft_fx.planning.modules import module_table

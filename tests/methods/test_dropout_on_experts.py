@@ -3,10 +3,10 @@
 import conformance as c
 import pytest
 import torch
-from methods import MODULES
 from torch.func import functional_call
 
 import peft_fx as fx
+from methods import MODULES
 from peft_fx.store.state import state_of
 from peft_fx.store.tensors import get_tensor
 from peft_fx.training.adalora import RankAllocator, orthogonality

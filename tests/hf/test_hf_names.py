@@ -37,8 +37,8 @@ REASONS = {
         resolve_quantization_backend""",
     "methods of one's own: @peft_fx.method": "register_peft_method",
     "what PEFT's layer classes are made with": """
-        AuxiliaryTrainingWrapper DUMMY_MODEL_CONFIG MIN_TARGET_MODULES_FOR_OPTIMIZATION ModulesToSaveWrapper
-        TrainableTokensWrapper _freeze_adapter _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter
+        DUMMY_MODEL_CONFIG MIN_TARGET_MODULES_FOR_OPTIMIZATION
+        _freeze_adapter _get_input_embeddings_name _get_submodules _is_valid_match _set_adapter
         _set_trainable id_tensor_storage set_additional_trainable_modules transpose""",
 }
 NO_PLACE = {name for names in REASONS.values() for name in names.split()}

@@ -58,8 +58,6 @@ def test_a_users_torch_compile_takes_the_whole_adapted_model(name, tmp_path):
 def test_a_model_prepared_for_swaps_takes_larger_ranks_without_compiling(tmp_path):
     model = tuned()
     tuned(r=12, lora_alpha=5).save_pretrained(tmp_path)
-    with pytest.raises(peft_fx.HotswapError, match="rank|shape|larger"):
-        peft_fx.hotswap_adapter(model, tmp_path, "default")
     before = logits(model)
     peft_fx.prepare_model_for_compiled_hotswap(model, target_rank=16)
     torch.testing.assert_close(logits(model), before)
