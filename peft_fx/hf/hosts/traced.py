@@ -112,7 +112,7 @@ class Traced:
     ) -> Ready:
         """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
-        key = gated, likeness(chosen)
+        key = gated, likeness(chosen), *(room(backend, p) for p in chosen)
         if key not in self.adapted:
             graph = partial(self.graph, backend, module, path, chosen, gated, own)
             gm, further = sizeless(graph, module, args)
@@ -171,6 +171,11 @@ def likeness(chosen: tuple[Placement, ...]) -> tuple:
         method = type(get_method(p.method))
         found.append((names.index(p.adapter), method, config, bare(p), p.target.has_bias, shapes, shared, p.lowering))
     return tuple(found)
+
+
+def room(backend: Backend, p: Placement) -> tuple:
+    """The sizes of a placement's tensors, which may be wider than its config says: a graph may hold them as numbers."""
+    return tuple(held(backend.adapters, f"{ADAPTERS}.{p.resolve(n).name}").tensor.shape for n in p.tensors)
 
 
 def attributes(module: nn.Module) -> Iterator[tuple]:

@@ -26,7 +26,7 @@ from ...engine.replaced import shelved
 from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...engine.swaps import SwapReport
 from ...engine.transitions import activated, enabled, names_of, unmerged
-from ...errors import MergeError, NoAdaptersError, RecipeError, WrongTypeError
+from ...errors import MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
 from ...store.modules import derive
@@ -39,6 +39,7 @@ from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
 from ...verbs.slots import release
+from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
@@ -46,7 +47,6 @@ from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 
 DEFAULT = "default"
-INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
 IN_MODEL = f"base_model.model.{PREFIX}"  # where the state dict of a PeftModel has them
 FORMER = "adapters."  # where that of a Tuner had them
@@ -304,13 +304,14 @@ class Tuner(nn.Module):
             raise
 
     def cast_to_base(self, name: str) -> None:
-        """An adapter's parameters in the dtype of the weights that they are for."""
+        """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
         for p in self.state.recipe[name].placements:
-            dtype = get_tensor(self.model, p.target.name).dtype
-            for tensor in p.tensors:
-                parameter = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}")
-                if isinstance(parameter, nn.Parameter) and dtype.is_floating_point:
-                    parameter.data = parameter.data.to(dtype)
+            dtype = get_tensor(self.model, p.target.tensor_name).dtype
+            for key, spec in p.tensors.items():
+                tensor = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
+                numbers = tensor.is_floating_point() and dtype.is_floating_point and spec.dtype is None
+                if numbers and (spec.trainable or tensor.dim()):
+                    tensor.data = tensor.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
                              combination_type: str | None = None, *options, **named) -> None:  # fmt: skip
@@ -346,9 +347,7 @@ class Tuner(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
-            self.known((adapter_name,))
-            if adapter_name in self.state.merged:
-                raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
+            self.refuse_to_delete((adapter_name,))
             if self.state.gated:
                 self.backend.become(self.state.update(active=tuple(n for n in self.state.active if n != adapter_name)))
                 self.present()
@@ -366,6 +365,12 @@ class Tuner(nn.Module):
                     self.set_requires_grad(new)
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
             self.refresh()
+
+    def refuse_to_delete(self, names: Iterable[str]) -> None:
+        """Raises AdapterNameError, a ValueError, for an unknown adapter, MergeError, another one, for a merged one."""
+        self.known(names)
+        if merged := [name for name in names if name in self.merged_adapters]:
+            raise MergeError(f"adapter {', '.join(merged)} is merged: call unmerge_adapter() before deleting it")
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
@@ -510,8 +515,5 @@ def tuner_of(model: nn.Module) -> Tuner:
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
-        raise NoAdaptersError(
-            f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
-            "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
-        )
+        raise no_adapters(model)
     return tuner
