@@ -74,9 +74,9 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
     plan, new = resident.plan, added(state, name, resident, activate)
     for entry in plan.unmatched:
         warn(f"adapter {name!r}: {entry}", UnmatchedWarning)
-    for text in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
-        if text:
-            warn(f"adapter {name!r}: {text}")
+    for advice in dict.fromkeys(p.rule.advice(p.target, p.config) for p in plan.placements):
+        if advice:
+            warn(f"adapter {name!r}: {advice}")
     if not config.ensure_weight_tying and not any(r.config.layer_replication for r in new.recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
     values = source and match_tensors(plan, source.tensors, where=source.where)

@@ -64,7 +64,7 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
 def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module), aliases as often as they occur; adapters that the model holds are none of its own."""
     yield prefix, model
-    for name, child in model._modules.items():
+    for name, child in getattr(model, "_modules", {}).items():
         if child is not None and not isinstance(child, Adapters):
             yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
