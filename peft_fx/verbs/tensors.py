@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,7 +11,7 @@ from torch import fx, nn
 from ..errors import NoAdaptersError
 from ..planning.plan import Placement
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, tensor_of
 from ..store.unwrap import unwrapped
 from .backend import Backend
 
@@ -32,7 +33,7 @@ class Owned:
         return self.placement.state_name(self.name)
 
 
-def adapters_of(model) -> fx.GraphModule:
+def adapters_of(model: Any) -> fx.GraphModule:
     """The graph module that holds the adapters. Raises GraphError or NoAdaptersError where there are none."""
     model = unwrapped(model)
     if isinstance(model, fx.GraphModule):
@@ -41,7 +42,7 @@ def adapters_of(model) -> fx.GraphModule:
     return model.adapters if isinstance(model, Backend) else vars(holder_of(model))["backend"].adapters
 
 
-def holder_of(model):
+def holder_of(model: Any) -> Any:
     """What holds the backend of a PeftModel, or of a model that adapters were injected into: its tuner."""
     model = unwrapped(model)
     found = (model, getattr(model, "_modules", {}).get("base_model"), vars(model).get(INJECTED))
@@ -51,19 +52,19 @@ def holder_of(model):
     return holder
 
 
-def no_adapters(model) -> NoAdaptersError:
+def no_adapters(model: Any) -> NoAdaptersError:
     return NoAdaptersError(
         f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
         "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
     )
 
 
-def tensors_of(model) -> list[Owned]:
+def tensors_of(model: Any) -> list[Owned]:
     """All tensors of all adapters, each once: by the placement that owns it."""
     gm = adapters_of(model)
     state = state_of(gm)
     return [
-        Owned(name, get_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}"), p)
+        Owned(name, tensor_of(gm, f"{ADAPTERS}.{p.state_name(name)}"), p)
         for adapter in state.recipe
         for p in state.recipe[adapter].placements
         for name in p.tensors
@@ -71,7 +72,7 @@ def tensors_of(model) -> list[Owned]:
     ]
 
 
-def parameters_of(model) -> list[Owned]:
+def parameters_of(model: Any) -> list[Owned]:
     """Those that an optimiser may get, whether or not they require grad now."""
     return [t for t in tensors_of(model) if isinstance(t.tensor, nn.Parameter)]
 
