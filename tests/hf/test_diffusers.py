@@ -78,7 +78,7 @@ def test_outputs_gradients_and_merged_weights_are_pefts(captured, tmp_path, opti
     paths = [k.removeprefix("base_model.model.").replace(".default", "") for k in keys]
     parts = [(path.split(".lora_")[0], f"lora_{path.split('.lora_')[1].split('.')[0]}") for path in paths]
     ours = gradients(
-        [tuned.get_parameter(f"peft_fx.adapters.default.{m}.weight.{t}") for m, t in parts], tuned(**inputs).sample
+        [tuned.get_parameter(f"peft_fx.adapters.default.{m}.on_weight.{t}") for m, t in parts], tuned(**inputs).sample
     )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

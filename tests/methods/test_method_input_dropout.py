@@ -85,7 +85,7 @@ def test_deft_drops_the_input_of_what_it_adds_and_not_of_what_it_removes(name, o
     merged, x = fx.merge(tuned), c.inputs(subject)["x"]
     found = trained(tuned, subject, seeds=(0,))
     with torch.no_grad():
-        get_tensor(tuned, "peft_fx.adapters.default.layer.weight.deft_R").zero_()
+        get_tensor(tuned, "peft_fx.adapters.default.layer.on_weight.deft_R").zero_()
     removed = fx.merge(tuned)
     torch.manual_seed(0)
     dropped = F.dropout(x, P, True)

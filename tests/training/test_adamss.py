@@ -57,7 +57,7 @@ def test_components_that_a_subspace_does_not_have_get_no_gradient():
     tuned = fx.apply(c.captured("wide"), {**TWO, "num_subspaces": 5, "subspace_rank": 4})
     c.randomise(tuned)
     c.loss(c.floats(tuned(**c.inputs("wide")))).backward()
-    A, B = (get_tensor(tuned, f"peft_fx.adapters.default.layer.weight.adamss_{n}").grad for n in "AB")
+    A, B = (get_tensor(tuned, f"peft_fx.adapters.default.layer.on_weight.adamss_{n}").grad for n in "AB")
     missing = ~ours(tuned, "components")
     assert missing.any() and not A[missing].any()
     assert not B[(ours(tuned, "rows").unsqueeze(-1) & missing.unsqueeze(1)).any(0)].any()

@@ -29,8 +29,8 @@ SUBMODULES = {
     "optimizers.riemannian": ("training.riemannian",),
     "peft_model": ("hf.model.model", "hf.model.functional"),
     "tuners": ("",),
-    **{f"tuners.{file}": ("", f"hf.layers.classes:{file}") for file in FILES},
-    **{f"tuners.{file}.layer": (f"hf.layers.classes:{file}", f"methods.{file}") for file in FILES},
+    **{f"tuners.{file}": ("", f"hf.layers.named:{file}") for file in FILES},
+    **{f"tuners.{file}.layer": (f"hf.layers.named:{file}", f"methods.{file}") for file in FILES},
     "tuners.tuners_utils": ("hf.layers.base", "hf.model.tuners"),
     "utils": (
         "hf.compat.constants",

@@ -195,7 +195,7 @@ def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
         ours = owners(host.hosts.backend.adapters, chosen)
         with TRACING, no_modes(), brought(ours):
             graph = host.hosts.traced(host.module, key)
-            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
+            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, acting.gated, args)
         host.used |= table[key].complete
     except Untraceable as reason:
         LOG.info("%s: no single graph describes its forward, it goes through Dynamo: %s", host.path, reason)
@@ -294,7 +294,8 @@ class Hosts:
 
     def publish(self, state: State) -> None:
         """Calls that begin from now on see this state."""
-        self.now = self.snapshots.find(state, state.acting, self.places)
+        names = tuple(state.recipe) if state.gated else state.acting
+        self.now = self.snapshots.find(state, names, self.places, state.gated)
 
     def host(self, path: str, wholes: set[str]) -> Host:
         """The host of the targets that the module at `path` owns: it, or one that has it as a part and reads its weights."""

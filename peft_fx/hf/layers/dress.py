@@ -11,9 +11,10 @@ from ...planning.plan import Placement
 from ...planning.selection import choose_saved
 from ..hosts.bindings import at
 from ..hosts.raw import PLAIN
-from .classes import learn, put_on
+from .classes import put_on
 from .containers import containers
 from .layer import ATTRIBUTE, SUBSTITUTES, Layer
+from .named import learn
 from .trained import TRAINED, Reading
 
 CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors

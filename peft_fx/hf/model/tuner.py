@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from textwrap import indent
 
 import torch
@@ -17,22 +18,27 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ...config import AdapterConfig
+from ...engine.adding import with_adapter
 from ...engine.derive import derived, frozen
+from ...engine.filing import adapter_files
 from ...engine.inplace import merge_in_place, unmerge_in_place
 from ...engine.replaced import shelved
+from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...engine.swaps import SwapReport
 from ...engine.transitions import activated, enabled, names_of, unmerged
 from ...errors import MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
+from ...store.modules import derive
 from ...store.state import State, state_of
-from ...store.tensors import ADAPTERS, get_tensor
+from ...store.tensors import ADAPTERS, gate_name, get_tensor
 from ...store.unwrap import unwrapped
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
+from ...verbs.slots import release
 from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
@@ -100,8 +106,14 @@ class Tuner(nn.Module):
         self.present()
 
     def present(self) -> None:
-        """After another state was published: hosts, and what else looks at it."""
-        self.hosts.publish(self.state)
+        """After another state was published: hosts, gates, and what else looks at it."""
+        state = self.state
+        self.hosts.publish(state)
+        if state.gated:
+            gates = {place: get_tensor(self.backend.adapters, gate_name(place)) for place in state.recipe}
+            with self.hosts.sharing.writing(gates.values()), torch.no_grad():
+                for place, gate in gates.items():
+                    gate.fill_(float(place in state.acting))
         dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
@@ -250,10 +262,46 @@ class Tuner(nn.Module):
             if name in self.state.recipe and name not in self.peft_config:
                 self.backend.delete(name)  # nobody can name it any more
                 self.configs.synced(self.state)
-            self.backend.add(name, config, source, trainable)
+            if self.state.gated:
+                self.fill_slot(name, config, source)
+            else:
+                self.backend.add(name, config, source, trainable)
             self.refresh()
-            if source is None and name not in self.state.active:
+            if source is None and name not in self.state.active and not self.state.gated:
                 self.set_requires_grad(name, False)
+
+    def reserve(self, *, slots: int, max_rank: int | None = None) -> None:
+        """Room for `slots` adapters of the first one's method and targets: the ones that there are, and free slots.
+
+        From now on every call runs all of them, each behind a gate. So whatever is set, disabled, merged, loaded into a free slot
+        or deleted, compiled calls of the model stay as they are: 0 recompiles. max_rank: every slot holds ranks up to it. The
+        adapters have new parameters: make the optimiser after this. All slots require grad if an adapter does, whatever is set;
+        what does not act gets zeros. Raises GraphError as `peft_fx.reserve` does.
+        """
+        with self.changing():
+            new, recipe = reserved(self.backend.adapters, self.state, slots, max_rank)
+            self.backend.keep(new)
+            self.backend.become(self.state.update(recipe=recipe, gated=True))
+            trained = any(p.requires_grad for p in self.adapters.parameters())
+            self.adapters.requires_grad_(trained)
+            self.refresh()
+
+    def fill_slot(self, name: str, config: AdapterConfig, source: tuple | None) -> None:
+        """A new adapter into a free slot, in place; nothing has changed where it does not fit."""
+        gm, before = self.backend.adapters, self.state
+        if source is None:
+            alone = derive(gm, fx.Graph(), before.update(recipe={}, active=(), gated=False))
+            made = with_adapter(alone, name, config, None, trainable=False, activate=False)
+            source = adapter_files(made, name)[1], "its start", False
+        slot = slot_for(before, name)
+        self.backend.become(moved(before, slot, name))
+        rename_slot(gm, slot, name)
+        try:
+            self.backend.hotswap((config, source[0]), name)
+        except BaseException:
+            self.backend.become(before)
+            rename_slot(gm, name, slot)
+            raise
 
     def cast_to_base(self, name: str) -> None:
         """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
@@ -286,8 +334,9 @@ class Tuner(nn.Module):
             activated(unmerged(self.state) if self.state.merged else self.state, names)  # may refuse
             self.unmerge_first("set")
             self.become(activated(self.state, names))
-            for name in self.names:
-                self.set_requires_grad(name, name in names and not inference_mode)
+            if not self.state.gated:  # a compiled call of a model with slots knows what requires grad
+                for name in self.names:
+                    self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
@@ -299,12 +348,21 @@ class Tuner(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
             self.refuse_to_delete((adapter_name,))
-            self.backend.delete(adapter_name)
+            if self.state.gated:
+                self.backend.become(self.state.update(active=tuple(n for n in self.state.active if n != adapter_name)))
+                self.present()
+                release(self.backend.adapters, adapter_name)
+                free = next(f"slot{i}" for i in count() if f"slot{i}" not in self.state.recipe)
+                self.backend.become(moved(self.state, adapter_name, free))
+                rename_slot(self.backend.adapters, adapter_name, free)
+            else:
+                self.backend.delete(adapter_name)
             self.work.pop(adapter_name, None)
             if not self.state.active and (left := [name for name in self.names if name != adapter_name]):
                 new = min(left)  # PEFT's choice
                 self.backend.become(activated(self.state, new))
-                self.set_requires_grad(new)
+                if not self.state.gated:
+                    self.set_requires_grad(new)
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
             self.refresh()
 
@@ -349,7 +407,11 @@ class Tuner(nn.Module):
         ours = self.backend.adapters
         gm = frozen(captured)
         gm.peft_fx.adapters, gm.peft_fx.sharing = ours.peft_fx.adapters, ours.peft_fx.sharing
-        return derived(gm, state_of(gm).update(recipe=self.state.recipe, active=self.state.acting))
+        gm.peft_fx.gates = ours.peft_fx.gates
+        state, acting = self.state, self.state.acting
+        if state.gated:  # all are in the graph, those that act with their gates open
+            acting = (*acting, *(place for place in state.recipe if place not in acting))
+        return derived(gm, state_of(gm).update(recipe=state.recipe, active=acting, gated=state.gated))
 
     # Training
 
