@@ -33,7 +33,7 @@ class Owned:
         return self.placement.state_name(self.name)
 
 
-def adapters_of(model: object) -> fx.GraphModule:
+def adapters_of(model: Any) -> fx.GraphModule:
     """The graph module that holds the adapters. Raises GraphError or NoAdaptersError where there are none."""
     model = unwrapped(model)
     if isinstance(model, fx.GraphModule):
@@ -42,23 +42,24 @@ def adapters_of(model: object) -> fx.GraphModule:
     return model.adapters if isinstance(model, Backend) else vars(holder_of(model))["backend"].adapters
 
 
-def holder_of(model: object) -> Any:
+def holder_of(model: Any) -> Any:
     """What holds the backend of a PeftModel, or of a model that adapters were injected into: its tuner."""
     model = unwrapped(model)
-    for found in (model, getattr(model, "_modules", {}).get("base_model"), vars(model).get(INJECTED)):
-        if isinstance(found, nn.Module) and isinstance(vars(found).get("backend"), Backend):
-            return found
-    raise no_adapters(model)
+    found = (model, getattr(model, "_modules", {}).get("base_model"), vars(model).get(INJECTED))
+    holder = next((h for h in found if h is not None and isinstance(vars(h).get("backend"), Backend)), None)
+    if holder is None:
+        raise no_adapters(model)
+    return holder
 
 
-def no_adapters(model: object) -> NoAdaptersError:
+def no_adapters(model: Any) -> NoAdaptersError:
     return NoAdaptersError(
         f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
         "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
     )
 
 
-def tensors_of(model: object) -> list[Owned]:
+def tensors_of(model: Any) -> list[Owned]:
     """All tensors of all adapters, each once: by the placement that owns it."""
     gm = adapters_of(model)
     state = state_of(gm)
@@ -71,7 +72,7 @@ def tensors_of(model: object) -> list[Owned]:
     ]
 
 
-def parameters_of(model: object) -> list[Owned]:
+def parameters_of(model: Any) -> list[Owned]:
     """Those that an optimiser may get, whether or not they require grad now."""
     return [t for t in tensors_of(model) if isinstance(t.tensor, nn.Parameter)]
 
