@@ -59,8 +59,10 @@ _HF = {
     "hf.model.hotswap": ("hotswap_adapter", "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"),
     "hf.model.injection": ("inject_adapter_in_model",),
     "hf.compat.constants": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING",
-        "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PeftError", "PeftWarning",
+        "NoMatchingPeftModuleError", "PEFT_TYPE_TO_CONFIG_MAPPING", "PeftError", "PeftWarning",
+    ),
+    "hf.compat.mappings": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
     ),
     "hf.compat.helpers": ("get_peft_config", "shift_tokens_right"),
     "hf.compat.kappa": ("find_kappa_target_modules",),
@@ -77,10 +79,7 @@ if TYPE_CHECKING:
     from .config import AdapterConfig, PeftConfig
     from .errors import AdapterFileError, CaptureError, GraphError, HotswapError, MergeError, PeftFxError, RecipeError
     from .hf.compat.constants import (
-        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
         PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
         NoMatchingPeftModuleError,
         PeftError,
         PeftWarning,
@@ -88,6 +87,11 @@ if TYPE_CHECKING:
     from .hf.compat.helpers import get_peft_config, shift_tokens_right
     from .hf.compat.kappa import find_kappa_target_modules
     from .hf.compat.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
+    from .hf.compat.mappings import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
     from .hf.ecosystem.as_peft import as_peft
     from .hf.files.auto import (
         AutoPeftModel,

@@ -136,6 +136,10 @@ class AdapterConfig(ConfigFiles):
         """What target_modules=None means for a model (its ModuleTable) whose type has no default; None: it must be named."""
         return None
 
+    def part_only(self) -> str:
+        """Why an adapter cannot be trained on once it was read from a file; "" for one that can."""
+        return ""
+
     def missing_base(self) -> str:
         """What to say of a file whose tensors are for other base weights than the model's; "" for any other."""
         return ""

@@ -65,6 +65,10 @@ class AdapterFileError(PeftFxError, ValueError, RuntimeError):
     """An adapter folder that cannot be read, or does not fit the graph."""
 
 
+class NotAConfigError(AdapterFileError, TypeError):
+    """JSON that is no adapter's config."""
+
+
 class MergeError(PeftFxError, ValueError):
     """A merge that would be wrong: non-finite result, tied weight, nothing to merge."""
 

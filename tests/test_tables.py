@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import peft_fx
-from peft_fx.cli import app, as_json, as_table, facts
+from peft_fx.cli import app, as_json, as_table, gathering
 from peft_fx.tables import Cell, Table, as_html, text, wrapped
 from peft_fx.target import sizes
 
@@ -115,12 +115,14 @@ def inspections():
     tuned = peft_fx.apply(base, LORA | {"target_modules": ["q_proj"], "init_lora_weights": False})
     graphs, recipe = {"base": base, "merged": peft_fx.merge(tuned)}, json.dumps(LORA)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "open_model", lambda source: SimpleNamespace(graph=lambda: graphs[source], weights=True))
+        patch.setattr(
+            gathering, "open_model", lambda source: SimpleNamespace(graph=lambda: graphs[source], weights=True)
+        )
         return {
-            "possible": facts.gather("base", None, None, None),
-            "recipe": facts.gather("base", recipe, None, None),
-            "target": facts.gather("base", recipe, None, "q_proj"),
-            "merged": facts.gather("merged", None, None, None),
+            "possible": gathering.gather("base", None, None, None),
+            "recipe": gathering.gather("base", recipe, None, None),
+            "target": gathering.gather("base", recipe, None, "q_proj"),
+            "merged": gathering.gather("merged", None, None, None),
         }
 
 

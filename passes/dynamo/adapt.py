@@ -56,7 +56,7 @@ def adapt(
     inside = adapt_checkpoints(new, inputs, placements, state, store)
     outside = tuple(p for p in placements if p not in inside)
     targets = frozenset(name for p in outside for name in (p.target.name, p.target.bias_name))
-    run((ReadersToAten(targets, base_of(state).traces), Linearise(), Inject(outside), BakeLiterals()), new)
+    run((ReadersToAten(targets, base_of(state).traces), Linearise(), Inject(outside, state.gated), BakeLiterals()), new)
     graph, ours = with_inputs(new)
     del new.meta[ROOT]
     return fx.GraphModule(new, graph), ours

@@ -77,10 +77,13 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor, tensors) -> torch.Tensor:
-    """`x` in the widest of its own and the method's floating dtypes, as PEFT casts it: products take no mixed dtypes."""
+    """`x` in the widest of its own and the method's floating dtypes, as PEFT casts it: products take no mixed dtypes.
+
+    Scales, numbers without dimensions, change no dtype: they are fp32 beside factors in half precision.
+    """
     wide = x.dtype
     for t in tensors:
-        wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
+        wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() and t.dim() else wide
     return cast(x, wide)
 
 

@@ -16,12 +16,14 @@ from typing import cast
 import torch
 from torch import fx
 
+from peft_fx.store.tensors import gate_name
+
 from ...errors import RecipeError
 from ...methods import get_method
 from ...methods.base import HALF
 from ...planning.kinds import one_line_each, stored_shape
 from ...planning.plan import Placement, Refusal, Shared, clashes
-from ...store.tensors import ADAPTERS, GATES, ROOT, tensor_of
+from ...store.tensors import ADAPTERS, ROOT, tensor_of
 from ...target import Target
 from ..core.base import Pass, regions
 from ..core.fakes import fake_mode_of, fake_of
@@ -187,7 +189,7 @@ def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str, or
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """gated: the buffer `peft_fx.gates.<adapter>` says how much of each adapter acts."""
+    """gated: the buffer `peft_fx.gates.<adapter>.open` says how much of each adapter acts."""
 
     placements: tuple[Placement, ...]
     gated: bool = False
@@ -277,7 +279,7 @@ class Insert:
         """Nodes for `function(*arguments)`, behind the adapter's gate where there are gates."""
         if not self.gated:
             return self.splice(function, static, arguments, like, label, after)
-        gate = self.stored(f"{GATES}.{p.adapter}")
+        gate = self.stored(gate_name(p.adapter))
         return self.splice(gated(function), (gated, *static), [*arguments, gate], like, label, after)
 
     def theta(self, p: Placement) -> tuple[list[fx.Node], tuple[str, ...]]:

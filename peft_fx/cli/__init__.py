@@ -1,5 +1,6 @@
-"""The `peft-fx` command. One module per job: `commands`, `model` (what to open), `facts`, `graphs`, `views`, `nodes` and
-`method_facts` (what is shown, as data), `as_*` and `methods` (one way to show it each), `terminal` (streams and errors)."""
+"""The `peft-fx` command. One module per job: `commands`, `model` (what to open), `gathering` (what is asked), `facts`,
+`graphs`, `views`, `nodes` and `method_facts` (what is shown, as data), `as_*` and `methods` (one way to show it each),
+`terminal` (streams and errors)."""
 
 from __future__ import annotations
 

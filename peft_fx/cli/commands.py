@@ -94,7 +94,7 @@ def inspect(
     """
     if recipe is not None and adapter is not None:
         raise typer.BadParameter("--recipe and --adapter exclude each other: an adapter brings its own config")
-    from .facts import gather
+    from .gathering import gather
 
     inspection = gather(model, recipe, adapter, target, FORMATS[format])
     import_module(f".as_{format}", __package__).show(inspection, stdout(), every)

@@ -11,13 +11,11 @@ from torch import nn
 from ..errors import RecipeError
 from ..files.read import local_folder, read_config
 from ..methods import INTERNAL, METHODS
-from ..planning.possible import possible_targets, undecided
 from ..recipe import READERS, Recipe, as_recipe
 from ..store.tensors import ROOT
 from ..suggestions import did_you_mean
 from ..target import ModuleTable
-from ..verbs.rows import Row, possible_row
-from .model import Built, open_model
+from ..verbs.rows import Row
 from .nodes import View
 
 
@@ -69,24 +67,6 @@ class Inspection:
 
     def count(self, *statuses: str) -> int:
         return sum(r.status in statuses for r in self.rows)
-
-
-def gather(
-    source: str, recipe: str | None, adapter: str | None, target: str | None, traced: bool = False
-) -> Inspection:
-    """Opens, plans, derives. traced: the whole graph is wanted. Raises PeftFxError.
-
-    A model is captured only where its module table does not have the answer.
-    """
-    wanted = recipe_of(recipe, adapter)  # before the model, which takes longer
-    opened = open_model(source)
-    listed = wanted is None and target is None and not traced
-    if listed and isinstance(opened, Built) and not undecided(opened.table):
-        rows = tuple(possible_row(t) for t in possible_targets(opened.table) if t.kind != "norm")
-        return Inspection(model_of(source, opened.table, opened.model, opened.weights), rows)
-    from .graphs import inspected
-
-    return inspected(source, opened, wanted, target)
 
 
 def model_of(source: str, table: ModuleTable, model: nn.Module, weights: bool, mode: str | None = None) -> Model:

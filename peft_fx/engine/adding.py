@@ -58,6 +58,10 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
     source = source and Source(*source)
+    if source is not None and trainable and (text := config.part_only()):
+        raise AdapterFileError(
+            f"{source.where}: {text}: load it for inference alone, or save the whole adapter to train on"
+        )
     if source is not None:
         config, tensors = on_whole_base(gm, name, config, source.tensors, source.where)
         if trainable and config is not own:

@@ -18,7 +18,7 @@ from ..passes.inject.mixed import MixedBatch
 from ..store.lazy import Lazy, copy_graph
 from ..store.modules import derive, shell
 from ..store.state import Acted, BaseGraph, State, base_of, state_of
-from ..store.tensors import ADAPTERS, GATES, tensor_of
+from ..store.tensors import ADAPTERS, gate_name, tensor_of
 
 
 def derived(gm: fx.GraphModule, state: State) -> fx.GraphModule:
@@ -86,7 +86,7 @@ def frozen(gm: fx.GraphModule) -> fx.GraphModule:
 
 def acting(gm: fx.GraphModule, state: State) -> dict[str, float]:
     """Slot -> weight of the adapters whose gate is open."""
-    gates = {slot: tensor_of(gm, f"{GATES}.{slot}").item() for slot in state.recipe}
+    gates = {slot: tensor_of(gm, gate_name(slot)).item() for slot in state.recipe}
     return {slot: gate for slot, gate in gates.items() if gate}
 
 

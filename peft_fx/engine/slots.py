@@ -9,11 +9,50 @@ from torch import fx
 
 from ..errors import GraphError, HotswapError
 from ..planning.plan import Placement, check_adapter_name
-from ..store.state import State, state_of
-from ..store.tensors import ADAPTERS, GATES, set_tensor, store_of, tensor_of
+from ..store.state import Resident, State, state_of
+from ..store.tensors import ADAPTERS, gate_name, set_tensor, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adding import allocate, fill
-from .transitions import names_of
+from .transitions import names_of, refuse_merged, refuse_slots, resident_of
+from .widening import wide, widened
+
+
+def reserved(
+    gm: fx.GraphModule, state: State, slots: int, max_rank: int | None
+) -> tuple[fx.GraphModule, dict[str, Resident]]:
+    """(module, not yet its graph, with tensors and gates for all slots; what is in each). Those that are active are open."""
+    refuse_merged(state, "reserve")
+    refuse_slots(state, "reserve", "it has slots already")
+    if not state.recipe:
+        raise GraphError("reserve needs an adapter whose targets and method the slots follow: apply or load one first")
+    if not isinstance(slots, int) or slots < len(state.recipe):
+        raise GraphError(f"slots={slots!r}: expected at least the number of resident adapters, {len(state.recipe)}")
+    new = widened(gm, state, max_rank)
+    recipe = {n: r.update(name=n, room=wide(r.config, max_rank)) for n, r in state_of(new).recipe.items()}
+    first = next(iter(recipe.values()))
+    room = first.room or first.config
+    free = [f"slot{i}" for i in range(slots) if f"slot{i}" not in recipe][: slots - len(recipe)]
+    recipe |= {slot: resident_of(state, slot, room, first.lowering, room=room) for slot in free}
+    for slot in free:
+        allocate_slot(new, state.update(recipe=recipe), slot)
+    for slot in recipe:
+        set_gate(new, slot, slot in state.active)
+    return new, recipe
+
+
+def moved(state: State, slot: str, name: str) -> State:
+    """A free slot under another name, at its place in the order."""
+    there = state.recipe[slot]
+    own = resident_of(state, name, there.config, there.lowering, room=there.room, home=there.home)
+    return state.update(
+        recipe={name if place == slot else place: own if place == slot else r for place, r in state.recipe.items()}
+    )
+
+
+def rename_slot(gm: fx.GraphModule, old: str, new: str) -> None:
+    """The tensors and the gate of a slot under another name; what holds them does not notice."""
+    for module in (store_of(gm).adapters._modules, store_of(gm).gates._modules):
+        module[new] = module.pop(old)
 
 
 def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Tensor]:
@@ -40,7 +79,7 @@ def allocate_slot(gm: fx.GraphModule, state: State, slot: str) -> None:
 
 def set_gate(gm: fx.GraphModule, slot: str, weight: float) -> None:
     """Registers a gate of the graph module's own."""
-    set_tensor(gm, f"{GATES}.{slot}", torch.tensor(float(weight), device=store_of(gm).device()))
+    set_tensor(gm, gate_name(slot), torch.tensor(float(weight), device=store_of(gm).device()))
 
 
 def with_slots(tuned: fx.GraphModule, verb: str) -> tuple[fx.GraphModule, State]:

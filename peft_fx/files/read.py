@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ..atomic import StrPath, current
 from ..config import AdapterConfig
 from ..config_files import CONFIG_FILE as CONFIG
-from ..errors import AdapterFileError, RecipeError
+from ..errors import AdapterFileError, NotAConfigError, RecipeError
 from ..notices import warn
 from ..recipe import config_from_dict
 from ..target import ModuleTable
@@ -128,6 +128,11 @@ def config_in(folder: Path) -> AdapterConfig:
         raise AdapterFileError(f"{folder}: has no {CONFIG}")
     if (old := str(data.get("peft_type"))) in RENAMED:
         data = {**data, "peft_type": RENAMED[old][0]}
+    if data.get("peft_type") is None:
+        keys = ", ".join(data) or "none"
+        raise NotAConfigError(
+            f"{folder / CONFIG}: is no adapter's config, which names its peft_type; it has the keys {keys}"
+        )
     try:
         return config_from_dict(data, str(folder / CONFIG))
     except RecipeError as error:

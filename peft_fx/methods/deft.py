@@ -18,7 +18,7 @@ import torch
 
 from ..config import LORA_ONLY, AdapterConfig
 from ..fields import checked, one_of, probability, rank
-from .base import Branch, Tensor
+from .base import HALF, Branch, Tensor
 from .inits import scaled_normal
 from .matrices import row_size
 from .scales import fixed
@@ -87,7 +87,7 @@ def projection(P, config):
     """Q and Z of the projection Q Zᵀ."""
     if config.decomposition_method == "relu":
         return P, P.relu()
-    Q = torch.linalg.qr(P).Q
+    Q = torch.linalg.qr(P.float() if P.dtype in HALF else P).Q.to(P.dtype)  # there is none in half precision
     return Q, Q
 
 

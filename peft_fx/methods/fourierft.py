@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from .base import HALF
 from .inits import drawn_over, normal, zeros
 from .spectral import Spectral, SpectralConfig
 
@@ -34,7 +35,12 @@ class FourierFT(Spectral):
     off = {"fourierft_spectrum": 0.0}
 
     def analysis(self, x, theta, config):
-        return torch.fft.ifft(x)
+        return transform(x)
 
     def synthesis(self, c, size, theta, config):
-        return torch.fft.ifft(c)
+        return transform(c)
+
+
+def transform(x):
+    """The inverse FFT, in fp32 at least: torch has none in bf16, and in fp16 none on CPUs."""
+    return torch.fft.ifft(x.float() if x.dtype in HALF else x)

@@ -39,6 +39,11 @@ class VBLoRAConfig(AdapterConfig):
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
 
+    def part_only(self):
+        if self.save_only_topk_weights:
+            return f"holds the {self.topk} largest logits of each mixture (save_only_topk_weights), the others are infinite"
+        return ""
+
 
 class VBLoRA(Matrices):
     name = "VBLORA"

@@ -85,7 +85,7 @@ def status(graph: fx.GraphModule, adapter: str) -> str:
         return "merged into the weights"
     if not state.gated:
         return "active" if adapter in state.acting else "not active"
-    gate = getattr(store_of(graph).gates, adapter, None)
+    gate = getattr(getattr(store_of(graph).gates, adapter, None), "open", None)
     if gate is None or gate.is_meta:
         return "in a slot"
     return f"on with weight {gate.item():g}" if gate.item() else "off"

@@ -27,6 +27,11 @@ def store_of(gm: nn.Module) -> Store:
     return cast("Store", getattr(gm, ROOT))
 
 
+def gate_name(adapter: str) -> str:
+    """Where the gate of an adapter is: in a module of its own, so that it keeps its holder under another name."""
+    return f"{GATES}.{adapter}.open"
+
+
 def owner_of(root: nn.Module, name: str, create: bool = False) -> tuple[nn.Module, str]:
     """The module that holds the dotted `name`, and the last component; `create` adds missing containers."""
     *path, leaf = name.split(".")

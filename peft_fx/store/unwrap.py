@@ -26,8 +26,7 @@ def wrappers(model) -> Iterator:
 
 def unwrapped(model):
     """What torch.compile, FSDP 1 and data parallelism have wrapped, in any order."""
-    *_, inner = wrappers(model)
-    return inner
+    return [model, *wrappers(model)][-1]
 
 
 def is_compiled(model) -> bool:

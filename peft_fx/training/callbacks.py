@@ -11,14 +11,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..hf.model.tuner import tuner_of
+from ..verbs.tensors import holder_of
 
 
 class AllocatorCallback(TrainerCallback):
     """For a PeftModel. What allocators remember is not in a Trainer's checkpoints."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        tuner_of(model).forget_importance()  # the numbers may be a checkpoint's now
+        holder_of(model).forget_importance()  # the numbers may be a checkpoint's now
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        tuner_of(model).update_and_allocate(state.global_step)
+        holder_of(model).update_and_allocate(state.global_step)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..hf.model.tensors import adapters_of, pairs_of, parameters_of, tensors_of
 from ..notices import warn
 from ..store.state import state_of
+from ..verbs.tensors import adapters_of, pairs_of, parameters_of, tensors_of
 from .riemannian import damped_inverse
 
 FORMS = ("linear", "embedding")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..hf.model.tensors import Owned, adapters_of, parameters_of
 from ..store.state import state_of
 from ..target import ModuleRecord, ModuleTable
+from ..verbs.tensors import Owned, adapters_of, parameters_of
 
 EIGHT_BIT = ("Adam8bit", "AdamW8bit", "PagedAdam8bit", "PagedAdamW8bit")
 

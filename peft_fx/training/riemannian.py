@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..hf.model.tensors import pairs_of, parameters_of
+from ..verbs.tensors import pairs_of, parameters_of
 
 
 def create_riemannian_optimizer(model: Any, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2,

@@ -203,10 +203,10 @@ class Backend:
         """Which adapters act, in order; () for none. Graphs are adapted anew where these have not acted yet."""
         self.adapters.meta[ROOT] = activated(self.state, names)
 
-    def acting_now(self) -> tuple[str, ...]:
-        """The adapters that act in the call of this thread: of the snapshot that it took, if it did."""
+    def acting_now(self) -> tuple[tuple[str, ...], bool]:
+        """The adapters that act in the call of this thread, and whether behind gates: of the snapshot that it took, if it did."""
         call = self.adapters.peft_fx.sharing.call()
-        return self.active if call is None or call.seen is None else call.seen.names
+        return (self.active, False) if call is None or call.seen is None else (call.seen.names, call.seen.gated)
 
     def acting(self) -> tuple[Placement, ...]:
         """What is adapted now, in order."""
@@ -314,13 +314,14 @@ class Adapted:
         table = state_of(owner.adapters).table
         inputs = {i: (args[i], known[id(args[i])]) for i in self.watched if id(args[i]) in known}
         found = {name for _, names in inputs.values() for name in names}
-        chosen = tuple(p for p in owner.state.placed(owner.acting_now()) if p.target.name in found)
+        names, gated = owner.acting_now()
+        chosen = tuple(p for p in owner.state.placed(names) if p.target.name in found)
         owner.read |= {p.target.name for p in chosen}
         base = BaseGraph(fx.Graph())
         base.traces = self.traces
         store = owner.adapters.peft_fx
         store.mode.training = owner.model.training
-        new, ours = adapt(self.gm, inputs, chosen, State(table, base), store)
+        new, ours = adapt(self.gm, inputs, chosen, State(table, base, gated=gated), store)
         for name in ("_param_name_to_source", "_source_to_user_stacks"):
             setattr(new, name, getattr(self.gm, name, {}))
         return new, ours

@@ -18,7 +18,7 @@ from ..errors import GraphError
 from ..planning.plan import check_adapter_name
 from ..store.modules import derive
 from ..store.state import state_of
-from ..store.tensors import GATES, store_of, tensor_of
+from ..store.tensors import gate_name, store_of, tensor_of
 
 
 class Slot(NamedTuple):
@@ -46,7 +46,7 @@ def slots(tuned: fx.GraphModule) -> tuple[Slot, ...]:
             resident.name,
             room.peft_type or "",
             getattr(room, room.ranked, None),
-            tensor_of(gm, f"{GATES}.{slot}").item(),
+            tensor_of(gm, gate_name(slot)).item(),
         )
         for slot, resident in state.recipe.items()
         for room in [resident.room or resident.config]
@@ -71,7 +71,7 @@ def release(tuned: fx.GraphModule, name: str) -> None:
         free = emptied(state, slot)
         numbers = fresh(gm, free.placements)
         tensors = [tensor_of(gm, full) for full in numbers]
-        gate = tensor_of(gm, f"{GATES}.{slot}")
+        gate = tensor_of(gm, gate_name(slot))
         with sharing.writing([gate, *tensors]), torch.no_grad():
             gate.zero_()
             for tensor, number in zip(tensors, numbers.values(), strict=True):

@@ -13,12 +13,11 @@ import torch
 from torch import fx
 
 from ..engine.derive import acting, derived
-from ..engine.slots import allocate_slot, set_gate, with_slots
-from ..engine.transitions import names_of, refuse_merged, refuse_slots, resident_of
-from ..engine.widening import wide, widened
+from ..engine.slots import reserved, with_slots
+from ..engine.transitions import names_of, refuse_merged
 from ..errors import GraphError
 from ..store.state import state_of
-from ..store.tensors import GATES, store_of, tensor_of
+from ..store.tensors import gate_name, store_of, tensor_of
 
 
 def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -> fx.GraphModule:
@@ -32,24 +31,9 @@ def reserve(tuned: fx.GraphModule, *, slots: int, max_rank: int | None = None) -
     cannot be active together.
     """
     state = state_of(tuned, "reserve")
-    refuse_merged(state, "reserve")
-    refuse_slots(state, "reserve", "it has slots already")
-    if not state.recipe:
-        raise GraphError("reserve needs an adapter whose targets and method the slots follow: apply or load one first")
-    if not isinstance(slots, int) or slots < len(state.recipe):
-        raise GraphError(f"slots={slots!r}: expected at least the number of resident adapters, {len(state.recipe)}")
-    on = state.active
-    new = widened(tuned, state, max_rank)
-    recipe = {n: r.update(name=n, room=wide(r.config, max_rank)) for n, r in state_of(new).recipe.items()}
-    first = next(iter(recipe.values()))
-    free = [f"slot{i}" for i in range(slots) if f"slot{i}" not in recipe][: slots - len(recipe)]
-    room = first.room or first.config
-    recipe |= {slot: resident_of(state, slot, room, first.lowering, room=room) for slot in free}
-    state = state.update(recipe=recipe, active=(*on, *(n for n in recipe if n not in on)), gated=True)
-    for slot in free:
-        allocate_slot(new, state, slot)
-    for slot in recipe:
-        set_gate(new, slot, slot in on)
+    new, recipe = reserved(tuned, state, slots, max_rank)
+    active = (*state.active, *(place for place in recipe if place not in state.active))
+    state = state.update(recipe=recipe, active=active, gated=True)
     return derived(new, state)
 
 
@@ -75,7 +59,7 @@ def switch(
     ):
         raise GraphError(f"weights={weights!r}: expected {len(chosen)} numbers in a list, one per adapter")
     wanted = dict(zip(chosen, factors, strict=True))
-    gates = {slot: tensor_of(gm, f"{GATES}.{slot}") for slot in state.recipe}
+    gates = {slot: tensor_of(gm, gate_name(slot)) for slot in state.recipe}
     sharing = store_of(gm).sharing
     with sharing.swapping(), sharing.writing(gates.values()), torch.no_grad():
         before = acting(gm, state)

@@ -343,7 +343,7 @@ def test_a_traceback_is_shown_on_request(files):
 
 
 def test_a_fault_of_ours_is_one_line_too(files, monkeypatch):
-    monkeypatch.setattr("peft_fx.cli.facts.gather", lambda *a: 1 / 0)
+    monkeypatch.setattr("peft_fx.cli.gathering.gather", lambda *a: 1 / 0)
     result = invoke(files.config_only)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

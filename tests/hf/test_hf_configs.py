@@ -99,3 +99,35 @@ def test_an_injected_config_is_the_callers():
     peft_fx.inject_adapter_in_model(config, model, "a")
     assert model.peft_adapters is not None and config.target_modules == ["q_proj"]
     assert peft_fx.get_model_status(model).peft_types == {"a": "LORA"}
+
+
+def test_json_that_is_no_config_is_refused_as_by_peft(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar"}')
+    for library in LIBRARIES:
+        with pytest.raises(TypeError, match="peft_type"):
+            library.LoraConfig.from_pretrained(tmp_path)
+    with pytest.raises(peft_fx.AdapterFileError, match="is no adapter's config.*it has the keys foo"):
+        peft_fx.PeftConfig.from_pretrained(tmp_path)
+
+
+def test_adapters_are_deleted_all_or_none():
+    model = peft_fx.get_peft_model(
+        model_of("llama"), peft_fx.LoraConfig(target_modules=["q_proj"]), adapter_name="a", mixed=True
+    )
+    model.add_adapter("b", peft_fx.LoraConfig(target_modules=["v_proj"]))
+    model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match="adapter b is merged"):
+        model.delete_adapter(["a", "b"])
+    assert list(model.peft_config) == ["a", "b"]
+    model.unmerge_adapter()
+    model.delete_adapter(["a", "b", "a"])
+    assert not model.peft_config
+
+
+def test_vblora_of_the_largest_logits_alone_is_not_trained_on(tmp_path):
+    options = {"vector_length": 4, "num_vectors": 8, "topk": 2, "target_modules": ["q_proj"]}
+    config = peft_fx.VBLoRAConfig(save_only_topk_weights=True, **options)
+    peft_fx.get_peft_model(model_of("llama"), config).save_pretrained(tmp_path)
+    peft_fx.PeftModel.from_pretrained(model_of("llama"), tmp_path)
+    with pytest.raises(RuntimeError, match="largest logits .* load it for inference alone"):
+        peft_fx.PeftModel.from_pretrained(model_of("llama"), tmp_path, is_trainable=True)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from graphs import inputs, model_of
+from torch import nn
 
 import peft_fx
 
@@ -148,3 +149,20 @@ def test_an_attention_whose_batch_is_its_second_dimension_is_refused():
     model = peft_fx.get_peft_model(Net(), {"peft_type": "LORA", "target_modules": ["attention"]}).eval()
     with pytest.raises(TypeError, match="batch_first"):
         model(torch.randn(4, 2, 8), adapter_names=["default"] * 4)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.gru = nn.Linear(4, 4), nn.GRU(4, 4, num_layers=2, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(self.lin(x))[0]
+
+
+def test_outputs_that_have_no_row_for_each_input_are_refused():
+    config = peft_fx.LoraConfig(target_modules=["lin"], modules_to_save=["gru"])
+    model = peft_fx.get_peft_model(Recurrent(), config).eval()
+    model.add_adapter("other", peft_fx.LoraConfig(target_modules=["lin"], modules_to_save=["gru"]))
+    with pytest.raises(TypeError, match="gru: adapter_names needs outputs whose first dimension is the batch"):
+        model(torch.randn(4, 3, 4), adapter_names=["default", "default", "other", "other"])

@@ -3,13 +3,17 @@
 import copy
 import importlib
 
+import conformance
+import methods
 import peft
 import pytest
 import torch
 from beside_peft import LORA, both, logits
+from conformance import build
 from graphs import inputs, model_of
 
 import peft_fx
+from peft_fx.recipe import as_config
 
 
 def state(model):
@@ -76,3 +80,37 @@ def test_adapters_become_float32_again(tmp_path):
                 assert p.requires_grad == ("default" in name)
     torch.testing.assert_close(logits(models[1]), logits(models[0]), atol=0.03, rtol=0.03)
     assert models[1].active_adapters == ["default"]
+
+
+def half_cells():
+    """Of each method the first and the last two of its options, on a linear layer."""
+    found = {}
+    for cell in (*methods.cells("PEFT"), *methods.cells("DEFINED")):
+        if cell[2] == "wide":
+            found.setdefault(cell[0], {}).setdefault(methods.label(cell), cell)
+    return {label: cell for cells in found.values() for label, cell in [*[*cells.items()][:1], *[*cells.items()][-2:]]}
+
+
+CELLS = half_cells()
+
+
+@pytest.mark.parametrize("label", CELLS)
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_in_the_bases_half_precision_run_train_and_merge(label):
+    _, options, subject, *_ = CELLS[label]
+    model = peft_fx.get_peft_model(build(subject, torch.bfloat16), as_config(options), autocast_adapter_dtype=False)
+    owned = [p for n, p in model.named_parameters() if model.prefix in n]
+    assert owned and {p.dtype for p in owned} == {torch.bfloat16}
+    given = conformance.inputs(subject, torch.bfloat16)
+    model.train()(**given).float().sum().backward()
+    assert {p.grad.dtype for p in owned if p.grad is not None} == {torch.bfloat16}
+    before = model.eval()(**given)
+    assert before.dtype == torch.bfloat16 and before.isfinite().all()
+    try:
+        model.merge_adapter()
+    except peft_fx.MergeError:
+        return
+    scale = before.float().abs().max() + 1
+    assert (model(**given) - before).float().abs().max() < 0.05 * scale
+    model.unmerge_adapter()
+    assert torch.equal(model(**given), before)

@@ -22,6 +22,15 @@ class Small(nn.Module):
         return self.lin1(self.lin0(x))
 
 
+class Convolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_process():
     dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -93,6 +102,19 @@ def test_an_adapter_of_any_rank_is_swapped_in_where_nothing_is_compiled(there, n
     torch.testing.assert_close(again(X), source(X))
     peft_fx.hotswap_adapter(model, tmp_path / "there", "default")
     torch.testing.assert_close(model(X), before)
+
+
+@pytest.mark.parametrize("there, new", RANKS)
+def test_a_convolutions_graph_follows_the_rank(there, new, tmp_path):
+    x, models = torch.linspace(-1, 1, 300).view(1, 3, 10, 10), {}
+    for rank in (there, new):
+        torch.manual_seed(0)
+        config = peft_fx.LoraConfig(r=rank, target_modules=["conv"], init_lora_weights=False)
+        models[rank] = peft_fx.get_peft_model(Convolution(), config).eval()
+    models[there](x)
+    models[new].save_pretrained(tmp_path)
+    peft_fx.hotswap_adapter(models[there], tmp_path, "default")
+    torch.testing.assert_close(models[there](x), models[new](x))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

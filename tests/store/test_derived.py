@@ -9,7 +9,7 @@ from graphs import captured, inputs, model_of, output, tuned
 from torch import nn
 
 import peft_fx
-from peft_fx.hf.model.tensors import adapters_of
+from peft_fx.verbs.tensors import adapters_of
 
 TARGETS = {"target_modules": ["first", "second"]}
 # method -> options for layers of 8 features, so that its tensors that follow from the config are there

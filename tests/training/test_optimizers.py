@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import peft_fx
 from peft_fx import optimizers
-from peft_fx.hf.model.tensors import parameters_of
 from peft_fx.training.lorafa import projected
+from peft_fx.verbs.tensors import parameters_of
 
 LORA = dict(r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 # case -> (model, config)

@@ -45,12 +45,4 @@ globals().update(TARGET_TABLES)
 def __getattr__(name: str):
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":  # imports every method
         return {PeftType(name): get_config(name) for name in METHODS if name not in INTERNAL}
-    if name in ("PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"):
-        from ..model.tuners import tuner_class
-
-        return {PeftType(name): tuner_class(name) for name in METHODS if name not in INTERNAL}
-    if name == "MODEL_TYPE_TO_PEFT_MODEL_MAPPING":
-        from ..model.model import CLASSES  # whoever asks for another name need not wait for transformers
-
-        return CLASSES
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

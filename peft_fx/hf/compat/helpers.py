@@ -11,7 +11,7 @@ from ...config import AdapterConfig
 from ...errors import PeftFxError
 from ...files.read import read_config
 from ...recipe import as_config
-from ..model.tensors import FACTORS, Owned, adapters_of, tensors_of
+from ...verbs.tensors import FACTORS, Owned, adapters_of, tensors_of
 
 
 def check_if_peft_model(model_name_or_path) -> bool:

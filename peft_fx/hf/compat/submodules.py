@@ -20,7 +20,7 @@ SUBMODULES = {
     "auto": ("hf.files.auto",),
     "functional": ("hf.model.functional", "hf.model.hotswap", "hf.model.injection"),
     "helpers": ("hf.compat.helpers", "hf.compat.signatures", "hf.compat.kappa"),
-    "mapping": ("hf.compat.constants", "hf.compat.helpers", "hf.model.injection"),
+    "mapping": ("hf.compat.constants", "hf.compat.mappings", "hf.compat.helpers", "hf.model.injection"),
     "mapping_func": ("hf.model.model",),
     "mixed_model": ("hf.model.model",),
     "optimizers": ("training.loraplus", "training.lorafa", "training.riemannian"),

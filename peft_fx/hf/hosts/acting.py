@@ -7,7 +7,7 @@ the same adapters again    the same snapshot: what was traced, or compiled by a 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -19,13 +19,20 @@ KEPT = 32  # snapshots that are not published now
 
 
 class Acting:
-    """The adapters that act, and what they put into each host. tables: host's index -> kind of call -> what runs.
+    """The adapters that act, and what they put into each host. gated: behind gates, which are data. tables: host's index ->
+    kind of call -> what runs.
 
     Nothing changes in it, but that a first call of its kind adds what runs.
     """
 
-    def __init__(self, names: tuple[str, ...], placed: Mapping[int, tuple[Placement, ...]], hosts: Iterable[int]):
-        self.names, self.placed = names, placed
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        placed: Mapping[int, tuple[Placement, ...]],
+        hosts: Iterable[int],
+        gated: bool = False,
+    ):
+        self.names, self.placed, self.gated = names, placed, gated
         self.tables: dict[int, dict[tuple, Ready]] = {index: {} for index in hosts}
 
     def table(self, index: int) -> dict[tuple, Ready]:
@@ -37,17 +44,17 @@ class Snapshots:
     """Those of one model that are used again, the last ones first to stay."""
 
     def __init__(self):
-        self.kept: OrderedDict[Hashable, Acting] = OrderedDict()
+        self.kept: OrderedDict[tuple, Acting] = OrderedDict()
 
-    def find(self, state: State, names: tuple[str, ...], hosts: Mapping[str, int]) -> Acting:
+    def find(self, state: State, names: tuple[str, ...], hosts: Mapping[str, int], gated: bool = False) -> Acting:
         """Of these adapters, wherever their numbers came from. hosts: path of a target's module -> index of its host."""
-        key = tuple((name, state.recipe[name].home) for name in names)
+        key = (gated, *(state.recipe[name].home for name in names))
         if key not in self.kept:
             placed: dict[int, tuple[Placement, ...]] = {}
             for p in state.placed(names):
                 if (index := hosts.get(p.target.path)) is not None:  # else the model has lost that module
                     placed[index] = (*placed.get(index, ()), p)
-            self.kept[key] = Acting(names, placed, set(hosts.values()))
+            self.kept[key] = Acting(names, placed, set(hosts.values()), gated)
         self.kept.move_to_end(key)
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)
@@ -55,8 +62,8 @@ class Snapshots:
 
     def forget(self, state: State, also: Iterable[str] = ()) -> None:
         """Drops those of adapters that are no more, or whose graphs are others now."""
-        homes = {(name, resident.home) for name, resident in state.recipe.items() if name not in also}
-        self.kept = OrderedDict((key, acting) for key, acting in self.kept.items() if homes.issuperset(key))
+        homes = {resident.home for name, resident in state.recipe.items() if name not in also}
+        self.kept = OrderedDict((key, acting) for key, acting in self.kept.items() if homes.issuperset(key[1:]))
 
 
 class Rows:

@@ -139,9 +139,20 @@ class Host:
         for name, index in rows.by_adapter(length, tensors[0].device).items():
             some, named = tree_map_only(torch.Tensor, lambda x: x.index_select(0, index), (args, kwargs))  # noqa: B023
             parts.append(self.run(rows.acting[name], some, named))
+            self.refuse_no_rows(parts[-1], len(index))
             indices.append(index)
         order = torch.cat(indices).argsort()
         return tree_map(lambda *x: torch.cat(x).index_select(0, order), *parts)
+
+    def refuse_no_rows(self, outputs, count: int) -> None:
+        """Raises TypeError for outputs that have no row for each of the inputs': recurrent modules' states lead with layers."""
+        wrong = [x for x in tree_flatten(outputs)[0] if torch.is_tensor(x) and (not x.dim() or len(x) != count)]
+        if wrong or isinstance(self.module, nn.RNNBase):
+            shapes = [tuple(x.shape) for x in wrong]
+            raise TypeError(
+                f"{self.path}: adapter_names needs outputs whose first dimension is the batch, {count} rows here, and its "
+                f"{type(self.module).__name__} gives others {shapes or ''}: leave it out of the adapters"
+            )
 
 
 @torch.compiler.disable
@@ -184,7 +195,7 @@ def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
         ours = owners(host.hosts.backend.adapters, chosen)
         with TRACING, no_modes(), brought(ours):
             graph = host.hosts.traced(host.module, key)
-            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, args)
+            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, acting.gated, args)
         host.used |= table[key].complete
     except Untraceable as reason:
         LOG.info("%s: no single graph describes its forward, it goes through Dynamo: %s", host.path, reason)
@@ -283,7 +294,8 @@ class Hosts:
 
     def publish(self, state: State) -> None:
         """Calls that begin from now on see this state."""
-        self.now = self.snapshots.find(state, state.acting, self.places)
+        names = tuple(state.recipe) if state.gated else state.acting
+        self.now = self.snapshots.find(state, names, self.places, state.gated)
 
     def host(self, path: str, wholes: set[str]) -> Host:
         """The host of the targets that the module at `path` owns: it, or one that has it as a part and reads its weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from ...planning.kinds import Refusal, module_targets
 from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...store.state import BaseGraph, State
-from ...store.tensors import ADAPTERS, owner_of
+from ...store.tensors import ADAPTERS, gate_name, owner_of
 from ...target import ModuleRecord
 from ...verbs.backend import Backend
 
@@ -39,6 +40,7 @@ INPUTS = {
 }
 
 
+GATE = ""  # stands for the gate of a placement's adapter among the names of its tensors
 IN_KEY = ("forward", "training")  # attributes that a host's table knows
 
 
@@ -106,30 +108,33 @@ class Traced:
         self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
 
     def ready(
-        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], args: Sequence
+        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], gated: bool, args: Sequence
     ) -> Ready:
         """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
-        key = likeness(chosen)
+        key = gated, likeness(chosen), *(room(backend, p) for p in chosen)
         if key not in self.adapted:
-            gm, further = sizeless(lambda fakes: self.graph(backend, module, path, chosen, fakes, own), module, args)
-            where = {f"{ADAPTERS}.{p.resolve(n).name}": (i, n) for i, p in enumerate(chosen) for n in p.tensors}
+            graph = partial(self.graph, backend, module, path, chosen, gated, own)
+            gm, further = sizeless(graph, module, args)
+            where = {stored(p, name): (i, name) for i, p in enumerate(chosen) for name in (*p.tensors, GATE)}
             self.adapted[key] = gm.forward, [where[name] for name in further]
         run, further = self.adapted[key]
-        ours = [held(backend.adapters, f"{ADAPTERS}.{chosen[i].resolve(name).name}") for i, name in further]
+        ours = [held(backend.adapters, stored(chosen[i], name)) for i, name in further]
         values = {n: v for n, v in module.__dict__.items() if not n.startswith("_") and n not in (*self.names, *IN_KEY)}
         read = tuple((name, values[name]) for name in values.keys() & self.read)
-        return Ready(run, (*own, *ours), {i for i, _ in further} == {*range(len(chosen))}, module.__dict__, read)
+        complete = {i for i, name in further if name != GATE} == {*range(len(chosen))}
+        return Ready(run, (*own, *ours), complete, module.__dict__, read)
 
     def graph(
-        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], fakes, own: list[Held]
-    ):
+        self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], gated: bool, own: list[Held],
+        fakes: list,
+    ) -> tuple[fx.GraphModule, list[str]]:  # fmt: skip
         """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
         store = backend.adapters.peft_fx
         store.mode.training = module.training
         names = [f"{path}.{one.name}" if path else one.name for one in own]
         inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
-        state = State(backend.state.table, BaseGraph(fx.Graph()))
+        state = State(backend.state.table, BaseGraph(fx.Graph()), gated=gated)
         return adapt(traced(module, fakes, self.read), inputs, chosen, state, store)
 
 
@@ -149,6 +154,11 @@ def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) ->
         return make([symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)])
 
 
+def stored(p: Placement, name: str) -> str:
+    """Where a tensor of a placement is, or its adapter's gate."""
+    return gate_name(p.adapter) if name == GATE else f"{ADAPTERS}.{p.resolve(name).name}"
+
+
 def likeness(chosen: tuple[Placement, ...]) -> tuple:
     """Equal for placements whose graphs differ in nothing but the names of their adapters and targets."""
     names = list(dict.fromkeys(p.adapter for p in chosen))
@@ -161,6 +171,11 @@ def likeness(chosen: tuple[Placement, ...]) -> tuple:
         method = type(get_method(p.method))
         found.append((names.index(p.adapter), method, config, bare(p), p.target.has_bias, shapes, shared, p.lowering))
     return tuple(found)
+
+
+def room(backend: Backend, p: Placement) -> tuple:
+    """The sizes of a placement's tensors, which may be wider than its config says: a graph may hold them as numbers."""
+    return tuple(held(backend.adapters, f"{ADAPTERS}.{p.resolve(n).name}").tensor.shape for n in p.tensors)
 
 
 def attributes(module: nn.Module) -> Iterator[tuple]:

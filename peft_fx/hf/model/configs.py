@@ -30,6 +30,10 @@ class Configs(dict[str, AdapterConfig]):
             del self.known[name]
             self.pop(name, None)
         for name, resident in state.recipe.items():
+            if state.gated and resident.name is None:  # a free slot
+                self.pop(name, None)
+                self.known.pop(name, None)
+                continue
             config, before = self.known.get(name, (None, None))
             if config is not resident.config:
                 now = filed_config(state, name)

@@ -19,14 +19,13 @@ from ...notices import warn
 from ...planning.plan import PREFIX
 from ...store.state import state_of
 from ...store.unwrap import unwrapped
+from ...verbs.tensors import INJECTED, parameters_of
 from ..compat.constants import UPCAST_DTYPES, PeftWarning
 from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
 from ..files.embeddings import loaded_embeddings
-from .model import DEFAULT
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
-from .tensors import parameters_of
-from .tuner import INJECTED, tuner_of
+from .tuner import DEFAULT, tuner_of
 
 LOW = HALF | {getattr(torch, name) for name in UPCAST_DTYPES if hasattr(torch, name)}
 

@@ -12,7 +12,8 @@ from ...notices import warn
 from ...planning.modules import module_table
 from ...planning.plan import PREFIX, make_plan
 from ...recipe import as_config
-from .tuner import DEFAULT, INJECTED, Tuner
+from ...verbs.tensors import INJECTED
+from .tuner import DEFAULT, Tuner
 
 
 def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,

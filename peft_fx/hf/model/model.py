@@ -25,6 +25,7 @@ from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
 from ..hosts.bindings import REMEDY
+from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
@@ -211,8 +212,6 @@ class PeftModel(PushToHubMixin, nn.Module):
         return result
 
     def load_fitting(self, tensors: dict, adapter_name: str) -> _IncompatibleKeys:
-        from .functional import set_peft_model_state_dict  # which is made of what is here
-
         return set_peft_model_state_dict(self, tensors, adapter_name, ignore_mismatched_sizes=True)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -327,8 +326,8 @@ class PeftMixedModel(PeftModel):
 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self.base_model.known(names)
-        for name in names:
+        self.base_model.refuse_to_delete(names)
+        for name in dict.fromkeys(names):
             self.base_model.delete_adapter(name)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
 from textwrap import indent
 
 import torch
@@ -17,22 +18,28 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ...config import AdapterConfig
+from ...engine.adding import with_adapter
 from ...engine.derive import derived, frozen
+from ...engine.filing import adapter_files
 from ...engine.inplace import merge_in_place, unmerge_in_place
 from ...engine.replaced import shelved
+from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...engine.swaps import SwapReport
 from ...engine.transitions import activated, enabled, names_of, unmerged
-from ...errors import MergeError, NoAdaptersError, RecipeError, WrongTypeError
+from ...errors import MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
+from ...store.modules import derive
 from ...store.state import State, state_of
-from ...store.tensors import ADAPTERS, get_tensor
+from ...store.tensors import ADAPTERS, gate_name, get_tensor
 from ...store.unwrap import unwrapped
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
+from ...verbs.slots import release
+from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
@@ -40,7 +47,6 @@ from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 
 DEFAULT = "default"
-INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
 IN_MODEL = f"base_model.model.{PREFIX}"  # where the state dict of a PeftModel has them
 FORMER = "adapters."  # where that of a Tuner had them
@@ -100,8 +106,14 @@ class Tuner(nn.Module):
         self.present()
 
     def present(self) -> None:
-        """After another state was published: hosts, and what else looks at it."""
-        self.hosts.publish(self.state)
+        """After another state was published: hosts, gates, and what else looks at it."""
+        state = self.state
+        self.hosts.publish(state)
+        if state.gated:
+            gates = {place: get_tensor(self.backend.adapters, gate_name(place)) for place in state.recipe}
+            with self.hosts.sharing.writing(gates.values()), torch.no_grad():
+                for place, gate in gates.items():
+                    gate.fill_(float(place in state.acting))
         dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
@@ -250,19 +262,56 @@ class Tuner(nn.Module):
             if name in self.state.recipe and name not in self.peft_config:
                 self.backend.delete(name)  # nobody can name it any more
                 self.configs.synced(self.state)
-            self.backend.add(name, config, source, trainable)
+            if self.state.gated:
+                self.fill_slot(name, config, source)
+            else:
+                self.backend.add(name, config, source, trainable)
             self.refresh()
-            if source is None and name not in self.state.active:
+            if source is None and name not in self.state.active and not self.state.gated:
                 self.set_requires_grad(name, False)
 
+    def reserve(self, *, slots: int, max_rank: int | None = None) -> None:
+        """Room for `slots` adapters of the first one's method and targets: the ones that there are, and free slots.
+
+        From now on every call runs all of them, each behind a gate. So whatever is set, disabled, merged, loaded into a free slot
+        or deleted, compiled calls of the model stay as they are: 0 recompiles. max_rank: every slot holds ranks up to it. The
+        adapters have new parameters: make the optimiser after this. All slots require grad if an adapter does, whatever is set;
+        what does not act gets zeros. Raises GraphError as `peft_fx.reserve` does.
+        """
+        with self.changing():
+            new, recipe = reserved(self.backend.adapters, self.state, slots, max_rank)
+            self.backend.keep(new)
+            self.backend.become(self.state.update(recipe=recipe, gated=True))
+            trained = any(p.requires_grad for p in self.adapters.parameters())
+            self.adapters.requires_grad_(trained)
+            self.refresh()
+
+    def fill_slot(self, name: str, config: AdapterConfig, source: tuple | None) -> None:
+        """A new adapter into a free slot, in place; nothing has changed where it does not fit."""
+        gm, before = self.backend.adapters, self.state
+        if source is None:
+            alone = derive(gm, fx.Graph(), before.update(recipe={}, active=(), gated=False))
+            made = with_adapter(alone, name, config, None, trainable=False, activate=False)
+            source = adapter_files(made, name)[1], "its start", False
+        slot = slot_for(before, name)
+        self.backend.become(moved(before, slot, name))
+        rename_slot(gm, slot, name)
+        try:
+            self.backend.hotswap((config, source[0]), name)
+        except BaseException:
+            self.backend.become(before)
+            rename_slot(gm, name, slot)
+            raise
+
     def cast_to_base(self, name: str) -> None:
-        """An adapter's parameters in the dtype of the weights that they are for."""
+        """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
         for p in self.state.recipe[name].placements:
-            dtype = get_tensor(self.model, p.target.name).dtype
-            for tensor in p.tensors:
-                parameter = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}")
-                if isinstance(parameter, nn.Parameter) and dtype.is_floating_point:
-                    parameter.data = parameter.data.to(dtype)
+            dtype = get_tensor(self.model, p.target.tensor_name).dtype
+            for key, spec in p.tensors.items():
+                tensor = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
+                numbers = tensor.is_floating_point() and dtype.is_floating_point and spec.dtype is None
+                if numbers and (spec.trainable or tensor.dim()):
+                    tensor.data = tensor.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
                              combination_type: str | None = None, *options, **named) -> None:  # fmt: skip
@@ -285,8 +334,9 @@ class Tuner(nn.Module):
             activated(unmerged(self.state) if self.state.merged else self.state, names)  # may refuse
             self.unmerge_first("set")
             self.become(activated(self.state, names))
-            for name in self.names:
-                self.set_requires_grad(name, name in names and not inference_mode)
+            if not self.state.gated:  # a compiled call of a model with slots knows what requires grad
+                for name in self.names:
+                    self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
@@ -297,17 +347,30 @@ class Tuner(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
-            self.known((adapter_name,))
-            if adapter_name in self.state.merged:
-                raise ValueError(f"adapter {adapter_name!r} is merged: call unmerge_adapter() before deleting it")
-            self.backend.delete(adapter_name)
+            self.refuse_to_delete((adapter_name,))
+            if self.state.gated:
+                self.backend.become(self.state.update(active=tuple(n for n in self.state.active if n != adapter_name)))
+                self.present()
+                release(self.backend.adapters, adapter_name)
+                free = next(f"slot{i}" for i in count() if f"slot{i}" not in self.state.recipe)
+                self.backend.become(moved(self.state, adapter_name, free))
+                rename_slot(self.backend.adapters, adapter_name, free)
+            else:
+                self.backend.delete(adapter_name)
             self.work.pop(adapter_name, None)
             if not self.state.active and (left := [name for name in self.names if name != adapter_name]):
                 new = min(left)  # PEFT's choice
                 self.backend.become(activated(self.state, new))
-                self.set_requires_grad(new)
+                if not self.state.gated:
+                    self.set_requires_grad(new)
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
             self.refresh()
+
+    def refuse_to_delete(self, names: Iterable[str]) -> None:
+        """Raises AdapterNameError, a ValueError, for an unknown adapter, MergeError, another one, for a merged one."""
+        self.known(names)
+        if merged := [name for name in names if name in self.merged_adapters]:
+            raise MergeError(f"adapter {', '.join(merged)} is merged: call unmerge_adapter() before deleting it")
 
     def known(self, names: Iterable[str]) -> None:
         """Raises AdapterNameError, a ValueError, for a name that no adapter has."""
@@ -344,7 +407,11 @@ class Tuner(nn.Module):
         ours = self.backend.adapters
         gm = frozen(captured)
         gm.peft_fx.adapters, gm.peft_fx.sharing = ours.peft_fx.adapters, ours.peft_fx.sharing
-        return derived(gm, state_of(gm).update(recipe=self.state.recipe, active=self.state.acting))
+        gm.peft_fx.gates = ours.peft_fx.gates
+        state, acting = self.state, self.state.acting
+        if state.gated:  # all are in the graph, those that act with their gates open
+            acting = (*acting, *(place for place in state.recipe if place not in acting))
+        return derived(gm, state_of(gm).update(recipe=state.recipe, active=acting, gated=state.gated))
 
     # Training
 
@@ -448,8 +515,5 @@ def tuner_of(model: nn.Module) -> Tuner:
     inside = model._modules.get("base_model")
     tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
     if not isinstance(tuner, Tuner):
-        raise NoAdaptersError(
-            f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
-            "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
-        )
+        raise no_adapters(model)
     return tuner

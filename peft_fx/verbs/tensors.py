@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ...planning.plan import Placement
-from ...store.state import state_of
-from ...store.tensors import ADAPTERS, get_tensor
-from ...store.unwrap import unwrapped
-from ...verbs.backend import Backend
-from .tuner import tuner_of
+from ..errors import NoAdaptersError
+from ..planning.plan import Placement
+from ..store.state import state_of
+from ..store.tensors import ADAPTERS, get_tensor
+from ..store.unwrap import unwrapped
+from .backend import Backend
 
+INJECTED = "_peft_fx_tuner"  # where a model keeps the tuner that was injected into it
 FACTORS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
@@ -32,14 +33,29 @@ class Owned:
 
 
 def adapters_of(model) -> fx.GraphModule:
-    """The graph module that holds the adapters. Raises GraphError or TypeError where there are none."""
+    """The graph module that holds the adapters. Raises GraphError or NoAdaptersError where there are none."""
     model = unwrapped(model)
-    if isinstance(model, Backend):
-        return model.adapters
     if isinstance(model, fx.GraphModule):
         state_of(model)
         return model
-    return tuner_of(model).backend.adapters
+    return model.adapters if isinstance(model, Backend) else vars(holder_of(model))["backend"].adapters
+
+
+def holder_of(model):
+    """What holds the backend of a PeftModel, or of a model that adapters were injected into: its tuner."""
+    model = unwrapped(model)
+    found = (model, getattr(model, "_modules", {}).get("base_model"), vars(model).get(INJECTED))
+    holder = next((h for h in found if h is not None and isinstance(vars(h).get("backend"), Backend)), None)
+    if holder is None:
+        raise no_adapters(model)
+    return holder
+
+
+def no_adapters(model) -> NoAdaptersError:
+    return NoAdaptersError(
+        f"expected a PeftModel, or a model that adapters were injected into, got a {type(model).__name__} without: "
+        "get_peft_model, PeftModel.from_pretrained or inject_adapter_in_model give it some"
+    )
 
 
 def tensors_of(model) -> list[Owned]:
