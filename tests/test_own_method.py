@@ -81,7 +81,7 @@ def test_its_formula_is_what_the_graph_computes_and_merges(page):
         for layer in model.model.layers:
             for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
                 path = next(n for n, m in model.named_modules() if m is module)
-                R = get_tensor(tuned, f"peft_fx.adapters.default.{path}.weight.R")
+                R = get_tensor(tuned, f"peft_fx.adapters.default.{path}.on_weight.R")
                 U, S, Vh = torch.linalg.svd(module.weight, full_matrices=False)
                 module.weight += (U * S)[:, :2] @ R @ Vh[:2]
     expected = c.run(model, "llama")
