@@ -20,7 +20,7 @@ LAYER = "base_model.model.layer"
 EXPERTS = {**TWO, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
-def ours(tuned, name, layer="layer.weight"):
+def ours(tuned, name, layer="layer.on_weight"):
     return get_tensor(tuned, f"peft_fx.adapters.default.{layer}.{name}").detach()
 
 
@@ -121,7 +121,7 @@ def test_a_lower_rank_is_swapped_in_and_saved_as_it_was(tmp_path):
 def test_a_stack_of_experts_is_clustered_filed_and_read_one_by_one(tmp_path):
     tuned = trained("mixtral", EXPERTS, tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
-    experts = len(ours(tuned, "rows", "model.layers.0.mlp.experts.down_proj"))
+    experts = len(ours(tuned, "rows", "model.layers.0.mlp.experts.on_down_proj"))
     assert sum("layers.0" in k and "adamss_A" in k for k in file) in (3 * experts, 6 * experts)
     again = fx.load_adapter(c.captured("mixtral"), tmp_path)
     assert c.error(c.run(again, "mixtral"), c.run(tuned, "mixtral")) <= 1e-6
@@ -270,7 +270,7 @@ def test_experts_are_allocated_one_by_one():
     assert sum(int(s.learning.sum()) for s in allocator.subspaces) == 5
     assert (
         allocator.subspaces[0].learning.shape
-        == ours(tuned, "rows", "model.layers.0.mlp.experts.gate_up_proj").shape[:2]
+        == ours(tuned, "rows", "model.layers.0.mlp.experts.on_gate_up_proj").shape[:2]
     )
 
 
