@@ -262,8 +262,8 @@ class PeftModel(PushToHubMixin, nn.Module):
 
         The arguments are those of `load_adapter`.
         """
-        given, table = config, module_table(model)
-        config, tensors = read_adapter(located(model_id, **hub), table, given and as_config(given), key_mapping)
+        given, folder = config, located(model_id, **hub)
+        config, tensors = read_adapter(folder, module_table(model), given and as_config(given), key_mapping)
         chosen = class_of(config) if cls is PeftModel else cls
         config.inference_mode = not is_trainable
         with loaded_embeddings(model, config, tensors, str(model_id)) as own:
