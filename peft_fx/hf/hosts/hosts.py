@@ -28,6 +28,7 @@ from ...store.state import State
 from ...verbs.backend import Backend
 from .acting import Acting, Rows, Snapshots
 from .bindings import Bindings
+from .locked import Locked, lock
 from .modes import no_modes
 from .offloaded import HOOK, brought, owners
 from .raw import PLAIN, raw, raw_forward
@@ -142,7 +143,7 @@ class Host:
             self.refuse_no_rows(parts[-1], len(index))
             indices.append(index)
         order = torch.cat(indices).argsort()
-        return tree_map(lambda *x: torch.cat(x).index_select(0, order), *parts)
+        return tree_map(lambda *x: torch.cat(x).index_select(0, order) if torch.is_tensor(x[0]) else x[0], *parts)
 
     def refuse_no_rows(self, outputs, count: int) -> None:
         """Raises TypeError for outputs that have no row for each of the inputs': recurrent modules' states lead with layers."""
@@ -250,6 +251,15 @@ class Hosts:
         finally:
             self.sharing.end(call)
 
+    @torch.compiler.disable
+    def begins(self) -> None:
+        """A call of the model begins."""
+        self.calls += 1
+        if self.calls == 2:
+            self.check_used()
+        if not self.bindings.hold() and self.sharing.call() is None:
+            self.rebind()
+
     def check_used(self) -> None:
         """Warns of modules whose adapters did not act in the first call of the model."""
         acting = [h for h in self.opened.values() if self.now.placed.get(h.index)]
@@ -348,34 +358,6 @@ class Hosts:
             for host in hosts.values():
                 host.open()
             self.lock()
-
-
-class Locked:
-    """What calls of a module come to, in place of `_call_impl`: they are forwards to the lock."""
-
-    def __init__(self, hosts: Hosts, module: nn.Module):
-        self.hosts, self.module, self.outermost = hosts, module, module is hosts.model
-
-    def __call__(self, *args, **kwargs):
-        hosts, call = self.hosts, self.module._call_impl
-        if torch.compiler.is_compiling():
-            return call(*args, **kwargs)
-        if self.outermost:
-            hosts.calls += 1
-            if hosts.calls == 2:
-                hosts.check_used()
-            if not hosts.bindings.hold() and hosts.sharing.call() is None:
-                hosts.rebind()
-        if hosts.sharing.call() is not None:
-            return call(*args, **kwargs)
-        return hosts.called(call, args, kwargs)
-
-
-def lock(hosts: Hosts, module: nn.Module) -> None:
-    """A module that its owner compiles stays compiled."""
-    there = module.__dict__.get("_compiled_call_impl")
-    if there is None or (isinstance(there, Locked) and there.hosts is not hosts):
-        module._compiled_call_impl = Locked(hosts, module)
 
 
 def kind(x: torch.Tensor) -> tuple:

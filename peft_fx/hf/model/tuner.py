@@ -102,7 +102,9 @@ class Tuner(nn.Module):
 
     def become(self, state: State) -> None:
         """Calls that begin from now on see this state."""
-        self.backend.become(state)
+        with self.hosts.sharing.publishing():
+            self.backend.become(state)
+            self.hosts.publish(state)
         self.present()
 
     def present(self) -> None:
@@ -342,8 +344,11 @@ class Tuner(nn.Module):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.known((name,))
             tree = self.adapters._modules.get(name)
-            for parameter in tree.parameters() if tree is not None else ():
-                parameter.requires_grad_(requires_grad)
+            others = [p for p in tree.parameters() if p.requires_grad != requires_grad] if tree is not None else []
+            if others:
+                with self.hosts.sharing.writing(others):  # a call that runs has begun with what it found
+                    for parameter in others:
+                        parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
