@@ -12,9 +12,8 @@ one that no single graph describes (a loop over experts), goes through Dynamo on
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
+from ...passes.core.splice import TRACING
 from ...planning.modules import own_class
 from ...store.sharing import Forward, Sharing
 from ...store.state import State
@@ -41,7 +41,6 @@ LIMITS = {
     "accumulated_recompile_limit": GRAPHS,
     "allow_unspec_int_on_nn_module": True,  # modules that count their calls
 }
-TRACING = threading.RLock()  # a trace sets the store's mode
 BASE = "__base__"  # what callers name for rows without an adapter
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules that call or hold their parts as modules
 NONE = Acting((), {}, ())
@@ -60,6 +59,7 @@ class Host:
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
+        self.ran: set[tuple] = set()  # kinds of calls that are compiled
         self.open()
 
     @property
@@ -72,7 +72,7 @@ class Host:
         return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "compiled": None}
+        return {**self.__dict__, "compiled": None, "ran": set()}
 
     def open(self) -> None:
         """Calls of the module come here."""
@@ -171,18 +171,30 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     if not chosen:
         with raw():
             return host.forward(*args, **kwargs)
-    if host.compiled is None:
-        host.compiled = torch.compile(
-            host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
-        )
+    shapes = [x.shape if torch.is_tensor(x) else None for x in tree_flatten((args, kwargs))[0]]
+    key = acting.names, acting.gated, host.module.training, *shapes
     ours = owners(hosts.backend.adapters, chosen)
-    with hosts.sharing.forward(), torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
+    with hosts.sharing.forward(), raw(), brought(ours), nullcontext() if key in host.ran else compiling():
+        if host.compiled is None:
+            host.compiled = torch.compile(
+                host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
+            )
         call = hosts.sharing.call()
         before, call.seen = call.seen, acting  # where the backend looks
         try:
-            return host.compiled(*args, **kwargs)
+            result = host.compiled(*args, **kwargs)
         finally:
             call.seen = before
+    if len(host.ran) < GRAPHS:
+        host.ran.add(key)
+    return result
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside the block Dynamo may compile, which it does in one thread at a time, and whose limits are there for all."""
+    with TRACING, torch._dynamo.config.patch(LIMITS):
+        yield
 
 
 @torch.compiler.disable
