@@ -122,6 +122,7 @@ CHANGES = {
     "hotswap": by_swapping,
     "hotswap while merged": by_swapping_merged,
     "load and delete another": by_loading_and_deleting,
+    "capture": by_capturing,
     "set in slots": in_slots(by_setting),
     "merge in slots": in_slots(by_merging),
     "load and delete in slots": in_slots(by_loading_and_deleting),

@@ -209,7 +209,8 @@ class PeftModel(PushToHubMixin, nn.Module):
             else:
                 source = (own, str(model_id), not low_cpu_mem_usage)
                 self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
-        self.base_model.set_requires_grad(adapter_name, is_trainable)
+        if not self.base_model.state.gated:
+            self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
         return result

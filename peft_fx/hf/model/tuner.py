@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import count
 from textwrap import indent
 
 import torch
@@ -18,33 +17,29 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ...config import AdapterConfig
-from ...engine.adding import with_adapter
 from ...engine.derive import derived, frozen
-from ...engine.filing import adapter_files
 from ...engine.inplace import merge_in_place, unmerge_in_place
 from ...engine.replaced import shelved
-from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...engine.swaps import SwapReport
 from ...engine.transitions import activated, enabled, names_of, unmerged
 from ...errors import MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
-from ...store.modules import derive
 from ...store.state import State, state_of
-from ...store.tensors import ADAPTERS, gate_name, get_tensor
+from ...store.tensors import ADAPTERS, get_tensor
 from ...store.unwrap import unwrapped
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
-from ...verbs.slots import release
 from ...verbs.tensors import INJECTED, no_adapters
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
 from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
+from .slots import fill_slot, free_slot, in_slots, write_gates
 
 DEFAULT = "default"
 PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
@@ -112,10 +107,7 @@ class Tuner(nn.Module):
         state = self.state
         self.hosts.publish(state)
         if state.gated:
-            gates = {place: get_tensor(self.backend.adapters, gate_name(place)) for place in state.recipe}
-            with self.hosts.sharing.writing(gates.values()), torch.no_grad():
-                for place, gate in gates.items():
-                    gate.fill_(float(place in state.acting))
+            write_gates(self)
         dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
@@ -265,7 +257,7 @@ class Tuner(nn.Module):
                 self.backend.delete(name)  # nobody can name it any more
                 self.configs.synced(self.state)
             if self.state.gated:
-                self.fill_slot(name, config, source)
+                fill_slot(self, name, config, source)
             else:
                 self.backend.add(name, config, source, trainable)
             self.refresh()
@@ -281,29 +273,8 @@ class Tuner(nn.Module):
         what does not act gets zeros. Raises GraphError as `peft_fx.reserve` does.
         """
         with self.changing():
-            new, recipe = reserved(self.backend.adapters, self.state, slots, max_rank)
-            self.backend.keep(new)
-            self.backend.become(self.state.update(recipe=recipe, gated=True))
-            trained = any(p.requires_grad for p in self.adapters.parameters())
-            self.adapters.requires_grad_(trained)
+            in_slots(self, slots, max_rank)
             self.refresh()
-
-    def fill_slot(self, name: str, config: AdapterConfig, source: tuple | None) -> None:
-        """A new adapter into a free slot, in place; nothing has changed where it does not fit."""
-        gm, before = self.backend.adapters, self.state
-        if source is None:
-            alone = derive(gm, fx.Graph(), before.update(recipe={}, active=(), gated=False))
-            made = with_adapter(alone, name, config, None, trainable=False, activate=False)
-            source = adapter_files(made, name)[1], "its start", False
-        slot = slot_for(before, name)
-        self.backend.become(moved(before, slot, name))
-        rename_slot(gm, slot, name)
-        try:
-            self.backend.hotswap((config, source[0]), name)
-        except BaseException:
-            self.backend.become(before)
-            rename_slot(gm, name, slot)
-            raise
 
     def cast_to_base(self, name: str) -> None:
         """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
@@ -354,12 +325,7 @@ class Tuner(nn.Module):
         with self.changing():
             self.refuse_to_delete((adapter_name,))
             if self.state.gated:
-                self.backend.become(self.state.update(active=tuple(n for n in self.state.active if n != adapter_name)))
-                self.present()
-                release(self.backend.adapters, adapter_name)
-                free = next(f"slot{i}" for i in count() if f"slot{i}" not in self.state.recipe)
-                self.backend.become(moved(self.state, adapter_name, free))
-                rename_slot(self.backend.adapters, adapter_name, free)
+                free_slot(self, adapter_name)
             else:
                 self.backend.delete(adapter_name)
             self.work.pop(adapter_name, None)
@@ -407,7 +373,8 @@ class Tuner(nn.Module):
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
         in one is so in the other.
         """
-        with self.disabled(), self.hosts.away(), undressed(self):
+        # other threads' calls wait, since the model is called without hosts meanwhile
+        with self.changing(), self.hosts.sharing.writing(()), self.disabled(), self.hosts.away(), undressed(self):
             captured = capture(self.model, args, kwargs, **options)
         ours = self.backend.adapters
         gm = frozen(captured)
