@@ -395,6 +395,14 @@ def test_offloaded_adapters_come_back_for_a_call():
         assert all(p.is_meta for p in model.parameters())
 
 
+def test_a_models_layers_are_reached_through_the_tuner():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4)])
+    model = peft_fx.get_peft_model(model, peft_fx.LoraConfig(target_modules=["0"]))
+    assert model.base_model.layers is model.get_base_model().layers
+    assert model.base_model.layers[0].active_adapters == ["default"]
+
+
 def test_a_model_that_calls_its_children_in_turn():
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     x = torch.randn(3, 4)

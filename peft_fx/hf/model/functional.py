@@ -23,7 +23,7 @@ from ...verbs.tensors import INJECTED, parameters_of
 from ..compat.constants import UPCAST_DTYPES, PeftWarning
 from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
-from ..files.embeddings import loaded_embeddings
+from ..files.embeddings import loaded_embeddings, own_parameters
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tuner import DEFAULT, tuner_of
 
@@ -81,7 +81,10 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
             given = {k: t for k, t in given.items() if k not in others}
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
     others = {k: t for k, t in found.items() if k not in wanted}
-    with gathered(model), loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+    with (
+        gathered(model),
+        loaded_embeddings(tuner.model, config, others, "the state dict", own_parameters(tuner, others)) as rest,
+    ):
         kept = adapter_files(gm, adapter_name)[1]
         tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
