@@ -105,8 +105,9 @@ def loaded_embeddings(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block, and after it, `model` has what a file says of the base's embedding and head; yields the other tensors.
 
-    own: file key -> what else of the model it names, as `own_parameters` finds it. An error in the block puts the numbers from before back: what is left of the file may not fit. Raises AdapterFileError,
-    and has changed nothing, for a tensor of another shape than the model's.
+    own: file key -> what else of the model it names, as `own_parameters` finds it. An error in the block puts the numbers
+    from before back: what is left of the file may not fit. Raises AdapterFileError, and has changed nothing, for a tensor of
+    another shape than the model's.
     """
     rest, new = base_tensors(model, config, tensors, where)
     new += [(parameter, rest.pop(key)) for key, parameter in (own or {}).items() if key in rest]
