@@ -24,6 +24,7 @@ from ..compat.constants import UPCAST_DTYPES, PeftWarning
 from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
 from ..files.embeddings import loaded_embeddings, own_parameters
+from .numbers import warned
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tuner import DEFAULT, tuner_of
 
@@ -88,7 +89,8 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
         kept = adapter_files(gm, adapter_name)[1]
         tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
-    return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
+    result = _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
+    return warned(result, adapter_name, "the state dict")
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

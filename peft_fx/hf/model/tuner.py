@@ -18,15 +18,16 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ...config import AdapterConfig
-from ...engine.adding import with_adapter
+from ...engine.adding import Source, with_adapter
 from ...engine.derive import derived, frozen
 from ...engine.filing import adapter_files
 from ...engine.inplace import merge_in_place, unmerge_in_place
 from ...engine.replaced import shelved
 from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...engine.swaps import SwapReport
+from ...engine.trainable import untrainable
 from ...engine.transitions import activated, enabled, names_of, unmerged
-from ...errors import MergeError, RecipeError, WrongTypeError
+from ...errors import AdapterFileError, MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
 from ...store.modules import derive
@@ -289,9 +290,9 @@ class Tuner(nn.Module):
     def fill_slot(self, name: str, config: AdapterConfig, source: tuple | None) -> None:
         """A new adapter into a free slot, in place; nothing has changed where it does not fit."""
         gm, before = self.backend.adapters, self.state
-        if source is None:
+        if source is None or Source(*source).partial:
             alone = derive(gm, fx.Graph(), before.update(recipe={}, active=(), gated=False))
-            made = with_adapter(alone, name, config, None, trainable=False, activate=False)
+            made = with_adapter(alone, name, config, source, trainable=False, activate=False)
             source = adapter_files(made, name)[1], "its start", False
         slot = slot_for(before, name)
         self.backend.become(moved(before, slot, name))
@@ -336,14 +337,27 @@ class Tuner(nn.Module):
             self.become(activated(self.state, names))
             if not self.state.gated:  # a compiled call of a model with slots knows what requires grad
                 for name in self.names:
-                    self.set_requires_grad(name, name in names and not inference_mode)
+                    self.set_requires_grad(name, name in names and not inference_mode and self.can_train(name))
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self.known((name,))
+        """Raises AdapterFileError, a RuntimeError, for numbers that cannot be trained on."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.known(names)
+        for name in names if requires_grad else ():
+            if why := untrainable(self.backend.adapters, name):
+                raise AdapterFileError(
+                    f"adapter {name!r} {why}: use it for inference alone, or train the whole adapter"
+                )
+        for name in names:
             tree = self.adapters._modules.get(name)
             for parameter in tree.parameters() if tree is not None else ():
                 parameter.requires_grad_(requires_grad)
+
+    def can_train(self, name: str) -> bool:
+        """Whether an adapter that acts is trainable too; warns if it cannot be."""
+        if why := untrainable(self.backend.adapters, name):
+            warn(f"adapter {name!r} {why}: it acts, and is not trained")
+        return not why
 
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
@@ -362,7 +376,7 @@ class Tuner(nn.Module):
                 new = min(left)  # PEFT's choice
                 self.backend.become(activated(self.state, new))
                 if not self.state.gated:
-                    self.set_requires_grad(new)
+                    self.set_requires_grad(new, self.can_train(new))
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
             self.refresh()
 
@@ -458,6 +472,9 @@ class Tuner(nn.Module):
         """`peft_fx.hotswap`; what is merged is merged anew, in one step."""
         with self.changing():
             report = self.backend.hotswap(source, name)
+            trained = any(p.requires_grad for p in self.adapters._modules.get(name, nn.Module()).parameters())
+            if trained and not self.can_train(name):
+                self.set_requires_grad(name, False)
             if name in self.state.merged:
                 self.refresh()
             return report
