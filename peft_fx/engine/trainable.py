@@ -7,7 +7,7 @@ from torch import fx
 from ..config import AdapterConfig
 from ..errors import AdapterFileError
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, get_tensor
+from ..store.tensors import ADAPTERS, tensor_of
 
 
 def refuse_part(config: AdapterConfig, where: str) -> None:
@@ -21,7 +21,7 @@ def untrainable(gm: fx.GraphModule, adapter: str) -> str:
     for p in state_of(gm).recipe[adapter].placements:
         if why := p.config.part_only():
             tensors = [
-                get_tensor(gm, f"{ADAPTERS}.{p.resolve(n).name}") for n, spec in p.tensors.items() if spec.trainable
+                tensor_of(gm, f"{ADAPTERS}.{p.resolve(n).name}") for n, spec in p.tensors.items() if spec.trainable
             ]
             if not all(t.isfinite().all() for t in tensors):
                 return why

@@ -97,7 +97,7 @@ def test_copies_have_configs_of_their_own():
 def test_an_injected_config_is_the_callers():
     model, config = model_of("llama"), peft_fx.LoraConfig(target_modules=["q_proj"])
     peft_fx.inject_adapter_in_model(config, model, "a")
-    assert model.peft_adapters is not None and config.target_modules == ["q_proj"]
+    assert model.peft_adapters is not None and config.target_modules == {"q_proj"}
     assert peft_fx.get_model_status(model).peft_types == {"a": "LORA"}
 
 
