@@ -7,6 +7,7 @@ the graph's symbols. What tracing would lose or freeze is refused: grad-mode swi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from ...store.tensors import MODE
 from .nodes import results_of
 
 TAG = "peft_fx"
+TRACING = threading.RLock()  # torch has one stack of pre-dispatch modes for all threads
 
 
 class Splicer:
@@ -57,7 +59,7 @@ class Splicer:
                 full[i] = t
             return function(*full)
 
-        with torch.enable_grad(), self.fake_mode:
+        with TRACING, torch.enable_grad(), self.fake_mode:
             traced = make_fx(call, pre_dispatch=True)(*(values[i] for i in present))
         refuse_lossy(traced.graph, tag)
         traced.graph.eliminate_dead_code()  # dtype arithmetic such as torch.promote_types is traced too

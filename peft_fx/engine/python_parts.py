@@ -18,6 +18,8 @@ from torch._dynamo.convert_frame import output_codes
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch.utils.hooks import RemovableHandle
 
+from ..store.unwrap import is_compiled_in_place
+
 
 def running() -> Iterator[tuple[nn.Module, CodeType]]:
     """(module, code) of what runs with a module as its first one among the arguments, innermost first."""
@@ -35,7 +37,7 @@ def compiled_module() -> nn.Module | None:
     """The outermost module on the stack that `torch.compile` or its own `compile` was called on."""
     found = None
     for module, _ in running():
-        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+        if isinstance(module, OptimizedModule) or is_compiled_in_place(module):
             found = module
     return getattr(found, "_orig_mod", found)
 

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 
 class Forward:
-    """A call that runs, held by the frame that it is called from. seen: what it acts with, once something has looked at it."""
+    """A call that runs, held by the frame that it is called from.
 
-    __slots__ = ("__weakref__", "rows", "seen")
+    seen: what it acts with, once something has looked at it. compiled: whether a torch.compile is around it, whose guards look
+    at what is published, frame by frame.
+    """
 
-    def __init__(self):
+    __slots__ = ("__weakref__", "compiled", "rows", "seen")
+
+    def __init__(self, compiled: bool):
         self.seen = self.rows = None
+        self.compiled = compiled
 
 
 class Sharing:
@@ -63,11 +68,11 @@ class Sharing:
         found = self.running.get(threading.get_ident())
         return None if found is None else found()
 
-    def begin(self) -> Forward | None:
+    def begin(self, compiled: bool = False) -> Forward | None:
         """A call begins: at once, or after the write that waits or goes on. None if its thread is in one already."""
         if self.call() is not None:
             return None
-        forward, thread = Forward(), threading.get_ident()
+        forward, thread = Forward(compiled), threading.get_ident()
         with self.changed:
             if self.writer_waits:
                 self.waiting[thread] = weakref.ref(forward)
@@ -100,6 +105,16 @@ class Sharing:
         """One thread at a time. Raises GraphError inside a forward of the same thread, which could not end."""
         self.refuse_inside()
         with self.swaps:
+            yield
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Around what calls take a snapshot of: at once, but between two compiled calls."""
+        with self.changed:
+            if not any(call is not None and call.compiled for call in [found() for found in self.running.values()]):
+                yield
+                return
+        with self.writing(()):
             yield
 
     def refuse_inside(self) -> None:

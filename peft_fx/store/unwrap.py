@@ -31,6 +31,10 @@ def unwrapped(model):
 
 def is_compiled(model) -> bool:
     """Whether torch.compile's result, or a module compiled in place, is the model or around it."""
-    return any(
-        "_orig_mod" in getattr(m, "_modules", {}) or getattr(m, "_compiled_call_impl", None) for m in wrappers(model)
-    )
+    return any("_orig_mod" in getattr(m, "_modules", {}) or is_compiled_in_place(m) for m in wrappers(model))
+
+
+def is_compiled_in_place(module) -> bool:
+    """Whether `module.compile()` was called. The face's lock has the same place."""
+    call = getattr(module, "_compiled_call_impl", None)
+    return call is not None and not getattr(call, "is_lock", False)

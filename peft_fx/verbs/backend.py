@@ -27,7 +27,7 @@ from ..errors import GraphError, RecipeError
 from ..files.read import read_adapter
 from ..notices import warn
 from ..passes.core.base import regions
-from ..passes.core.splice import signature
+from ..passes.core.splice import TRACING, signature
 from ..passes.dynamo.adapt import CHECKPOINT, adapt
 from ..passes.dynamo.products import options_with
 from ..planning.modules import module_table
@@ -299,7 +299,8 @@ class Adapted:
 
     def add(self, args: Sequence, compiler: Callable) -> Variant:
         """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""
-        gm, names = self.adapted(args)
+        with TRACING:  # which sets the store's mode
+            gm, names = self.adapted(args)
         tensors = tuple(get_tensor(self.owner.adapters, name) for name in names)
         fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")[len(args) :]]
         text = gm.code, *(r.code for r in regions(gm)), *map(signature, fakes)

@@ -12,9 +12,8 @@ one that no single graph describes (a loop over experts), goes through Dynamo on
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -22,12 +21,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
+from ...passes.core.splice import TRACING
 from ...planning.modules import own_class
 from ...store.sharing import Forward, Sharing
 from ...store.state import State
 from ...verbs.backend import Backend
 from .acting import Acting, Rows, Snapshots
 from .bindings import Bindings
+from .locked import Locked, lock
 from .modes import no_modes
 from .offloaded import HOOK, brought, owners
 from .raw import PLAIN, raw, raw_forward
@@ -40,7 +41,6 @@ LIMITS = {
     "accumulated_recompile_limit": GRAPHS,
     "allow_unspec_int_on_nn_module": True,  # modules that count their calls
 }
-TRACING = threading.RLock()  # a trace sets the store's mode
 BASE = "__base__"  # what callers name for rows without an adapter
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # torch's modules that call or hold their parts as modules
 NONE = Acting((), {}, ())
@@ -59,6 +59,7 @@ class Host:
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
+        self.ran: set[tuple] = set()  # kinds of calls that are compiled
         self.open()
 
     @property
@@ -71,7 +72,7 @@ class Host:
         return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "compiled": None}
+        return {**self.__dict__, "compiled": None, "ran": set()}
 
     def open(self) -> None:
         """Calls of the module come here."""
@@ -142,7 +143,7 @@ class Host:
             self.refuse_no_rows(parts[-1], len(index))
             indices.append(index)
         order = torch.cat(indices).argsort()
-        return tree_map(lambda *x: torch.cat(x).index_select(0, order), *parts)
+        return tree_map(lambda *x: torch.cat(x).index_select(0, order) if torch.is_tensor(x[0]) else x[0], *parts)
 
     def refuse_no_rows(self, outputs, count: int) -> None:
         """Raises TypeError for outputs that have no row for each of the inputs': recurrent modules' states lead with layers."""
@@ -170,18 +171,30 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     if not chosen:
         with raw():
             return host.forward(*args, **kwargs)
-    if host.compiled is None:
-        host.compiled = torch.compile(
-            host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
-        )
+    shapes = [x.shape if torch.is_tensor(x) else None for x in tree_flatten((args, kwargs))[0]]
+    key = acting.names, acting.gated, host.module.training, *shapes
     ours = owners(hosts.backend.adapters, chosen)
-    with hosts.sharing.forward(), torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
+    with hosts.sharing.forward(), raw(), brought(ours), nullcontext() if key in host.ran else compiling():
+        if host.compiled is None:
+            host.compiled = torch.compile(
+                host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
+            )
         call = hosts.sharing.call()
         before, call.seen = call.seen, acting  # where the backend looks
         try:
-            return host.compiled(*args, **kwargs)
+            result = host.compiled(*args, **kwargs)
         finally:
             call.seen = before
+    if len(host.ran) < GRAPHS:
+        host.ran.add(key)
+    return result
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside the block Dynamo may compile, which it does in one thread at a time, and whose limits are there for all."""
+    with TRACING, torch._dynamo.config.patch(LIMITS):
+        yield
 
 
 @torch.compiler.disable
@@ -249,6 +262,15 @@ class Hosts:
             return function(*args, **kwargs)
         finally:
             self.sharing.end(call)
+
+    @torch.compiler.disable
+    def begins(self) -> None:
+        """A call of the model begins."""
+        self.calls += 1
+        if self.calls == 2:
+            self.check_used()
+        if not self.bindings.hold() and self.sharing.call() is None:
+            self.rebind()
 
     def check_used(self) -> None:
         """Warns of modules whose adapters did not act in the first call of the model."""
@@ -348,34 +370,6 @@ class Hosts:
             for host in hosts.values():
                 host.open()
             self.lock()
-
-
-class Locked:
-    """What calls of a module come to, in place of `_call_impl`: they are forwards to the lock."""
-
-    def __init__(self, hosts: Hosts, module: nn.Module):
-        self.hosts, self.module, self.outermost = hosts, module, module is hosts.model
-
-    def __call__(self, *args, **kwargs):
-        hosts, call = self.hosts, self.module._call_impl
-        if torch.compiler.is_compiling():
-            return call(*args, **kwargs)
-        if self.outermost:
-            hosts.calls += 1
-            if hosts.calls == 2:
-                hosts.check_used()
-            if not hosts.bindings.hold() and hosts.sharing.call() is None:
-                hosts.rebind()
-        if hosts.sharing.call() is not None:
-            return call(*args, **kwargs)
-        return hosts.called(call, args, kwargs)
-
-
-def lock(hosts: Hosts, module: nn.Module) -> None:
-    """A module that its owner compiles stays compiled."""
-    there = module.__dict__.get("_compiled_call_impl")
-    if there is None or (isinstance(there, Locked) and there.hosts is not hosts):
-        module._compiled_call_impl = Locked(hosts, module)
 
 
 def kind(x: torch.Tensor) -> tuple:

@@ -49,7 +49,7 @@ def swapped(model: nn.Module, source, name: str) -> SwapReport:
         return tuner.hotswap(source, name)
     except HotswapError:
         rank = wanted_rank(tuner, source)
-        if rank is None or compiled_outside(model, tuner):
+        if rank is None or is_compiled(model):
             raise
         with tuner.changing():
             before = tuner.backend.adapters
@@ -77,11 +77,6 @@ def largest_rank(config: AdapterConfig) -> int:
     return max([getattr(config, config.ranked), *(getattr(config, "rank_pattern", None) or {}).values()])
 
 
-def compiled_outside(model: nn.Module, tuner: Tuner) -> bool:
-    """Whether a user has compiled the model. The face sets the innermost model's own call for its lock."""
-    return is_compiled(model) and (unwrapped(model) is not model or model is not tuner.model)
-
-
 def widen(tuner: Tuner, rank: int) -> None:
     """Wider tensors for every adapter, zeros in what is new."""
     tuner.backend.keep(widened(tuner.backend.adapters, tuner.state, rank))
@@ -101,7 +96,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
             f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
         )
     tuner = tuner_of(model)
-    if compiled_outside(model, tuner) and check_compiled != "ignore":
+    if is_compiled(model) and check_compiled != "ignore":
         text = (
             "call prepare_model_for_compiled_hotswap before compiling the model: what is compiled has narrower tensors"
         )

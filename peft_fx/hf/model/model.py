@@ -25,6 +25,7 @@ from ..files.embeddings import loaded_embeddings
 from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
 from ..hosts.bindings import REMEDY
+from ..hosts.locked import lock
 from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
 from .numbers import reported, rewritten
@@ -58,6 +59,7 @@ class PeftModel(PushToHubMixin, nn.Module):
             model.enable_input_require_grads()  # reentrant checkpoints pass gradients on to inputs that ask for them alone
         self.training = model.training
         self.forward = MethodType(signed(model, type(self).forward), self)
+        lock(self.base_model.hosts, self)  # a torch.compile of it calls nothing else
 
     def __reduce_ex__(self, protocol):
         return unmade, (type(self),), self.__getstate__()  # pickle's own way compares with __class__
@@ -68,6 +70,7 @@ class PeftModel(PushToHubMixin, nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.forward = MethodType(signed(self.base_model.model, type(self).forward), self)
+        lock(self.base_model.hosts, self)
 
     @property
     def __class__(self):

@@ -103,7 +103,9 @@ class Tuner(nn.Module):
 
     def become(self, state: State) -> None:
         """Calls that begin from now on see this state."""
-        self.backend.become(state)
+        with self.hosts.sharing.publishing():
+            self.backend.become(state)
+            self.hosts.publish(state)
         self.present()
 
     def present(self) -> None:
@@ -350,8 +352,11 @@ class Tuner(nn.Module):
                 )
         for name in names:
             tree = self.adapters._modules.get(name)
-            for parameter in tree.parameters() if tree is not None else ():
-                parameter.requires_grad_(requires_grad)
+            others = [p for p in tree.parameters() if p.requires_grad != requires_grad] if tree is not None else []
+            if others:
+                with self.hosts.sharing.writing(others):  # a call that runs has begun with what it found
+                    for parameter in others:
+                        parameter.requires_grad_(requires_grad)
 
     def can_train(self, name: str) -> bool:
         """Whether an adapter that acts is trainable too; warns if it cannot be."""
