@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -59,7 +59,6 @@ class Host:
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
         self.compiled: Callable | None = None
-        self.ran: set[tuple] = set()  # kinds of calls that are compiled
         self.open()
 
     @property
@@ -72,7 +71,7 @@ class Host:
         return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "compiled": None, "ran": set()}
+        return {**self.__dict__, "compiled": None}
 
     def open(self) -> None:
         """Calls of the module come here."""
@@ -171,10 +170,9 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     if not chosen:
         with raw():
             return host.forward(*args, **kwargs)
-    shapes = [x.shape if torch.is_tensor(x) else None for x in tree_flatten((args, kwargs))[0]]
-    key = acting.names, acting.gated, host.module.training, *shapes
     ours = owners(hosts.backend.adapters, chosen)
-    with hosts.sharing.forward(), raw(), brought(ours), nullcontext() if key in host.ran else compiling():
+    # any call may compile, which is safe in one thread at a time, and Dynamo's limits are there for all threads
+    with hosts.sharing.forward(), TRACING, torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
         if host.compiled is None:
             host.compiled = torch.compile(
                 host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
@@ -182,19 +180,9 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
         call = hosts.sharing.call()
         before, call.seen = call.seen, acting  # where the backend looks
         try:
-            result = host.compiled(*args, **kwargs)
+            return host.compiled(*args, **kwargs)
         finally:
             call.seen = before
-    if len(host.ran) < GRAPHS:
-        host.ran.add(key)
-    return result
-
-
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Inside the block Dynamo may compile, which it does in one thread at a time, and whose limits are there for all."""
-    with TRACING, torch._dynamo.config.patch(LIMITS):
-        yield
 
 
 @torch.compiler.disable
