@@ -136,10 +136,10 @@ def test_graphs_get_the_same():
     config = peft_fx.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(3)
     graph = peft_fx.apply(peft_fx.capture(model_of("qwen3_moe"), (), {"input_ids": IDS}), config)
+    assert config.target_modules == "all-linear" and not config.rank_pattern  # the caller's own
     torch.manual_seed(3)
     model = peft_fx.get_peft_model(model_of("qwen3_moe"), config)
     torch.testing.assert_close(graph(input_ids=IDS).logits, logits(model))
-    assert config.target_modules == "all-linear" and not config.rank_pattern  # the caller's own
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "w1"], ["mlp.w3", "w2"], r".*\.(q_proj|w1)"])

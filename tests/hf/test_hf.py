@@ -204,13 +204,13 @@ def test_disabled_inside_the_block(llamas):
 @pytest.mark.parametrize("target_modules", ["all-linear", ["embed_tokens", "q_proj"]], ids=["linear", "tied"])
 def test_merging_gives_what_peft_gives_and_unmerging_changes_no_bit(tmp_path, target_modules):
     reference, model = pair("tied_llama", tmp_path, target_modules=target_modules)
-    weights = {n: t.clone() for n, t in model.get_base_model().state_dict().items()}
+    weights = {n: t.clone() for n, t in peft_fx.get_base_model_state_dict(model).items()}
     before = logits(model)
     model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(logits(model), before)
     assert model.merged_adapters == ("default",)
     model.unmerge_adapter()
-    now = model.get_base_model().state_dict()
+    now = peft_fx.get_base_model_state_dict(model)
     assert weights.keys() == now.keys() and all(torch.equal(t, now[n]) for n, t in weights.items())
     assert torch.equal(logits(model), before)
     plain = model.merge_and_unload()
@@ -221,12 +221,12 @@ def test_merging_gives_what_peft_gives_and_unmerging_changes_no_bit(tmp_path, ta
 @pytest.mark.slow
 def test_a_merge_that_is_not_finite_changes_nothing(llamas):
     _, model = llamas
-    before = {n: t.clone() for n, t in model.get_base_model().state_dict().items()}
+    before = {n: t.clone() for n, t in peft_fx.get_base_model_state_dict(model).items()}
     with torch.no_grad():
         list(model.base_model.adapters.parameters())[-1].fill_(float("inf"))
     with pytest.raises(peft_fx.MergeError, match="inf or nan"):
         model.merge_adapter(safe_merge=True)
-    assert all(torch.equal(t, before[n]) for n, t in model.get_base_model().state_dict().items())
+    assert all(torch.equal(t, before[n]) for n, t in peft_fx.get_base_model_state_dict(model).items())
     assert model.merged_adapters == ()
 
 
@@ -365,7 +365,8 @@ WAYS_TO_TRAIN = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", WAYS_TO_TRAIN.values(), ids=WAYS_TO_TRAIN)
-def test_a_trainers_losses_are_pefts_and_it_resumes(tmp_path, options):
+def test_a_trainers_losses_are_pefts_and_it_resumes(tmp_path, options, activation_form):
+    """In the form that real sizes take: the other rounds W + BA to bf16 under autocast, PEFT rounds W and BA x."""
     reference, model = pair("tied_llama", tmp_path / "adapter", is_trainable=True)
     expected, _ = train(reference, tmp_path / "theirs", **options)
     found, trainer = train(model, tmp_path / "ours", **options)
