@@ -10,6 +10,7 @@ A GraphModule subclass would be lost by the next pass; a submodule and `meta` ar
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -98,6 +99,12 @@ def build(modules: dict[str, nn.Module], parameters: dict, buffers: dict, graph:
     gm.meta[PRESERVED] = {name: getattr(gm, name) for name in (ROOT, "_non_persistent_buffers_set")}
     gm.training = store_of(gm).mode.training
     return gm
+
+
+def reading(gm: nn.Module) -> AbstractContextManager[None]:
+    """Around what reads several numbers of a graph module that have to belong together: no swap comes between."""
+    sharing = getattr(store_of(gm), "sharing", None)  # containers that another tool's pass rebuilt have none
+    return nullcontext() if sharing is None else sharing.forward()
 
 
 def derive(gm: fx.GraphModule, graph: fx.Graph, state: State) -> Shared:

@@ -19,6 +19,7 @@ from ..files.read import read_adapter
 from ..files.write import write_adapter
 from ..recipe import as_recipe
 from ..store.lazy import copy_graph
+from ..store.modules import reading
 from ..store.state import base_of, state_of
 
 
@@ -94,4 +95,6 @@ def save_adapter(tuned: fx.GraphModule, path: StrPath, adapter_name: str | None 
 
     adapter_name may be left out when there is one adapter, or one active.
     """
-    return write_adapter(as_path(path, "a folder to write the adapter to"), *adapter_files(tuned, adapter_name))
+    state_of(tuned, "save_adapter")
+    with reading(tuned):
+        return write_adapter(as_path(path, "a folder to write the adapter to"), *adapter_files(tuned, adapter_name))

@@ -19,7 +19,7 @@ from ..engine.transitions import mergeable, names_of
 from ..errors import MergeError
 from ..passes.core.base import run
 from ..passes.inject.fold import PointAtFolded
-from ..store.modules import derive
+from ..store.modules import derive, reading
 from ..store.state import base_of, state_of
 from ..store.tensors import ROOT, tensor_of
 
@@ -43,7 +43,16 @@ def merge(
     Computed in fp32 or wider and rounded once; peak memory is one weight over the result. `explain(merged)` has the
     rounding error per target. Raises MergeError naming the target; nothing has changed then.
     """
-    state = state_of(tuned, "merge")
+    state_of(tuned, "merge")
+    with reading(tuned):
+        return folded_graph(tuned, adapter_names, check_finite, keep_base, untie)
+
+
+def folded_graph(
+    tuned: fx.GraphModule, adapter_names: str | list[str] | None, check_finite: bool, keep_base: str | None, untie: bool
+) -> fx.GraphModule:
+    """What `merge` gives."""
+    state = state_of(tuned)
     if state.mixed:
         raise MergeError("merge on a graph for mixed batches: use the graph that peft_fx.mixed_batch made it from")
     if state.merged:

@@ -26,14 +26,14 @@ def folders(tmp_path, configs=(CONFIG, CONFIG)):
     return found
 
 
-def under_load(call, change, choices):
-    """`change(choice)` in turn, SWAPS times, while READERS threads run `call`; every result is the one of some choice."""
+def under_load(call, change, choices, readers=READERS, swaps=SWAPS):
+    """`change(choice)` in turn, so many times, while so many readers run `call`; every result is the one of some choice."""
     expected = []
     for choice in choices:
         change(choice)
         expected.append(call())
     assert not torch.equal(*expected)
-    over, seen = threading.Event(), [set() for _ in range(READERS)]
+    over, seen = threading.Event(), [set() for _ in range(readers)]
 
     def read(found):
         while not over.is_set():
@@ -42,14 +42,14 @@ def under_load(call, change, choices):
             assert fits, "a mixture of two adapters"
             found.update(fits)
 
-    with ThreadPoolExecutor(READERS) as pool:
-        readers = [pool.submit(read, found) for found in seen]
+    with ThreadPoolExecutor(readers) as pool:
+        reading = [pool.submit(read, found) for found in seen]
         try:
-            for i in range(SWAPS):
+            for i in range(swaps):
                 change(choices[i % len(choices)])
         finally:
             over.set()
-        for reader in readers:
+        for reader in reading:
             reader.result()
     assert set().union(*seen) == set(range(len(choices)))
 
@@ -171,3 +171,25 @@ def test_a_swap_between_forward_and_backward_makes_backward_raise(tmp_path):
     fx.hotswap(graph, b)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+READS = {
+    "save": lambda graph, folder: fx.load_adapter(c.captured("llama"), fx.save_adapter(graph, folder)),
+    "merge": lambda graph, folder: fx.merge(graph),
+    "a deep copy": lambda graph, folder: copy.deepcopy(graph),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", READS)
+def test_what_is_read_under_swaps_is_one_adapter(read, tmp_path):
+    """Its numbers and its scale: one has twice the other's."""
+    a, b = folders(tmp_path, (CONFIG, {**CONFIG, "lora_alpha": 32}))
+    graph, count = fx.load_adapter(c.captured("llama"), a), iter(range(10**6))
+    inputs = c.inputs("llama")
+
+    def call():
+        with torch.no_grad():
+            return READS[read](graph, tmp_path / f"copy{next(count)}")(**inputs).logits
+
+    under_load(call, lambda folder: fx.hotswap(graph, folder), [a, b], readers=2, swaps=30)

@@ -11,6 +11,7 @@ from ...atomic import write_files
 from ...errors import NotAFolderError
 from ...files.write import write_adapter, write_tensors
 from ...notices import warn
+from ...store.modules import reading
 from ..model.tuner import DEFAULT, IN_MODEL
 from .card import CARD, card_of
 from .contents import adapter_contents
@@ -42,6 +43,12 @@ def save_pretrained(model, save_directory, safe_serialization: bool = True, sele
         )
     if not is_main_process:
         return
+    with reading(model.base_model.backend.adapters):
+        write_whole(model, folder, names, save_embedding_layers, kwargs)
+
+
+def write_whole(model, folder: Path, names: list[str], save_embedding_layers, kwargs: dict) -> None:
+    """The files of the adapters `names`."""
     given = kwargs.get("state_dict") or None
     contents = {name: adapter_contents(model.base_model, name, save_embedding_layers, given) for name in names}
     beside = {CARD: card_writer(folder, [model.peft_config[n] for n in names], model.get_base_model())}
