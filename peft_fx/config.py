@@ -18,6 +18,7 @@ from .config_files import ConfigFiles
 from .errors import RecipeError, UnknownFieldError, UnsupportedError, WrongTypeError
 from .fields import Begun, default_of
 from .missing import VARIANTS, not_yet
+from .names import Names
 from .peft_types import PeftType, TaskType, known_type
 from .suggestions import did_you_mean
 from .tables import Cell, Table, as_html
@@ -38,8 +39,8 @@ LORA_ONLY = frozenset({"ensure_weight_tying", "layer_replication", "target_param
 class AdapterConfig(ConfigFiles):
     """Fields that every method shares: which modules are adapted, which are trained whole, and the file's bookkeeping.
 
-    target_modules: list of module names (exact or suffix), one regex that must match the whole name, "all-linear", or
-        None for the model type's default. exclude_modules: same syntax, tested first.
+    target_modules: module names (exact or suffix), kept as a set as in PEFT's configs, one regex that must match the whole
+        name, "all-linear", or None for the model type's default. exclude_modules: same syntax, tested first.
     layers_to_transform / layers_pattern: layer indices to keep, and the name of the layer list they count in.
     target_parameters: parameter paths (suffix match) for weights that are no module of their own, e.g. MoE experts.
     modules_to_save: modules that get a trained copy of their own.
@@ -70,7 +71,7 @@ class AdapterConfig(ConfigFiles):
     revision: str | None = None
     inference_mode: bool = False
 
-    target_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -112,6 +113,8 @@ class AdapterConfig(ConfigFiles):
         self.peft_type = type(self).peft_type or member_of(PeftType, "peft_type", self.peft_type)
         for name, string in NAME_FIELDS.items():
             check_names(name, getattr(self, name), string)
+        if isinstance(self.target_modules, list):
+            self.target_modules = Names(self.target_modules)
         if not isinstance(self.layers_to_transform, (int, list, type(None))) or any(
             isinstance(i, bool) or not isinstance(i, int) for i in indices(self.layers_to_transform)
         ):

@@ -39,7 +39,8 @@ class ConfigFiles:
         unset = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) == default_of(f)}
         written = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.absent or k not in unset}
         plain = {name: getattr(written[name], "value", written[name]) for name in ("task_type", "peft_type")}
-        return written | plain
+        lists = {name: sorted(value) for name, value in written.items() if isinstance(value, set)}
+        return written | plain | lists
 
     def to_json(self) -> str:
         """PEFT's `adapter_config.json`: sorted keys, indent 2."""

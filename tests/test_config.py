@@ -1,5 +1,7 @@
 """Configs: PEFT's fields, defaults and JSON; what is refused."""
 
+import copy
+import dataclasses
 import json
 import math
 
@@ -25,7 +27,7 @@ def test_fields_and_defaults_are_those_of_peft():
 
 def test_a_config_round_trips_through_json():
     config = LoraConfig(lora_alpha=2.5, target_modules={"v", "q"}, layers_to_transform=(1, 2), rank_pattern={"q": 2})
-    assert config.target_modules == ["q", "v"] and config.layers_to_transform == [1, 2]
+    assert config.target_modules == {"q", "v"} and config.layers_to_transform == [1, 2]
     assert LoraConfig.from_dict(json.loads(config.to_json())) == config
 
 
@@ -130,3 +132,12 @@ def test_a_subclass_may_check_what_a_config_is_made_of():
 def test_a_task_that_there_is_not_is_refused(value):
     with pytest.raises(RecipeError, match="task_type=.*: expected one of SEQ_CLS"):
         LoraConfig(task_type=value)
+
+
+def test_target_modules_are_a_set_in_one_order():
+    config = LoraConfig(target_modules=["v", "q", "v"])
+    theirs = peft.LoraConfig(target_modules=["v", "q", "v"])
+    assert isinstance(config.target_modules, set) and config.target_modules == theirs.target_modules
+    assert repr(config.target_modules) == "{'q', 'v'}" and json.loads(config.to_json())["target_modules"] == ["q", "v"]
+    for other in (copy.deepcopy(config), dataclasses.replace(config), LoraConfig(target_modules={"v", "q"})):
+        assert list(other.target_modules) == ["q", "v"] and other == config

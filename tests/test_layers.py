@@ -9,7 +9,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; what is on one line may import one another.
 LAYERS = (
-    {"errors", "atomic", "notices", "operators", "peft_types", "progress", "suggestions", "missing", "uploads"},
+    {
+        "errors",
+        "atomic",
+        "names",
+        "notices",
+        "operators",
+        "peft_types",
+        "progress",
+        "suggestions",
+        "missing",
+        "uploads",
+    },
     {"checks", "fields", "config", "config_files", "folding", "target", "kernels", "tables"},
     {"methods", "recipe"},
     {"planning", "store"},

@@ -23,6 +23,7 @@ from ..target import ModuleTable, Target
 from .derive import frozen, replicated
 from .placed import describe, put
 from .residual import on_whole_base
+from .trainable import refuse_part
 from .transitions import addable, added, refuse_slots, resident_of
 
 LOWERINGS = ("auto", "activation", "weight")
@@ -32,11 +33,13 @@ class Source(NamedTuple):
     """Numbers for a new adapter: file key -> tensor, and where they are from.
 
     drawn: its tensors are initialised nevertheless, as PEFT's are, so that the generator goes on as it does there.
+    partial: what is missing starts as without numbers, what does not belong to the adapter is left.
     """
 
     tensors: dict[str, torch.Tensor]
     where: str
     drawn: bool = False
+    partial: bool = False
 
 
 def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, activate: bool,
@@ -58,10 +61,8 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
         gm = replicated(gm, config.layer_replication)
         state = state_of(gm)
     source = source and Source(*source)
-    if source is not None and trainable and (why := config.part_only()):
-        raise AdapterFileError(
-            f"{source.where}: {why}: load it for inference alone, or save the whole adapter to train on"
-        )
+    if source is not None and trainable:
+        refuse_part(config, source.where)
     if source is not None:
         config, tensors = on_whole_base(gm, name, config, source.tensors, source.where)
         if trainable and config is not own:
@@ -79,7 +80,7 @@ def with_adapter(gm, name: str, config: AdapterConfig, source, trainable: bool, 
             warn(f"adapter {name!r}: {advice}")
     if not config.ensure_weight_tying and not any(r.config.layer_replication for r in new.recipe.values()):
         warn_of_ties(name, plan.placements, state.table)
-    values = source and match_tensors(plan, source.tensors, where=source.where)
+    values = source and match_tensors(plan, source.tensors, where=source.where, partial=source.partial)
     for placement in plan.placements:
         allocate(gm, placement, values, trainable, source is not None and source.drawn)
     gm.meta[ROOT] = new

@@ -44,7 +44,7 @@ def filed_config(state: State, name: str) -> AdapterConfig:
     # Default targets are written out, as PEFT does: SGLang reads the names from here. A regex, which the defaults of a few
     # models are, cannot stand beside layers_to_transform; there readers apply the default again.
     names = resolved_target_modules(state.table, config)
-    if isinstance(names, list) or config.layers_to_transform is None:
+    if not isinstance(names, str) or config.layers_to_transform is None:
         config = dataclasses.replace(config, target_modules=names)
     return file_config(config, plan)
 

@@ -17,7 +17,9 @@ SHOWN = 5
 CANDIDATES = 1000  # looked at for the nearest key; comparing takes time
 
 
-def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -> dict[str, torch.Tensor | tuple]:
+def match_tensors(
+    plan: Plan, tensors: dict[str, torch.Tensor], *, where: str, partial: bool = False
+) -> dict[str, torch.Tensor | tuple]:
     """File key -> tensor becomes state name -> tensor, one entry per tensor that some placement owns.
 
     Of a tensor that files hold in pieces the entry is the tuple of them; whether they fit depends on the base's numbers.
@@ -25,14 +27,12 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
     where: what to call the file in messages. Ignored: the base weights (`<path>.base_layer.weight`) that PEFT writes
     along with adapted embeddings and heads, if they have the base's shape; the second copies of biases that it writes
     inside modules to save, and of shared tensors under each module. Raises AdapterFileError with what is missing, left
-    over, or of the wrong shape or dtype.
+    over, or of the wrong shape or dtype. partial: what is missing or left over is no fault, unless nothing fits.
     """
     wanted = {key: (p, name) for p, name, keys in plan.filed for key in keys}
-    missing = [k for k, (p, name) in wanted.items() if k not in tensors and name not in p.shared]
-    extra = [k for k in tensors if k not in wanted]
-    if extra:
-        ignored = needless(tensors, plan)
-        extra = [k for k in extra if k not in ignored]
+    missing, extra = misfits(plan, tensors)
+    if partial and wanted.keys() & tensors.keys():
+        missing, extra = [], []
     faults = [
         *listed("missing", missing, extra),
         *listed("not expected", extra, missing or wanted),
@@ -41,7 +41,7 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
     found = {}
     if not faults:
         for p, name, keys in plan.filed:
-            if name not in p.shared:
+            if name not in p.shared and all(key in tensors for key in keys):
                 values = tuple(tensors[key] for key in keys)
                 found[p.state_name(name)] = values if p.tensors[name].pieces else values[0]
         faults = untied(wanted, tensors, found)
@@ -50,6 +50,15 @@ def match_tensors(plan: Plan, tensors: dict[str, torch.Tensor], *, where: str) -
         lines = [f"{where} does not fit this model and config:", *faults[: 2 * SHOWN], *more]
         raise AdapterFileError("\n  ".join(lines))
     return found
+
+
+def misfits(plan: Plan, tensors: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """The keys that a plan's adapter has and a file has not; those that only the file has, and some use could have."""
+    wanted = {key: name in p.shared for p, name, keys in plan.filed for key in keys}
+    missing = [key for key, shared in wanted.items() if key not in tensors and not shared]
+    extra = [key for key in tensors if key not in wanted]
+    ignored = needless(tensors, plan) if extra else set()
+    return missing, [key for key in extra if key not in ignored]
 
 
 def listed(what: str, keys: list[str], candidates: Iterable[str]) -> list[str]:
@@ -96,7 +105,7 @@ def untied(wanted: dict, tensors: dict[str, torch.Tensor], found: dict[str, Any]
     """Shared tensors that come twice must agree."""
     faults = []
     for key, (placement, name) in wanted.items():
-        if name in placement.shared and key in tensors:
+        if name in placement.shared and key in tensors and placement.shared[name].name in found:
             shared = placement.shared[name]
             owner = found[shared.name].mT if shared.transposed else found[shared.name]
             if not torch.equal(owner, tensors[key]):

@@ -31,7 +31,7 @@ class IA3Config(AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         inner, targets = self.feedforward_modules, self.target_modules
-        if isinstance(inner, list) and isinstance(targets, list) and (extra := set(inner) - set(targets)):
+        if isinstance(inner, list) and isinstance(targets, set) and (extra := set(inner) - targets):
             raise RecipeError(f"feedforward_modules: {sorted(extra)} are not in target_modules {targets}")
 
     def feeds_forward(self, path: str) -> bool:

@@ -79,5 +79,5 @@ def suffix(path: str, config) -> str:
     wanted = config.target_modules
     if isinstance(wanted, str) and wanted.lower() != "all-linear":
         return wanted
-    fits = [w for w in (wanted if isinstance(wanted, list) else ()) if path.endswith(w)]
+    fits = [w for w in (() if isinstance(wanted, str) else wanted or ()) if path.endswith(w)]
     return max(fits, key=len) if fits else path.rpartition(".")[2]

@@ -5,7 +5,7 @@
 
 Not the identity at the start: the product of two small random matrices. With save_only_topk_weights files hold the chosen
 rows and k - 1 of their weights instead of the logits (the last weight is what is missing to 1); they are read as logits that
-are -inf elsewhere, as in PEFT. Training goes on among the chosen rows then, which PEFT refuses.
+are -inf elsewhere, as in PEFT, and are not trained on.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def suffixes(path: str) -> Iterator[str]:
         yield path
 
 
-def matcher(field: str, entries: list[str] | str | None) -> Callable[[str], set[str]]:
+def matcher(field: str, entries: Iterable[str] | str | None) -> Callable[[str], set[str]]:
     """path -> the entries that match it: a regex must match the whole path, a name its end at a component border."""
     if not entries:
         return lambda path: set()
@@ -68,7 +68,7 @@ def nearest(entry: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def report_unmatched(
-    field: str, entries: list[str] | str | None, matched: set[str], names: Iterable[str]
+    field: str, entries: Iterable[str] | str | None, matched: set[str], names: Iterable[str]
 ) -> list[Unmatched]:
     names = list(names)
     entries = [entries] if isinstance(entries, str) else entries or []

@@ -68,7 +68,7 @@ def completed(table: ModuleTable, config: AdapterConfig) -> AdapterConfig:
     for name, by_type in defaults.DEFAULT_NAMES.get(config.peft_type, {}).items():
         if getattr(config, name) is None and table.model_type in by_type:
             targets, found = config.target_modules, by_type[table.model_type]
-            setattr(new, name, [n for n in found if n in targets] if isinstance(targets, list) else found)
+            setattr(new, name, [n for n in found if n in targets] if isinstance(targets, set) else found)
     return moe.converted(table, new, lambda more: last_parts(table, new, more), moe.NAMES.get(table.model_type))
 
 
@@ -87,7 +87,7 @@ def last_parts(table: ModuleTable, config: AdapterConfig, more: Iterable[str]) -
     return {path.rpartition(".")[2] for path in paths}
 
 
-def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[str] | str:
+def resolved_target_modules(table: ModuleTable, config: AdapterConfig) -> list[str] | set[str] | str:
     """`target_modules`, with the model type's default where it is None; [] if only parameters are chosen."""
     if config.target_modules is not None:
         return config.target_modules
@@ -126,7 +126,7 @@ def choose_modules(
             kept = wanted and any(map(in_layer, paths))
         else:
             wanted = any(found.values())
-            exact = isinstance(entries, list) and any(path in entries for path in paths)
+            exact = not isinstance(entries, str) and any(path in entries for path in paths)
             kept = exact or any(in_layer(path) for path in paths if found[path])
         if wanted and (exclusions or any(inside(path, s.path) for path in paths for s in saved)):
             excluded.add(record.path)

@@ -292,9 +292,11 @@ FAULTS = {
         lambda t: t.update({f"{EXPERT}.lora_B.weight": torch.zeros(23, 4)}),
     r"experts.1.w3.lora_A.*expected shape \[4, 16\], got \[2, 16\]":
         lambda t: t.update({f"{EXPERT}.lora_A.weight": torch.zeros(2, 16)}),
-    "not expected: .*experts.3.w3.lora_A":
+}  # fmt: skip
+LEFT_OVER = {
+    "experts.3.w3.lora_A":
         lambda t: t.update({f"{EXPERT}.lora_A.weight".replace("1.w3", "3.w3"): torch.zeros(4, 16)}),
-    "not expected: .*experts.1.w3.lora_magnitude_vector": lambda t: t.update({f"{EXPERT}.lora_magnitude_vector": torch.ones(24)}),
+    "experts.1.w3.lora_magnitude_vector": lambda t: t.update({f"{EXPERT}.lora_magnitude_vector": torch.ones(24)}),
 }  # fmt: skip
 
 
@@ -303,4 +305,12 @@ def test_files_that_do_not_fit_are_refused(message, tmp_path):
     former_file("mixtral", tmp_path, set(FORMER["mixtral"]))
     changed(tmp_path, FAULTS[message])
     with pytest.raises(AdapterFileError, match=message):
+        peft_fx.PeftModel.from_pretrained(model_of("mixtral"), tmp_path)
+
+
+@pytest.mark.parametrize("message", LEFT_OVER)
+def test_what_is_left_over_of_a_file_is_named(message, tmp_path):
+    former_file("mixtral", tmp_path, set(FORMER["mixtral"]))
+    changed(tmp_path, LEFT_OVER[message])
+    with pytest.warns(UserWarning, match=f"(?s)left out.*{message}"):
         peft_fx.PeftModel.from_pretrained(model_of("mixtral"), tmp_path)

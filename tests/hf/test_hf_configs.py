@@ -97,7 +97,7 @@ def test_copies_have_configs_of_their_own():
 def test_an_injected_config_is_the_callers():
     model, config = model_of("llama"), peft_fx.LoraConfig(target_modules=["q_proj"])
     peft_fx.inject_adapter_in_model(config, model, "a")
-    assert model.peft_adapters is not None and config.target_modules == ["q_proj"]
+    assert model.peft_adapters is not None and config.target_modules == {"q_proj"}
     assert peft_fx.get_model_status(model).peft_types == {"a": "LORA"}
 
 
@@ -128,6 +128,23 @@ def test_vblora_of_the_largest_logits_alone_is_not_trained_on(tmp_path):
     options = {"vector_length": 4, "num_vectors": 8, "topk": 2, "target_modules": ["q_proj"]}
     config = peft_fx.VBLoRAConfig(save_only_topk_weights=True, **options)
     peft_fx.get_peft_model(model_of("llama"), config).save_pretrained(tmp_path)
-    peft_fx.PeftModel.from_pretrained(model_of("llama"), tmp_path)
     with pytest.raises(RuntimeError, match="largest logits .* load it for inference alone"):
         peft_fx.PeftModel.from_pretrained(model_of("llama"), tmp_path, is_trainable=True)
+    model = peft_fx.PeftModel.from_pretrained(model_of("llama"), tmp_path)
+    frozen = [p.requires_grad for p in model.parameters()]
+    assert not any(frozen)
+    with pytest.raises(RuntimeError, match="'default' holds the 2 largest logits"):
+        model.base_model.set_requires_grad("default")
+    with pytest.raises(RuntimeError, match="largest logits"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    for act in (model.set_adapter, model.base_model.set_adapter, layer.set_adapter, layer.set_requires_grad):
+        with pytest.warns(UserWarning, match="it acts, and is not trained"):
+            act("default")
+        assert [p.requires_grad for p in model.parameters()] == frozen
+    model.add_adapter("whole", peft_fx.VBLoRAConfig(save_only_topk_weights=True, **options))
+    model.set_adapter("whole")
+    assert any(p.requires_grad for p in model.parameters())
+    with pytest.warns(UserWarning, match="'whole' holds .* is not trained"):  # numbers of the file's come in its place
+        model.load_adapter(tmp_path, "whole")
+    assert [p.requires_grad for p in model.parameters() if p.requires_grad] == []

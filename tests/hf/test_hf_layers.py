@@ -395,8 +395,28 @@ def test_offloaded_adapters_come_back_for_a_call():
         assert all(p.is_meta for p in model.parameters())
 
 
+def test_a_models_layers_are_reached_through_the_tuner():
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Linear(4, 4)])
+    model = peft_fx.get_peft_model(model, peft_fx.LoraConfig(target_modules=["0"]))
+    assert model.base_model.layers is model.get_base_model().layers
+    assert model.base_model.layers[0].active_adapters == ["default"]
+
+
 def test_a_model_that_calls_its_children_in_turn():
     base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     x = torch.randn(3, 4)
     model = peft_fx.get_peft_model(copy.deepcopy(base), {"peft_type": "LORA", "target_modules": ["0"]})
     torch.testing.assert_close(model(x), base(x))
+
+
+@pytest.mark.parametrize("library", [peft, peft_fx], ids=["peft", "peft_fx"])
+@pytest.mark.parametrize("options", [{"modules_to_save": ["head"]}, {"trainable_token_indices": {"embed": [1]}}])
+def test_a_wrappers_active_adapters_are_those_on_it(library, options):
+    model = library.get_peft_model(Net(), library.LoraConfig(target_modules=["one"]))
+    model.add_adapter("other", library.LoraConfig(target_modules=["one"], **options))
+    base = model.get_base_model()
+    wrapper = base.head if "modules_to_save" in options else base.embed
+    for name, on_it in (("default", []), ("other", ["other"]), ("default", [])):
+        model.set_adapter(name)
+        assert base.one.active_adapters == [name] and wrapper.active_adapters == on_it

@@ -1,5 +1,8 @@
 """What `save_pretrained` refuses before it writes anything, and what a load that is refused leaves as it was."""
 
+import re
+
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,19 +109,19 @@ def unchanged(model, before):
 
 
 def with_fault(folder, kind):
-    """The embeddings are the file's own; one of the adapter's tensors does not fit."""
+    """The embeddings are the file's own; one of the adapter's tensors does not fit, or all are missing."""
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(k for k in tensors if "lora_A" in k)
-    if kind == "missing":
-        del tensors[key]
+    if kind == "nothing":
+        tensors = {k: t for k, t in tensors.items() if "lora_" not in k}
     else:
         tensors[key] = torch.ones(tensors[key].shape, dtype=torch.int32) if kind == "integers" else torch.ones(3, 3)
     save_file(tensors, path, metadata={"format": "pt"})
     return tensors
 
 
-@pytest.fixture(params=["missing", "shape", "integers"])
+@pytest.fixture(params=["nothing", "shape", "integers"])
 def misfit(request, tmp_path):
     trained = made()
     with torch.no_grad():
@@ -140,10 +143,37 @@ def test_a_file_that_does_not_fit_leaves_the_embeddings_of_the_base(misfit):
         with pytest.raises(AdapterFileError, match="does not fit"):
             model.load_adapter(folder, name)
         unchanged(model, before)
-    if kind != "missing":  # which keeps its numbers here
+    if kind != "nothing":  # which keeps its numbers here
         with pytest.raises(AdapterFileError, match="does not fit"):
             peft_fx.set_peft_model_state_dict(model, tensors)
         unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", ["missing", "left over"])
+def test_a_file_that_fits_in_part_is_taken_with_a_warning_as_by_peft(tmp_path, kind):
+    made().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if "lora_B" in k)
+    if kind == "missing":
+        del tensors[key]
+    else:
+        key = "base_model.model.elsewhere.lora_B.weight"
+        tensors[key] = torch.ones(2, 2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=re.escape(key)):
+        fresh = peft_fx.PeftModel.from_pretrained(build("llama"), tmp_path)
+    reference = peft.PeftModel.from_pretrained(build("llama"), tmp_path)
+    expected, found = peft.get_peft_model_state_dict(reference), peft_fx.get_peft_model_state_dict(fresh)
+    assert expected.keys() == found.keys() and all(torch.equal(t, found[k]) for k, t in expected.items())
+
+    other = made()
+    kept = {k: t.clone() for k, t in peft_fx.get_peft_model_state_dict(other).items()}
+    with pytest.warns(UserWarning, match=re.escape(key)):
+        result = other.load_adapter(tmp_path, "default")
+    assert (result.missing_keys, result.unexpected_keys) == (([key], []) if kind == "missing" else ([], [key]))
+    now = peft_fx.get_peft_model_state_dict(other)
+    assert all(torch.equal(t, tensors.get(k, kept[k])) for k, t in now.items())
 
 
 def test_embeddings_of_another_size_leave_the_adapter_as_it_was(tmp_path):

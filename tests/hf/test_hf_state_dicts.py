@@ -182,3 +182,37 @@ def test_files_without_safetensors(tmp_path):
     assert not differ(peft_fx.load_peft_weights(tmp_path), tensors)
     save_file(tensors, tmp_path / utils.SAFETENSORS_WEIGHTS_NAME)
     assert not differ(peft_fx.load_peft_weights(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_an_adapter_without_them_is_given_are_the_bases(bias):
+    # whoever trained them hands them on to an adapter that has none of its own, as PEFT's numbers do
+    options = {"target_modules": ["0"], "init_lora_weights": False}
+    source = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    trained = peft_fx.get_peft_model(source, peft_fx.LoraConfig(**options, bias=bias)).eval()
+    with torch.no_grad():
+        for layer in (source[0], source[1]) if bias == "all" else (source[0],):
+            layer.bias.fill_(1.25)
+    x = torch.ones(2, 8)
+    numbers = peft_fx.get_peft_model_state_dict(trained)
+    results = []
+    for library in (peft, peft_fx):
+        model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+        model.load_state_dict(peft_fx.get_base_model_state_dict(trained))
+        model = library.get_peft_model(model, library.LoraConfig(**options)).eval()
+        assert not library.set_peft_model_state_dict(model, numbers).unexpected_keys
+        results.append(model(x))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[1], trained(x))
+
+
+def test_a_state_dict_that_does_not_fit_leaves_the_bases_numbers():
+    model = peft_fx.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft_fx.LoraConfig(target_modules=["0"]))
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    prefix = "base_model.model.0."
+    numbers = {f"{prefix}base_layer.bias": torch.ones(6), f"{prefix}lora_A.weight": torch.ones(1, 1)}
+    with pytest.raises(peft_fx.AdapterFileError, match="lora_A"):
+        peft_fx.set_peft_model_state_dict(model, numbers)
+    result = peft_fx.set_peft_model_state_dict(model, {f"{prefix}base_layer.bias": torch.ones(5)})
+    assert result.unexpected_keys == [f"{prefix}base_layer.bias"]
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())

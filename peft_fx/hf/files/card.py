@@ -33,7 +33,7 @@ def card_of(folder: Path, configs: list[AdapterConfig], model: nn.Module) -> str
     Raises AdapterFileError for one that is there and is no card, or is a link out of the folder.
     """
     base = next(filter(None, (c.base_model_name_or_path for c in configs)), None)
-    base = base if base and is_hub_id(base) else None
+    base = base if base and hasattr(model, "config") and is_hub_id(base) else None  # a model of no library is on no Hub
     methods = sorted({c.peft_type for c in configs})
     file = file_in(folder, CARD)
     try:

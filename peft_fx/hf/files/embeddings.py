@@ -101,14 +101,16 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
 
 @contextmanager
 def loaded_embeddings(
-    model: nn.Module, config: AdapterConfig, tensors: dict, where: str
+    model: nn.Module, config: AdapterConfig, tensors: dict, where: str, own: Mapping[str, torch.Tensor] | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block, and after it, `model` has what a file says of the base's embedding and head; yields the other tensors.
 
-    An error in the block puts the numbers from before back: what is left of the file may not fit. Raises AdapterFileError,
-    and has changed nothing, for a tensor of another shape than the model's.
+    own: file key -> what else of the model it names, as `own_parameters` finds it. An error in the block puts the numbers
+    from before back: what is left of the file may not fit. Raises AdapterFileError, and has changed nothing, for a tensor of
+    another shape than the model's.
     """
     rest, new = base_tensors(model, config, tensors, where)
+    new += [(parameter, rest.pop(key)) for key, parameter in (own or {}).items() if key in rest]
     before = [(parameter, parameter.detach().clone()) for parameter, _ in new]
     try:
         write(new)
@@ -122,6 +124,20 @@ def loaded_embeddings(
 def write(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for parameter, tensor in pairs:
         parameter.copy_(tensor)
+
+
+def own_parameters(tuner: Tuner, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """File key -> the parameter of the base that it names: of an adapter that trained biases, for one that has none of its own.
+
+    Not those of another shape, nor those that a merge has replaced.
+    """
+    found, shelf = {}, shelved(tuner.backend.adapters)
+    for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
+        path, _, leaf = name.rpartition(".")
+        for key in (f"{PREFIX}{name}", f"{PREFIX}{path}.{ADAPTED}{leaf}"):
+            if key in tensors and name not in shelf and tensors[key].shape == parameter.shape:
+                found[key] = parameter
+    return found
 
 
 def base_tensors(model: nn.Module, config: AdapterConfig, tensors: dict, where: str) -> tuple[dict, list]:

@@ -61,7 +61,7 @@ def save_for_serving(model: PeftModel, folder, adapter_name: str = DEFAULT) -> P
         for path, *factors in parts or [(target.file_path, A.flatten(0, 1), B.flatten(1))]:
             found |= {f"{PREFIX}{path}.{n}{suffix}": t for n, t in zip((name_A, name_B), factors, strict=True)}
             names.append(path.rpartition(".")[2] if parts else target.path)
-    kept = config.target_modules if isinstance(config.target_modules, list) else []
+    kept = () if isinstance(config.target_modules, str) else config.target_modules or ()
     names = [n for n in dict.fromkeys(names) if "." not in n or not kept]
     served = replace(
         config, target_modules=sorted({*kept, *names}), target_parameters=None, rank_pattern=None, alpha_pattern=None,

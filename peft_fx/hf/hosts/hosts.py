@@ -252,10 +252,10 @@ class Hosts:
             self.sharing.end(call)
 
     @torch.compiler.disable
-    def begins(self) -> None:
-        """A call of the model begins."""
-        self.calls += 1
-        if self.calls == 2:
+    def begins(self, module: nn.Module) -> None:
+        """A call of the model begins, or of what is around it; the latter's is the one in which modules can be bound anew."""
+        self.calls += module is self.model
+        if self.calls == 2 and module is self.model:
             self.check_used()
         if not self.bindings.hold() and self.sharing.call() is None:
             self.rebind()
@@ -297,6 +297,8 @@ class Hosts:
     def rebind(self) -> None:
         """Adapters follow to modules that were put in place of theirs. Raises TargetError where they cannot."""
         with self.sharing.swapping():
+            if self.bindings.hold():  # it was a capture that had them away
+                return
             state = self.backend.state
             if self.bindings.moved(self.model, [p.target for p in state.placed(state.recipe)], state):
                 self.backend.keep(self.backend.adapters)

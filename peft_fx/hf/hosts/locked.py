@@ -19,14 +19,14 @@ class Locked:
     is_lock = True
 
     def __init__(self, hosts: Hosts, module: nn.Module):
-        self.hosts, self.module, self.outermost = hosts, module, module is hosts.model
+        self.hosts, self.module, self.around = hosts, module, any(m is hosts.model for m in module.modules())
 
     def __call__(self, *args, **kwargs):
         hosts, function, call = self.hosts, self.module._call_impl, None
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if self.outermost:
-            hosts.begins()
+        if self.around:
+            hosts.begins(self.module)
         try:
             call = hosts.sharing.begin(bool(get_eval_frame_callback()))
             return function(*args, **kwargs)

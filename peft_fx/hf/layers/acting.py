@@ -55,7 +55,7 @@ class Acting:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         layer = layer_of(self)
         layer.tuner.known(names)
-        for parameter in parameters(layer, names):
+        for parameter in parameters(layer, trainable(layer, names) if requires_grad else names):
             parameter.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
@@ -69,9 +69,14 @@ class Acting:
 
 def train(layer: Layer, names: Iterable[str], requires_grad: bool) -> None:
     """These adapters' parameters on the module require grad or not, those of others do not."""
-    chosen = {id(p) for p in parameters(layer, names)}
+    chosen = {id(p) for p in parameters(layer, trainable(layer, names) if requires_grad else ())}
     for parameter in parameters(layer, layer.names):
-        parameter.requires_grad_(requires_grad and id(parameter) in chosen)
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def trainable(layer: Layer, names: Iterable[str]) -> list[str]:
+    """Those with numbers that can be trained on; warns of any other."""
+    return [name for name in names if layer.tuner.can_train(name)]
 
 
 def parameters(layer: Layer, names: Iterable[str]) -> list[nn.Parameter]:

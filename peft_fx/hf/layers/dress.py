@@ -18,16 +18,17 @@ from .named import learn
 from .trained import TRAINED, Reading
 
 CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
+DRESSED = "_dressed"  # where a tuner has module -> Layer; `layers` would hide the model's own of that name
 
 
 def dress(tuner: nn.Module) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
     found = {at(tuner.model, path): layer for path, layer in layers_of(tuner).items()}
     layers = {module: layer for module, layer in found.items() if module is not None}
-    before = tuner.__dict__.get("layers", {})
+    before = tuner.__dict__.get(DRESSED, {})
     for module in before.keys() - layers.keys():
         undress(module)
-    tuner.__dict__["layers"] = layers
+    tuner.__dict__[DRESSED] = layers
     for module, layer in layers.items():
         module.__dict__[ATTRIBUTE] = layer
         module.__dict__[TRAINED] = readings(layer)

@@ -16,6 +16,15 @@ class AuxiliaryTrainingWrapper(Acting):
     """A module with numbers of an adapter's in place of its own."""
 
     @property
+    def active_adapters(self) -> list[str]:
+        """Those of the active adapters that are on this module; any other leaves it as it is."""
+        return list(layer_of(self).acting)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return list(layer_of(self).acting)
+
+    @property
     def original_module(self) -> nn.Module:
         """The module without adapters."""
         return plain(self)

@@ -23,7 +23,8 @@ from ...verbs.tensors import INJECTED, parameters_of
 from ..compat.constants import UPCAST_DTYPES, PeftWarning
 from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
-from ..files.embeddings import loaded_embeddings
+from ..files.embeddings import loaded_embeddings, own_parameters
+from .numbers import warned
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tuner import DEFAULT, tuner_of
 
@@ -81,11 +82,15 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
             given = {k: t for k, t in given.items() if k not in others}
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
     others = {k: t for k, t in found.items() if k not in wanted}
-    with gathered(model), loaded_embeddings(tuner.model, config, others, "the state dict") as rest:
+    with (
+        gathered(model),
+        loaded_embeddings(tuner.model, config, others, "the state dict", own_parameters(tuner, others)) as rest,
+    ):
         kept = adapter_files(gm, adapter_name)[1]
         tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
-    return _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
+    result = _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
+    return warned(result, adapter_name, "the state dict")
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

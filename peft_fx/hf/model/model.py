@@ -28,6 +28,7 @@ from ..hosts.bindings import REMEDY
 from ..hosts.locked import lock
 from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
+from .numbers import reported, rewritten
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status, parameter_counts
 from .tuner import DEFAULT, IN_MODEL, Tuner
 from .tuners import tuner_class
@@ -189,11 +190,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         key_mapping: regex -> replacement, for modules that are called otherwise in the files. hub: subfolder, revision, token and
         whatever else huggingface_hub's `snapshot_download` takes. Unless low_cpu_mem_usage, the adapter is initialised
         before it gets the files' numbers: so the generator goes on as PEFT's. torch_device and ephemeral_gpu_offload are not
-        read. Raises AdapterFileError for files that do not fit: what is returned is empty. With ignore_mismatched_sizes what
-        fits is taken, tensors of other shapes are named in a warning, and what is missing starts as without files: its keys
-        are returned.
+        read. What fits is taken: keys that are missing, whose tensors start as without files, or left over are named in a
+        warning and returned. Raises AdapterFileError for tensors of other shapes, which ignore_mismatched_sizes leaves out
+        with a warning, and for files with nothing of this adapter's.
         """
-        table, result = self.base_model.backend.state.table, _IncompatibleKeys([], [])
+        table = self.base_model.backend.state.table
         config, tensors = read_adapter(located(model_id, **hub), table, key_mapping=key_mapping)
         config.inference_mode = not is_trainable
         with loaded_embeddings(self.get_base_model(), config, tensors, str(model_id)) as own:
@@ -204,11 +205,13 @@ class PeftModel(PushToHubMixin, nn.Module):
                         undo.callback(self.delete_adapter, adapter_name)
                     result = self.load_fitting(own, adapter_name)
                     undo.pop_all()
-            elif adapter_name in self.peft_config:
-                self.base_model.hotswap((config, own), adapter_name)
             else:
-                source = (own, str(model_id), not low_cpu_mem_usage)
-                self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
+                if adapter_name in self.peft_config:
+                    rewritten(self.base_model, adapter_name, config, own, is_trainable)
+                else:
+                    source = (own, str(model_id), not low_cpu_mem_usage, True)
+                    self.add(adapter_name, config, source, is_trainable, autocast_adapter_dtype)
+                result = reported(self.base_model, adapter_name, own, str(model_id))
         if not self.base_model.state.gated:
             self.base_model.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
@@ -271,7 +274,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         chosen = class_of(config) if cls is PeftModel else cls
         config.inference_mode = not is_trainable
         with loaded_embeddings(model, config, tensors, str(model_id)) as own:
-            source = None if ignore_mismatched_sizes else (own, str(model_id), not low_cpu_mem_usage)
+            source = None if ignore_mismatched_sizes else (own, str(model_id), not low_cpu_mem_usage, True)
             made = chosen(model, config, adapter_name, autocast_adapter_dtype, trainable=is_trainable, source=source)
             if ignore_mismatched_sizes:
                 with ExitStack() as undo:
@@ -279,6 +282,8 @@ class PeftModel(PushToHubMixin, nn.Module):
                     made.load_fitting(own, adapter_name)
                     undo.pop_all()
                 made.base_model.set_requires_grad(adapter_name, is_trainable)
+            else:
+                reported(made.base_model, adapter_name, own, str(model_id))
         made.peft_config.adopt(adapter_name, given)
         return made.train(is_trainable and made.training)
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...config import AdapterConfig
-from ...engine.adding import with_adapter
+from ...engine.adding import Source, with_adapter
 from ...engine.filing import adapter_files
 from ...engine.slots import moved, rename_slot, reserved, slot_for
 from ...store.modules import derive
@@ -31,9 +31,9 @@ def in_slots(tuner: Tuner, slots: int, max_rank: int | None) -> None:
 def fill_slot(tuner: Tuner, name: str, config: AdapterConfig, source: tuple | None) -> None:
     """A new adapter into a free slot, in place; nothing has changed where it does not fit. source: None for initial values."""
     gm, before = tuner.backend.adapters, tuner.state
-    if source is None:
+    if source is None or Source(*source).partial:
         alone = derive(gm, fx.Graph(), before.update(recipe={}, active=(), gated=False))
-        made = with_adapter(alone, name, config, None, trainable=False, activate=False)
+        made = with_adapter(alone, name, config, source, trainable=False, activate=False)
         source = adapter_files(made, name)[1], "its start", False
     slot = slot_for(before, name)
     tuner.backend.become(moved(before, slot, name))

@@ -21,8 +21,9 @@ from ...engine.derive import derived, frozen
 from ...engine.inplace import merge_in_place, unmerge_in_place
 from ...engine.replaced import shelved
 from ...engine.swaps import SwapReport
+from ...engine.trainable import untrainable
 from ...engine.transitions import activated, enabled, names_of, unmerged
-from ...errors import MergeError, RecipeError, WrongTypeError
+from ...errors import AdapterFileError, MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
 from ...store.state import State, state_of
@@ -309,17 +310,30 @@ class Tuner(nn.Module):
             self.become(activated(self.state, names))
             if not self.state.gated:  # a compiled call of a model with slots knows what requires grad
                 for name in self.names:
-                    self.set_requires_grad(name, name in names and not inference_mode)
+                    self.set_requires_grad(name, name in names and not inference_mode and self.can_train(name))
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self.known((name,))
+        """Raises AdapterFileError, a RuntimeError, for numbers that cannot be trained on."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.known(names)
+        for name in names if requires_grad else ():
+            if why := untrainable(self.backend.adapters, name):
+                raise AdapterFileError(
+                    f"adapter {name!r} {why}: use it for inference alone, or train the whole adapter"
+                )
+        for name in names:
             tree = self.adapters._modules.get(name)
             others = [p for p in tree.parameters() if p.requires_grad != requires_grad] if tree is not None else []
             if others:
                 with self.hosts.sharing.writing(others):  # a call that runs has begun with what it found
                     for parameter in others:
                         parameter.requires_grad_(requires_grad)
+
+    def can_train(self, name: str) -> bool:
+        """Whether an adapter that acts is trainable too; warns if it cannot be."""
+        if why := untrainable(self.backend.adapters, name):
+            warn(f"adapter {name!r} {why}: it acts, and is not trained")
+        return not why
 
     def delete_adapter(self, adapter_name: str) -> None:
         with self.changing():
@@ -333,7 +347,7 @@ class Tuner(nn.Module):
                 new = min(left)  # PEFT's choice
                 self.backend.become(activated(self.state, new))
                 if not self.state.gated:
-                    self.set_requires_grad(new)
+                    self.set_requires_grad(new, self.can_train(new))
                 warn(f"Adapter {adapter_name} was active and is deleted; now {new} is.")
             self.refresh()
 
@@ -430,6 +444,9 @@ class Tuner(nn.Module):
         """`peft_fx.hotswap`; what is merged is merged anew, in one step."""
         with self.changing():
             report = self.backend.hotswap(source, name)
+            trained = any(p.requires_grad for p in self.adapters._modules.get(name, nn.Module()).parameters())
+            if trained and not self.can_train(name):
+                self.set_requires_grad(name, False)
             if name in self.state.merged:
                 self.refresh()
             return report
