@@ -53,7 +53,10 @@ class Sharing:
 
         for function in (Shared.__call__, Sharing.begin, Sharing.end, Lazy._generate, Lazy.recompile):
             skip_code(function.__code__)  # Dynamo, which meets them on its way to `forward`, lets them run as they are
-        self.changed = threading.Condition()
+        self.lock = (
+            threading.RLock()
+        )  # entered in C, where no interrupt comes between; a Condition's own way is Python's
+        self.changed = threading.Condition(self.lock)
         self.running: dict[int, weakref.ref[Forward]] = {}
         self.waiting: dict[int, weakref.ref[Forward]] = {}  # calls that begin after the write, before the next one
         self.writer_waits = False
@@ -73,7 +76,7 @@ class Sharing:
         if self.call() is not None:
             return None
         forward, thread = Forward(compiled), threading.get_ident()
-        with self.changed:
+        with self.lock:
             if self.writer_waits:
                 self.waiting[thread] = weakref.ref(forward)
                 while thread in self.waiting:
@@ -85,7 +88,7 @@ class Sharing:
     def end(self, forward: Forward | None) -> None:
         """The outermost call ends; the others end with it."""
         if forward is not None:
-            with self.changed:
+            with self.lock:
                 self.running.pop(threading.get_ident(), None)
                 if self.writer_waits:
                     self.changed.notify_all()
@@ -110,7 +113,7 @@ class Sharing:
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:
         """Around what calls take a snapshot of: at once, but between two compiled calls."""
-        with self.changed:
+        with self.lock:
             if not any(call is not None and call.compiled for call in [found() for found in self.running.values()]):
                 yield
                 return
@@ -129,7 +132,7 @@ class Sharing:
         self.refuse_inside()
         devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
         try:
-            with self.changed:
+            with self.lock:
                 self.writer_waits = True
                 while any(call() is not None for call in list(self.running.values())):
                     self.changed.wait(0.1)  # a call that an interrupt ended says nothing
@@ -138,7 +141,7 @@ class Sharing:
                     yield
                     synchronize(devices)  # the next forward may be on another stream
         finally:
-            with uninterrupted(), self.changed:
+            with uninterrupted(), self.lock:
                 self.writer_waits = False
                 self.running |= self.waiting
                 self.waiting.clear()
@@ -148,14 +151,14 @@ class Sharing:
     def between(self) -> Iterator[None]:
         """Inside the block the thread's own forward does not count: what is written is what that forward asks for itself."""
         thread = threading.get_ident()
-        with self.changed:
+        with self.lock:
             mine = self.running.pop(thread, None)
             self.changed.notify_all()
         try:
             yield
         finally:
             if mine is not None:
-                with self.changed:
+                with self.lock:
                     self.running[thread] = mine
 
     @torch.no_grad()
@@ -166,11 +169,11 @@ class Sharing:
                 torch._foreach_copy_(list(values), list(values.values()))
 
     def add(self, *graphs: fx.GraphModule) -> None:
-        with self.changed:
+        with self.lock:
             self.graphs.update(graphs)
 
     def all(self) -> list[fx.GraphModule]:
-        with self.changed:
+        with self.lock:
             return list(self.graphs)
 
 

@@ -3,11 +3,9 @@
 PEFT_FX_CALLS: how many calls each reader makes; what the tests run is the small form.
 """
 
-import _thread
-import contextlib
 import os
-import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +17,7 @@ from torch import nn
 
 import peft_fx
 from peft_fx import LoraConfig, get_peft_model
-from peft_fx.engine.transitions import names_of
-from peft_fx.store.state import state_of
+from peft_fx.engine import swapping
 
 CALLS, READERS = int(os.environ.get("PEFT_FX_CALLS", "100")), 3
 X = torch.linspace(-1, 1, 24).view(3, 8)
@@ -225,80 +222,86 @@ def test_another_thread_may_go_on_while_a_call_runs_with_what_it_began_with():
     assert not torch.equal(call(model), expected)
 
 
-@contextlib.contextmanager
-def interrupts(seconds):
-    """Ctrl-C at random moments of the main thread, for so long."""
-    over, armed = threading.Event(), [True]
+FILES = ("peft_fx/hf/hosts/", "peft_fx/store/sharing.py")
 
-    def interrupt(*_):
-        if armed:
-            raise KeyboardInterrupt
 
-    def press():
-        draw = random.Random(0)
-        while not over.wait(draw.random() * 0.004):
-            _thread.interrupt_main(signal.SIGINT)
+def interrupted_at(step, run):
+    """Runs it with a KeyboardInterrupt at the step-th call of the lock's and the hosts' code; False if it has not so many.
 
-    before, thread = signal.signal(signal.SIGINT, interrupt), threading.Thread(target=press)
-    timer = threading.Timer(seconds, over.set)
-    thread.start()
-    timer.start()
+    Python hears of one as functions begin, and not between C's lock and what it guards.
+    """
+    left = [step]
+
+    def trace(frame, event, _):
+        if any(part in frame.f_code.co_filename for part in FILES):
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+    sys.settrace(trace)
     try:
-        yield over
+        run()
+    except KeyboardInterrupt:
+        return True
     finally:
-        while armed:
-            with contextlib.suppress(KeyboardInterrupt):
-                armed.clear()
-        over.set()
-        thread.join()
-        timer.join()
-        signal.signal(signal.SIGINT, before)
+        sys.settrace(None)
+    return False
 
 
-def adapters(folder):
-    """Those of two files, in memory: an interrupt inside of safetensors' code leaves that damaged."""
-    return [(LoraConfig(**CONFIG), load_file(each / "adapter_model.safetensors")) for each in files(two(), folder)]
-
-
-def on_the_face(tmp_path):
-    model, (one, other) = two(), adapters(tmp_path)
-    steps = [
-        lambda: call(model),
-        lambda: model.set_adapter("b"),
-        lambda: model.set_adapter("a"),
-        lambda: model.base_model.hotswap(one, "a"),
-        lambda: model.base_model.hotswap(other, "a"),
-        model.merge_adapter,
-        model.unmerge_adapter,
-    ]
-    return lambda: call(model), lambda: model.base_model.state, model.base_model.hosts.sharing, steps
-
-
-def on_a_graph(tmp_path):
-    one, other = adapters(tmp_path)
-    graph = peft_fx.apply(peft_fx.capture(two().get_base_model(), (X,)), one[0], "a")
-    steps = [lambda: graph(X), lambda: peft_fx.hotswap(graph, one, "a"), lambda: peft_fx.hotswap(graph, other, "a")]
-    return lambda: graph(X), lambda: state_of(graph), graph.peft_fx.sharing, steps
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("made", [on_the_face, on_a_graph])
-def test_an_interrupt_anywhere_leaves_everything_free_and_whole(made, tmp_path):
-    run, state, sharing, steps = made(tmp_path)
-    pressed = 0
-    with interrupts(3) as over:
-        draw = random.Random(1)
-        while not over.is_set():
-            try:
-                draw.choice(steps)()
-            except KeyboardInterrupt:
-                pressed += 1
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(0.05)  # the last one may be on its way
-    assert pressed > 20
-    assert sharing.call() is None and not sharing.writer_waits
+def test_a_call_that_is_interrupted_anywhere_leaves_the_model_free():
+    model = two()
+    expected, steps = call(model), 0
+    sharing = model.base_model.hosts.sharing
     with ThreadPoolExecutor(1) as pool:
-        for step in steps:  # from another thread too
-            pool.submit(step).result(timeout=60)
-    names_of(state(), "a")
-    assert torch.equal(run(), run())
+        while interrupted_at(steps + 1, lambda: call(model)):
+            steps += 1
+            assert sharing.call() is None and not sharing.writer_waits, f"after call {steps}"
+            if not steps % 10:  # a writer goes on, and the number that it writes is the one that there was
+                scale = next(iter(model.base_model.adapters.parameters()))
+                pool.submit(sharing.put, {scale: scale.clone()}).result(timeout=60)
+    assert steps > 10
+    assert torch.equal(call(model), expected)
+
+
+@pytest.mark.parametrize("where", ["before the numbers", "behind them"])
+def test_an_interrupt_in_a_swap_is_heard_when_all_of_it_is_done(where, tmp_path, monkeypatch):
+    """Numbers and config of one adapter, whichever: here the new one's."""
+    model, other = two(), two()
+    folder = files(other, tmp_path)[1]
+    config, tensors = LoraConfig(**CONFIG, lora_alpha=5), load_file(folder / "adapter_model.safetensors")
+    write = swapping.copy_all
+
+    def pressed(writes):
+        if where.startswith("before"):
+            signal.raise_signal(signal.SIGINT)
+        write(writes)
+        if where.startswith("behind"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(swapping, "copy_all", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        model.base_model.hotswap((config, tensors), "a")
+    monkeypatch.undo()
+    assert model.base_model.state.recipe["a"].config.lora_alpha == 5
+    fresh = two()
+    fresh.base_model.hotswap((config, tensors), "a")
+    assert torch.equal(call(model), call(fresh)) and model.base_model.hosts.sharing.call() is None
+
+
+def test_a_write_that_fails_on_the_way_is_taken_back(tmp_path, monkeypatch):
+    model = two()
+    expected = call(model)
+    tensors = load_file(files(two(), tmp_path)[1] / "adapter_model.safetensors")
+
+    def fails(tensors, values):
+        for n, (tensor, value) in enumerate(zip(tensors, values, strict=True)):
+            if n == 3:
+                monkeypatch.undo()
+                raise RuntimeError("the device has gone")
+            tensor.copy_(value)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", fails)
+    with pytest.raises(RuntimeError, match="gone"):
+        model.base_model.hotswap((LoraConfig(**CONFIG, lora_alpha=5), tensors), "a")
+    assert torch.equal(call(model), expected) and model.base_model.state.recipe["a"].config.lora_alpha == 8
