@@ -19,7 +19,7 @@ REFUSED = {
     # targets
     "typo": (NONE, get(target_modules=["qq"]), "'qq' matches nothing; nearest: q"),
     "regex that matches nothing": (NONE, get(target_modules=".*qq"), "'.*qq' matches nothing"),
-    "empty list": (NONE, get(target_modules=[]), "nothing to adapt: target_modules=[]"),
+    "empty list": (NONE, get(target_modules=[]), "nothing to adapt: target_modules=set()"),
     "no default": (NONE, get(target_modules=None), "name target_modules or target_parameters"),
     "misspelt shorthand": (NONE, get(target_modules="all_linear"), "'all_linear' matches nothing"),
     "all excluded": (NONE, get(exclude_modules=["q", "v"]), "is excluded, by exclude_modules or modules_to_save: layers.0.q"),
@@ -73,7 +73,7 @@ REFUSED = {
     "peft_type": (NONE, lambda lib, m, t: lib.get_peft_config({"peft_type": "NOPE"}), "this version has: ADALORA"),
     "no peft_type": (NONE, lambda lib, m, t: lib.get_peft_config({"r": 4}), "names its peft_type, e.g. 'LORA'"),
     # other methods' configs
-    "IA3: feedforward_modules": (NONE, of("IA3", feedforward_modules=["head"]), "['head'] are not in target_modules ['q', 'v']"),
+    "IA3: feedforward_modules": (NONE, of("IA3", feedforward_modules=["head"]), "['head'] are not in target_modules {'q', 'v'}"),
     "LoHa: r": (NONE, of("LoHa", r=0), "r: expected an integer from 1"),
     "LoHa: list of layers": (NONE, of("LoHa", layers_pattern="layers"), "name the layer indices too"),
     "LoKr: r": (NONE, of("LoKr", r=0), "r: expected an integer from 1"),
