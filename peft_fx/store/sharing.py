@@ -205,7 +205,7 @@ class Shared(Lazy):
     peft_fx: Store  # not by `store_of`: Dynamo would meet that in a call, and compile it
 
     def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return super().__call__(*args, **kwargs)
         sharing, forward = self.peft_fx.sharing, None
         try:

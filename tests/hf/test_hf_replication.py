@@ -215,7 +215,7 @@ def test_files_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
     made(peft_fx).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    save_file({key: tensors[key] for key in list(tensors)[1:]}, file)
+    save_file({key: tensor[:, :3].clone() for key, tensor in tensors.items()}, file)
     model = tiny.build("llama").eval()
     before = structure(model)
     with pytest.raises(peft_fx.AdapterFileError):

@@ -100,10 +100,6 @@ def by_loading_and_deleting(model, folder):
     return [to_and_fro]
 
 
-def by_capturing(model, folder):
-    return [lambda: model.to_graph((X,))]
-
-
 def in_slots(make):
     def made(model, folder):
         model.reserve(slots=3)
@@ -119,7 +115,6 @@ CHANGES = {
     "hotswap": by_swapping,
     "hotswap while merged": by_swapping_merged,
     "load and delete another": by_loading_and_deleting,
-    "capture": by_capturing,
     "set in slots": in_slots(by_setting),
     "merge in slots": in_slots(by_merging),
     "load and delete in slots": in_slots(by_loading_and_deleting),

@@ -85,7 +85,7 @@ class Host:
             setattr(self.module, self.name, self.replaced)
 
     def __call__(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             self.foresee()
             return self.run(self.hosts.now, args, kwargs)
         call = self.hosts.sharing.call()

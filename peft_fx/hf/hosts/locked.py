@@ -23,7 +23,7 @@ class Locked:
 
     def __call__(self, *args, **kwargs):
         hosts, function, call = self.hosts, self.module._call_impl, None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)
         if self.around:
             hosts.begins(self.module)

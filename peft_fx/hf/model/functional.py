@@ -73,13 +73,14 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     keyed = of_model(keyed, state_of(gm).table)
     found = {key: peft_model_state_dict[k] for key, k in keyed.items()}
     given = {key: t for key, t in found.items() if key in wanted}
+    named: set[str] = set()
     if ignore_mismatched_sizes:
         shapes = {k: (tuple(t.shape), tuple(p.tensors[name].shape))
                   for k, t in given.items() for p, name in [wanted[k]] if p.tensors[name].pieces is None}  # fmt: skip
         if others := {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}:
             lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in others.items()]
             warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning)
-            given = {k: t for k, t in given.items() if k not in others}
+            given, named = {k: t for k, t in given.items() if k not in others}, set(others)
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
     others = {k: t for k, t in found.items() if k not in wanted}
     with (
@@ -90,7 +91,12 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
         tuner.hotswap((config, {k: kept[k] for k in missing} | given), adapter_name)
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
     result = _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
-    return warned(result, adapter_name, "the state dict")
+    warned(
+        _IncompatibleKeys([k for k in missing if k not in named], result.unexpected_keys),
+        adapter_name,
+        "the state dict",
+    )
+    return result
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
