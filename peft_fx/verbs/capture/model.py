@@ -203,7 +203,7 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
     device = next(tree.parameters(), torch.empty(0)).device
     state = State(table, BaseGraph(fx.Graph()), dict(program.range_constraints))
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
-    modules = {ROOT: Store(mode, ByDevice(device)), **dict(tree.named_children())}
+    modules = {ROOT: Store(mode, ByDevice(device)), **{n: m for n, m in tree._modules.items() if m is not None}}
     gm = build(modules, dict(tree._parameters), buffers, fx.Graph(), state)
     for node in exported.graph.nodes:
         if node.op != "get_attr":
