@@ -73,7 +73,7 @@ def test_classifying_sentences(folder, tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = example("classify")(
-        str(folder / "roberta"), str(tmp_path / "sentences.csv"), str(tmp_path / "out"), 8, 2e-2
+        str(folder / "roberta"), str(tmp_path / "sentences.csv"), str(tmp_path / "out"), 12, 5e-3
     )
     assert found["losses"][-1] < found["losses"][0]
     assert found["right"] > 0.9
