@@ -31,12 +31,9 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
     state = state_of(gm)
     mergeable(state, places)
     source = restored(gm, state) if state.merged else gm
-    results: dict[str, torch.Tensor] = {}
-    report = []
-    for group in shown(by_target(state.placed((*state.merged, *places))).values()):
-        found, line = folded(source, group, check_finite)
-        results |= found
-        report.append(line)
+    results, report = all_folded(
+        source, shown(by_target(state.placed((*state.merged, *places))).values()), check_finite
+    )
     with store_of(gm).sharing.writing(results.values()), torch.no_grad():
         write(gm, state, results)
         gm.meta[ROOT] = merged(state, places, report)
@@ -45,12 +42,23 @@ def merge_in_place(gm: fx.GraphModule, places: tuple[str, ...], check_finite: bo
 
 def fold_again(gm: fx.GraphModule, chosen: Iterable[Placement], check_finite: bool) -> None:
     """Merged placements, all that are on their targets, with the numbers that the adapters have now."""
-    state, results = state_of(gm), dict[str, torch.Tensor]()
-    source = restored(gm, state)
-    for group in by_target(chosen).values():
-        results |= folded(source, group, check_finite)[0]
+    state = state_of(gm)
+    results, _ = all_folded(restored(gm, state), by_target(chosen).values(), check_finite)
     with store_of(gm).sharing.writing(results.values()), torch.no_grad():
         write(gm, state, results)
+
+
+def all_folded(
+    source: fx.GraphModule, groups: Iterable[list[Placement]], check_finite: bool
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """What merging the placements of each target gives: tensor name -> result, and the lines of the report."""
+    results: dict[str, torch.Tensor] = {}
+    report = []
+    for group in groups:
+        found, line = folded(source, group, check_finite)
+        results |= found
+        report.append(line)
+    return results, report
 
 
 def unmerge_in_place(gm: fx.GraphModule, then: Callable[[], None]) -> None:

@@ -17,17 +17,6 @@ def put(gm: fx.GraphModule, p: Placement, name: str, tensor: torch.Tensor) -> No
     set_tensor(gm, f"{ADAPTERS}.{p.state_name(name)}", tensor, persistent=not p.tensors[name].derived)
 
 
-def copy_all(writes: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Tensor <- value for all of them, or for none."""
-    tensors, values = map(list, zip(*writes, strict=True)) if (writes := list(writes)) else ([], [])
-    before = [tensor.detach().clone() for tensor in tensors]
-    try:
-        torch._foreach_copy_(tensors, values)
-    except BaseException:
-        torch._foreach_copy_(tensors, before)
-        raise
-
-
 def describe(gm: fx.GraphModule, placements: Iterable[Placement]) -> None:
     """Notes how derived tensors are made, from now on."""
     for p in placements:

@@ -21,12 +21,11 @@ from ..methods.base import block_diagonal
 from ..passes.inject.inject import lower
 from ..store.modules import shell
 from ..store.state import Resident, State, base_of, state_of
-from ..store.tensors import REPLACED, ROOT, get_tensor, set_tensor, store_of, tensor_of
+from ..store.tensors import REPLACED, ROOT, copy_all, get_tensor, set_tensor, store_of, tensor_of
 from ..target import ModuleTable, Target, sizes
 from .adding import allocate
 from .inplace import MODEL, write
 from .merging import by_target, folded
-from .placed import copy_all
 from .replaced import equal, restored, shelve, shelved, stays_tied
 from .transitions import mergeable, only_one_with_biases, resident_of, swapped, unmerged
 
@@ -55,21 +54,21 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
     """
     old = {p.target.name for p in state.recipe[adapter].placements}
     fold = computed(gm, state, adapter, config, values)
-    sharing = store_of(gm).sharing
+    sharing, in_model = store_of(gm).sharing, MODEL in gm.meta
     graphs = [g for g in {gm, *sharing.all()} if state_of(g).merge_report is state.merge_report]
     written = [t for t, _ in fold.writes.values()] + [t for _, t in fold.first.values()]
     with sharing.writing(written), torch.no_grad():
-        if MODEL in gm.meta:
+        if in_model:
             write(gm, state, {name: value for name, (_, value) in (fold.writes | fold.first).items()})
         else:
             copy_all(fold.writes.values())
-        for graph in graphs:
-            if MODEL not in gm.meta:
+            for graph in graphs:
                 for name, (kept, value) in fold.first.items():
                     set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
                     set_tensor(graph, name, value)
+        for graph in graphs:
             store_of(graph).adapters._modules[adapter] = shell(fold.adapter)
-            if MODEL not in gm.meta:
+            if not in_model:
                 shelve(graph, (adapter,))
             graph.meta[ROOT] = swapped(state_of(graph), adapter, fold.resident).update(merge_report=fold.report)
     new = {p.target.name for p in state_of(gm).recipe[adapter].placements}

@@ -13,8 +13,9 @@ from ..files.read import read_adapter
 from ..planning.kinds import Refusal
 from ..planning.plan import Plan
 from ..store.state import State
+from ..store.tensors import copy_all
 from .fitting import by_place, neutral, planned, planned_writes, refuse_faults, with_targets_of
-from .placed import copy_all, describe
+from .placed import describe
 from .refold import refold
 from .residual import on_whole_base
 from .swaps import Swap

@@ -22,6 +22,7 @@ from torch import fx
 from ..errors import GraphError
 from .lazy import Lazy
 from .summary import OURS, summary, summary_html
+from .tensors import copy_all
 
 if TYPE_CHECKING:
     from .modules import Store
@@ -53,9 +54,8 @@ class Sharing:
 
         for function in (Shared.__call__, Sharing.begin, Sharing.end, Lazy._generate, Lazy.recompile):
             skip_code(function.__code__)  # Dynamo, which meets them on its way to `forward`, lets them run as they are
-        self.lock = (
-            threading.RLock()
-        )  # entered in C, where no interrupt comes between; a Condition's own way is Python's
+        # entered in C, where no interrupt comes between; a Condition's own way is Python's
+        self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.running: dict[int, weakref.ref[Forward]] = {}
         self.waiting: dict[int, weakref.ref[Forward]] = {}  # calls that begin after the write, before the next one
@@ -166,7 +166,7 @@ class Sharing:
         """Other numbers into these tensors when no forward is going on, but for the thread's own, which asks for them."""
         if values:
             with self.between(), self.swapping(), self.writing(values):
-                torch._foreach_copy_(list(values), list(values.values()))
+                copy_all(values.items())
 
     def add(self, *graphs: fx.GraphModule) -> None:
         with self.lock:

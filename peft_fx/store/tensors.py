@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -65,6 +66,17 @@ def tensor_of(root: nn.Module, name: str) -> torch.Tensor:
     if tensor is None:
         raise GraphError(f"the graph module has no {name!r}")
     return tensor
+
+
+def copy_all(writes: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Tensor <- value for all of them, or for none."""
+    tensors, values = map(list, zip(*writes, strict=True)) if (writes := list(writes)) else ([], [])
+    before = [tensor.detach().clone() for tensor in tensors]
+    try:
+        torch._foreach_copy_(tensors, values)
+    except BaseException:
+        torch._foreach_copy_(tensors, before)
+        raise
 
 
 def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
