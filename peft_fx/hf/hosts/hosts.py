@@ -244,12 +244,8 @@ class Hosts:
 
     def called(self, function: Callable, args: tuple, kwargs: dict):
         """A call whose modules see one snapshot, with no write between them."""
-        call = None
-        try:
-            call = self.sharing.begin()
+        with self.sharing.forward():
             return function(*args, **kwargs)
-        finally:
-            self.sharing.end(call)
 
     @torch.compiler.disable
     def begins(self, module: nn.Module) -> None:
@@ -257,7 +253,7 @@ class Hosts:
         self.calls += module is self.model
         if self.calls == 2 and module is self.model:
             self.check_used()
-        if not self.bindings.hold() and self.sharing.call() is None:
+        if self.sharing.call() is None and not self.bindings.hold():
             self.rebind()
 
     def check_used(self) -> None:

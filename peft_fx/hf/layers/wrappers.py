@@ -29,6 +29,10 @@ class AuxiliaryTrainingWrapper(Acting):
         """The module without adapters."""
         return plain(self)
 
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        return ()
+
 
 @viewed
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
@@ -45,10 +49,6 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         return ("modules_to_save",)
-
-    @property
-    def other_param_names(self) -> tuple[str, ...]:
-        return ()
 
 
 @viewed
@@ -67,10 +67,6 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         return ("trainable_tokens_delta",)
-
-    @property
-    def other_param_names(self) -> tuple[str, ...]:
-        return ()
 
 
 def owned(layer, adapter: str) -> dict[str, tuple]:

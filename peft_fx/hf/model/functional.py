@@ -19,11 +19,12 @@ from ...notices import warn
 from ...planning.plan import PREFIX
 from ...store.state import state_of
 from ...store.unwrap import unwrapped
-from ...verbs.tensors import INJECTED, parameters_of
+from ...verbs.tensors import parameters_of
 from ..compat.constants import UPCAST_DTYPES, PeftWarning
 from ..compat.sharding import gathered
 from ..files.contents import adapter_contents
 from ..files.embeddings import loaded_embeddings, own_parameters
+from .injection import injected
 from .numbers import warned
 from .status import TunerLayerStatus, TunerModelStatus, layer_status, model_status
 from .tuner import DEFAULT, tuner_of
@@ -48,12 +49,8 @@ def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: s
         tensors = adapter_contents(tuner, adapter_name, save_embedding_layers, state_dict)[1]
         if sharded:
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}
-    model = unwrapped(model)
-    return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if is_injected(model) else tensors
-
-
-def is_injected(model: nn.Module) -> bool:
-    return INJECTED in model.__dict__
+    bare = injected(unwrapped(model)) is not None
+    return {k.removeprefix(PREFIX): t for k, t in tensors.items()} if bare else tensors
 
 
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = DEFAULT,
@@ -63,7 +60,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     Returns missing_keys and unexpected_keys, as the file's keys, of this adapter alone. Raises AdapterFileError for a tensor
     of another shape, which ignore_mismatched_sizes leaves out with a warning.
     """
-    tuner, bare = tuner_of(model), is_injected(unwrapped(model))
+    tuner, bare = tuner_of(model), injected(unwrapped(model)) is not None
     tuner.known((adapter_name,))
     gm = tuner.backend.adapters
     config = state_of(gm).recipe[adapter_name].config
@@ -73,14 +70,15 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     keyed = of_model(keyed, state_of(gm).table)
     found = {key: peft_model_state_dict[k] for key, k in keyed.items()}
     given = {key: t for key, t in found.items() if key in wanted}
-    named: set[str] = set()
+    misfit: dict[str, tuple] = {}
     if ignore_mismatched_sizes:
         shapes = {k: (tuple(t.shape), tuple(p.tensors[name].shape))
                   for k, t in given.items() for p, name in [wanted[k]] if p.tensors[name].pieces is None}  # fmt: skip
-        if others := {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}:
-            lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in others.items()]
+        misfit = {k: pair for k, pair in shapes.items() if pair[0] != pair[1]}
+        if misfit:
+            lines = [f"{k}: found {found}, expected {expected}" for k, (found, expected) in misfit.items()]
             warn("\n  ".join(["Left out, since their shapes differ:", *lines]), PeftWarning)
-            given, named = {k: t for k, t in given.items() if k not in others}, set(others)
+            given = {k: t for k, t in given.items() if k not in misfit}
     missing = [k for k, (p, name) in wanted.items() if k not in given and name not in p.shared]
     others = {k: t for k, t in found.items() if k not in wanted}
     with (
@@ -92,7 +90,7 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, ada
     unexpected = [keyed[k] for k in rest.keys() - needless(rest, plan)]
     result = _IncompatibleKeys([k.removeprefix(PREFIX) if bare else k for k in missing], sorted(unexpected))
     warned(
-        _IncompatibleKeys([k for k in missing if k not in named], result.unexpected_keys),
+        _IncompatibleKeys([k for k in missing if k not in misfit], result.unexpected_keys),
         adapter_name,
         "the state dict",
     )
@@ -139,12 +137,12 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """A record per adapted module. Raises TypeError for a model without adapters."""
-    found, bare = layer_status(tuner_of(model)), is_injected(unwrapped(model))
+    found, bare = layer_status(tuner_of(model)), injected(unwrapped(model)) is not None
     return [replace(r, name=r.name.removeprefix("model.")) for r in found] if bare else found
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     tuner, model = tuner_of(model), unwrapped(model)
-    if not is_injected(model):
+    if injected(model) is None:
         return model_status(tuner, type(tuner.model).__name__, tuner._get_name())
     return model_status(tuner, type(model).__name__ if isinstance(model, PreTrainedModel) else "other", "None")

@@ -47,11 +47,10 @@ def fill_slot(tuner: Tuner, name: str, config: AdapterConfig, source: tuple | No
 
 
 def free_slot(tuner: Tuner, name: str) -> None:
-    """An adapter's slot for others: its gate is shut before its numbers go."""
+    """An adapter's slot for others."""
     gm = tuner.backend.adapters
     tuner.backend.become(tuner.state.update(active=tuple(n for n in tuner.state.active if n != name)))
-    write_gates(tuner)
-    release(gm, name)
+    release(gm, name)  # shuts its gate in the same write
     free = next(f"slot{i}" for i in count() if f"slot{i}" not in tuner.state.recipe)
     tuner.backend.become(moved(tuner.state, name, free))
     rename_slot(gm, name, free)

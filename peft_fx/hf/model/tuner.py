@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from textwrap import indent
 
 import torch
 from rich.progress import track
@@ -28,18 +27,18 @@ from ...notices import warn
 from ...recipe import as_config
 from ...store.state import State, state_of
 from ...store.tensors import ADAPTERS, get_tensor
-from ...store.unwrap import unwrapped
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
-from ...verbs.tensors import INJECTED, no_adapters
+from ...verbs.tensors import INJECTED, holder_of
 from ..hosts.dropout import dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
 from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
+from .printed import printed
 from .slots import fill_slot, free_slot, in_slots, write_gates
 
 DEFAULT = "default"
@@ -100,15 +99,18 @@ class Tuner(nn.Module):
         """Calls that begin from now on see this state."""
         with self.hosts.sharing.publishing():
             self.backend.become(state)
-            self.hosts.publish(state)
+            self.settle()
         self.present()
 
-    def present(self) -> None:
-        """After another state was published: hosts, gates, and what else looks at it."""
+    def settle(self) -> None:
+        """What calls take of the state that the engine has now: their snapshot, and gates."""
         state = self.state
         self.hosts.publish(state)
         if state.gated:
             write_gates(self)
+
+    def present(self) -> None:
+        """What others look at, after the state has changed."""
         dress(self)
         self.penalised = any(work.penalty for work in work_of(self.backend.adapters).values())
 
@@ -118,6 +120,7 @@ class Tuner(nn.Module):
         self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
         self.model._modules[CHILD] = self.adapters
         self.hosts.refresh(self.state, tuple(changed))
+        self.settle()
         self.present()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
@@ -186,17 +189,7 @@ class Tuner(nn.Module):
 
     def __repr__(self) -> str:
         """The model, and a line per adapter."""
-        lines = [f"(model): {self.model}", *(f"({name}): {self.described(name)}" for name in self.names)]
-        return f"{self._get_name()}(\n{indent(chr(10).join(lines), '  ')}\n)"
-
-    def described(self, name: str) -> str:
-        state = self.state
-        found = [p.target.name for p in state.recipe[name].placements]
-        does = "merged" if name in state.merged else "acts" if name in state.acting else "does not act"
-        tensors = list(self.adapters._modules.get(name, nn.Module()).parameters())
-        count, trained = sum(p.numel() for p in tensors), sum(p.numel() for p in tensors if p.requires_grad)
-        targets = f"{len(found)} targets ({' ... '.join(dict.fromkeys((*found[:1], *found[-1:])))})"
-        return f"{self.peft_config[name].peft_type}, {does}, on {targets}, {count:,} parameters, {trained:,} trainable"
+        return printed(self)
 
     # Which adapters there are and act
 
@@ -208,7 +201,8 @@ class Tuner(nn.Module):
     @property
     def names(self) -> list[str]:
         """Those of the adapters, without those that somebody took out of `peft_config`."""
-        return [name for name in self.backend.state.recipe if name in self.peft_config]
+        there = self.peft_config
+        return [name for name in self.state.recipe if name in there]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -438,7 +432,8 @@ class Tuner(nn.Module):
                 warn(f"Already merged: {', '.join(state.merged)}; {now}.")
             if names:
                 shown = partial(track, description="Merging", disable=not progressbar)
-                merge_in_place(self.backend.adapters, names, safe_merge, shown, self.present)
+                merge_in_place(self.backend.adapters, names, safe_merge, shown, self.settle)
+                self.present()
 
     def hotswap(self, source, name: str) -> SwapReport:
         """`peft_fx.hotswap`; what is merged is merged anew, in one step."""
@@ -457,7 +452,8 @@ class Tuner(nn.Module):
             if not self.state.merged:
                 warn("Already unmerged: nothing to do.")
                 return
-            unmerge_in_place(self.backend.adapters, self.present)
+            unmerge_in_place(self.backend.adapters, self.settle)
+            self.present()
 
     def unload(self) -> nn.Module:
         """The model, called as before it had adapters. What layer_replication changed in it is undone: layers and config."""
@@ -500,9 +496,4 @@ def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
 
 def tuner_of(model: nn.Module) -> Tuner:
     """The adapters of a PeftModel, or of a model that they were injected into. Raises NoAdaptersError for any other."""
-    model = unwrapped(model)
-    inside = model._modules.get("base_model")
-    tuner = inside if isinstance(inside, Tuner) else model.__dict__.get(INJECTED, model)
-    if not isinstance(tuner, Tuner):
-        raise no_adapters(model)
-    return tuner
+    return holder_of(model)
