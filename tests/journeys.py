@@ -117,30 +117,23 @@ def reward(folder):
     return trained(trainer, "loss")
 
 
-def grpo(folder):
-    from peft import LoraConfig
-    from trl import GRPOConfig, GRPOTrainer
+def rewarded(name):
+    """A trainer of completions that it draws itself."""
 
-    model, tokenizer = language_model()
-    trainer = GRPOTrainer(
-        model, reward_funcs=lambda completions, **_: [float(len(c.split())) for c in completions], train_dataset=rows(),
-        args=GRPOConfig(str(folder), num_generations=2, max_completion_length=6, **RUN), processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
-    )  # fmt: skip
-    return trained(trainer, "loss", "reward")
+    def run(folder):
+        import trl
+        from peft import LoraConfig
 
+        model, tokenizer = language_model()
+        config = getattr(trl, f"{name}Config")(str(folder), num_generations=2, max_completion_length=6, **RUN)
+        trainer = getattr(trl, f"{name}Trainer")(
+            model, reward_funcs=lambda completions, **_: [float(len(c.split())) for c in completions], train_dataset=rows(),
+            args=config, processing_class=tokenizer, peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+        )  # fmt: skip
+        return trained(trainer, "loss", "reward")
 
-def rloo(folder):
-    from peft import LoraConfig
-    from trl import RLOOConfig, RLOOTrainer
-
-    model, tokenizer = language_model()
-    trainer = RLOOTrainer(
-        model, reward_funcs=lambda completions, **_: [float(len(c.split())) for c in completions], train_dataset=rows(),
-        args=RLOOConfig(str(folder), num_generations=2, max_completion_length=6, **RUN), processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
-    )  # fmt: skip
-    return trained(trainer, "loss", "reward")
+    run.__name__ = name.lower()
+    return run
 
 
 def numbers(tensor):
@@ -406,7 +399,7 @@ def of_sentence_transformers(folder):
 
 # what runs in one process -> its journeys
 TOGETHER = {
-    "trl": (sft, sft_head, dpo, kto, reward, grpo, rloo),
+    "trl": (sft, sft_head, dpo, kto, reward, rewarded("GRPO"), rewarded("RLOO")),
     "transformers": (of_transformers, swaps_of_transformers),
     "diffusers": (of_diffusers, swaps_of_diffusers, training_of_diffusers),
     "sentence_transformers": (of_sentence_transformers,),
