@@ -1,0 +1,39 @@
+"""Which scheme keeps a parameter, asked of a module."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from .packed import SUFFIX, Packed
+from .schemes import SCHEMES, scheme
+
+
+def recognise(module: nn.Module, parameter: str = "weight") -> Packed | None:
+    """What keeps a parameter packed: a child of ours, or what a package's layer holds, over its own tensors; None if it is dense.
+
+    Raises StorageError for a layer whose package has repacked it.
+    """
+    if (own := module._modules.get(parameter + SUFFIX)) is not None:
+        return own if isinstance(own, Packed) else None
+    if plain(module, parameter):
+        return None
+    return next((p for n in SCHEMES if (p := scheme(n).recognise(module, parameter)) is not None), None)
+
+
+def plain(module: nn.Module, parameter: str) -> bool:
+    """Whether a module is torch's own around a tensor of torch's own, which most are."""
+    held = module._parameters.get(parameter)
+    ours = type(module).__module__.startswith("torch.nn.")
+    return (
+        ours and (held is None or type(held) is nn.Parameter) and not torch.nn.utils.parametrize.is_parametrized(module)
+    )
+
+
+def made_by(thing: object, package: str, *classes: str) -> bool:
+    """Whether an object is of one of a package's classes, subclasses included; the package is not imported."""
+    if package not in sys.modules:
+        return False
+    return any(c.__name__ in classes and c.__module__.split(".")[0] == package for c in type(thing).__mro__)
