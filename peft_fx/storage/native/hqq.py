@@ -1,0 +1,104 @@
+"""`HQQLinear`: checkpoints of HQQ in safetensors, where each layer has its options beside its numbers, texts as bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import StorageError
+from ..hqq import hqq_format, in_a_word
+from .base import NativeLinear
+
+PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1.58: "2bit_u8", 1: "1bit_u8"}
+DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+FLAGS = {"view_as_float": False, "quant_scale": False, "quant_zero": False, "offload_meta": False, "encoded_state_dict": True,
+         "stores_quant_config": True, "channel_wise": True, "optimize": True, "round_zero": False}  # fmt: skip
+TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
+
+
+class HQQLinear(NativeLinear):
+    """bits: 8, 6, 5, 4, 3, 2, 1.58 or 1. group: numbers that share a scale, None for a whole row. axis: 1 groups along the inputs."""
+
+    scheme = method = "hqq"
+    mark = "W_q"
+    moved_by_package = True
+    packages = ("hqq",)
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, bits: float = 4, group: int | None = 64, axis: int = 1):
+        self.bits, self.kept_as, self.computes_in = bits, PACKINGS[bits], torch.float16
+        group = group or (in_features if axis == 1 else out_features)
+        count, width = in_features * out_features // group, int(self.kept_as[0])
+        rows, columns = (count, group) if axis == 1 else (group, count)
+        sides = (rows, 1) if axis == 1 else (1, columns)
+        super().__init__(in_features, out_features, bias, {
+            "W_q": ((-(-rows // in_a_word(width)), columns), torch.int32 if width == 3 else torch.uint8),
+            "scale": (sides, self.computes_in),
+            "zero": (sides, self.computes_in),
+        })  # fmt: skip
+        words = str(self.W_q.dtype)
+        texts = {"packing": self.kept_as, "unpack_view_dtype": words, "compute_dtype": str(self.computes_in)}
+        integers = {"group_size": group, "axis": axis, "nbits": bits}
+        options = {name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
+        options |= {n: torch.tensor(v, dtype=torch.int32 if isinstance(v, int) else torch.float32) for n, v in integers.items()}
+        options |= {name: torch.tensor(int(value), dtype=torch.uint8) for name, value in FLAGS.items()}
+        options["shape"] = torch.tensor([out_features, in_features])
+        for name, value in options.items():
+            self.register_buffer(name, value)
+        self.settle()
+
+    @classmethod
+    def check(cls, config):
+        for options in by_layer(config["quant_config"]).values():
+            options = options or {}
+            if options.get("scale_quant_params") or options.get("zero_quant_params") or options.get("offload_meta"):
+                raise StorageError("an HQQ checkpoint whose scales are quantized or offloaded: hqq itself does not read one")
+            weight = options.get("weight_quant_params") or {}
+            if options and weight.get("nbits") not in PACKINGS:
+                raise StorageError(f"an HQQ checkpoint of nbits={weight.get('nbits')!r}: read are {[*PACKINGS]}")
+
+    @classmethod
+    def skipped(cls, config):
+        return []
+
+    @classmethod
+    def like(cls, path, in_features, out_features, bias, config):
+        tag = ".".join(part for part in path.split(".") if part not in ("model", "layers") and not part.isdecimal())
+        options = by_layer(config["quant_config"])
+        found = options.get("") or options.get(tag)
+        if not found or tag in (config.get("skip_modules") or ()):
+            return None
+        weight = found["weight_quant_params"]
+        return cls(in_features, out_features, bias, weight["nbits"], weight["group_size"], weight["axis"])
+
+    def loaded(self):
+        self.kept_as = text_of(self.packing)
+        if text_of(self.compute_dtype) not in DTYPES:
+            raise StorageError(f"an HQQ weight for {text_of(self.compute_dtype)!r}: read are those for {[*DTYPES]}")
+        self.computes_in, self.bits = DTYPES[text_of(self.compute_dtype)], self.nbits.item()
+        super().loaded()
+
+    def numbers(self):
+        words = self.W_q.view(torch.int32 if self.kept_as == PACKINGS[3] else torch.uint8)  # they may be seen as floats
+        return {"W_q": words, "scale": self.scale, "zero": self.zero}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in TEXTS:  # of any length
+            if (found := state_dict.get(prefix + name)) is not None:
+                self._buffers[name] = torch.empty_like(found, device=self._buffers[name].device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def facts(self):
+        return hqq_format((), self.computes_in, self.kept_as, self.bits).facts
+
+    def dtype(self):
+        return self.computes_in
+
+
+def text_of(letters: torch.Tensor) -> str:
+    return bytes(letters.tolist()).decode(errors="replace")
+
+
+def by_layer(options: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Options by the tags of layers; those for all have the tag ""."""
+    return {"": options} if "weight_quant_params" in options else options
