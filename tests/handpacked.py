@@ -1,6 +1,6 @@
 """Weights of few bits packed by hand, bit by bit in numpy, each with the dense weight in float64 that its format defines.
 
-    name(out, in, ..., seed) -> Hand(tensors by the checkpoint's names, facts of our format, W)
+name(out, in, ..., seed) -> Hand(tensors by the checkpoint's names, facts of our format, W)
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,9 @@ class Hand:
 def stream(codes, bits):
     """(rows, n) -> (rows, n * bits / 32) int32: the bits of all codes, lowest first, one after the other."""
     single = (codes[..., None] >> np.arange(bits)) & 1
-    return torch.from_numpy(np.packbits(single.reshape(len(codes), -1).astype(np.uint8), 1, "little").view(np.int32).copy())
+    return torch.from_numpy(
+        np.packbits(single.reshape(len(codes), -1).astype(np.uint8), 1, "little").view(np.int32).copy()
+    )
 
 
 def cut(codes, bits):
@@ -109,7 +111,9 @@ def aqlm(out, inp, *, bits=8, codebooks=2, tile=(1, 8), dtype=torch.float32, see
         for i in range(shape[1]):
             entry = sum(books[c, q[o, i, c]].double() for c in range(codebooks)) * s[o, 0, 0, 0].double()
             W[o * tile[0] : (o + 1) * tile[0], i * tile[1] : (i + 1) * tile[1]] = entry
-    codes = torch.from_numpy(np.where(q >= 2 ** (bits - 1), q - 2**bits, q)).to(torch.int8 if bits <= 8 else torch.int16)
+    codes = torch.from_numpy(np.where(q >= 2 ** (bits - 1), q - 2**bits, q)).to(
+        torch.int8 if bits <= 8 else torch.int16
+    )
     return Hand("aqlm", {"codes": codes, "codebooks": books, "scales": s}, {}, W, dtype)
 
 
@@ -137,7 +141,11 @@ def inc(out, inp, *, bits=4, group=32, type="int", optimum=True, zeros=True, ord
         z[:] = half
     W = (q - z[:, g]) * s.astype(np.float64)[:, g]
     words, sides = cut(q & (2**bits - 1), bits), torch.from_numpy(s)
-    tensors = {"qweight": words.t().contiguous() if optimum else words, "scales": sides.t().contiguous() if optimum else sides, **tail}
+    tensors = {
+        "qweight": words.t().contiguous() if optimum else words,
+        "scales": sides.t().contiguous() if optimum else sides,
+        **tail,
+    }
     if zeros:
         tensors["qzeros"] = cut((z.T - 1) & (2**bits - 1), bits) if optimum else cut(z, bits)
     return Hand("inc", tensors, facts, torch.from_numpy(W), torch.float16)

@@ -9,7 +9,6 @@ its sums of several bfloat16 books on CPUs, torch's embedding_bag, round the hal
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..errors import StorageError
@@ -33,7 +32,7 @@ class AQLM(Storage):
 
     def dequantize(self, tensors, f):
         codes, codebooks, scales = tensors
-        count, entries, *tile = codebooks.shape
+        count, entries = codebooks.shape[:2]
         rows = codes.int() & (entries - 1)
         books = codebooks.float()
         W = books[0][rows[..., 0]]

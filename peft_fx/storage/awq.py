@@ -19,8 +19,16 @@ from .gptq import refuse_repacked
 from .packed import Packed
 from .recognise import made_by
 
-READABLE = ("AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear")  # gptqmodel's kernels that keep the format, until they run
-OTHERS = ("WQLinear_GEMV", "WQLinear_GEMVFast", "WQLinear_Exllama", "WQLinear_ExllamaV2", "WQLinear_Marlin", "WQLinear_IPEX")
+# gptqmodel's kernels that keep the format, until they run; autoawq's that do not
+READABLE = ("AwqTorchLinear", "TorchAtenAwqLinear", "TorchFusedAwqLinear")
+OTHERS = (
+    "WQLinear_GEMV",
+    "WQLinear_GEMVFast",
+    "WQLinear_Exllama",
+    "WQLinear_ExllamaV2",
+    "WQLinear_Marlin",
+    "WQLinear_IPEX",
+)
 
 
 class AWQ(Storage):
@@ -33,7 +41,9 @@ class AWQ(Storage):
             refuse_repacked(module, READABLE)
             return held(module, module.bits)
         if made_by(module, "awq", *OTHERS):
-            raise StorageError(f"a {type(module).__name__} keeps its weight in its kernel's order: load the GEMM version")
+            raise StorageError(
+                f"a {type(module).__name__} keeps its weight in its kernel's order: load the GEMM version"
+            )
         return held(module, module.w_bit) if made_by(module, "awq", "WQLinear_GEMM") else None
 
     def dequantize(self, tensors, f):
@@ -47,7 +57,8 @@ class AWQ(Storage):
         f, own = like.format, like.tensors
         scale, zero = (t.t()[:, :, None] for t in (own["scales"], columns(own["qzeros"], f)))
         codes = nearest(W.unflatten(1, (scale.shape[1], -1)), scale, zero, 2 ** f["bits"] - 1)
-        return own | {"qweight": packed_columns(codes.flatten(1).t(), f["bits"])[:, : own["qweight"].shape[1]].contiguous()}
+        words = packed_columns(codes.flatten(1).t(), f["bits"])
+        return own | {"qweight": words[:, : own["qweight"].shape[1]].contiguous()}
 
     def place(self, module, parameter, new):
         return replaced(module._buffers, new.tensors)

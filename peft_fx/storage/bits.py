@@ -21,13 +21,13 @@ def together(bits: int) -> tuple[int, int]:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """(..., n) whole numbers of any type -> codes (..., n * bits of a word / bits), uint8 or int32; bits: 1 to 4, or 8."""
+    """(..., n) whole numbers of any type -> codes (..., n * bits of a word / bits or more), uint8 or int32; bits: 1 to 4, or 8."""
     if words.stride(-1) != 1:  # of a transpose with one column too, which calls itself contiguous
         words = words.clone(memory_format=torch.contiguous_format)
     codes, size = together(bits)
     parts = words.view(torch.uint8)
     if size > 1:
-        parts = parts.unflatten(-1, (-1, size)).int()
+        parts = F.pad(parts, (0, -parts.shape[-1] % size)).unflatten(-1, (-1, size)).int()
         parts = sum(parts[..., j] << 8 * j for j in range(size))
     return spread(parts, codes, bits).flatten(-2)
 

@@ -40,12 +40,11 @@ class EETQ(Storage):
         return {"weight": in_kernel_order(codes), "weight_scales": scale.to(like.tensors["weight_scales"].dtype)}
 
     def place(self, module, parameter, new):
-        numbers = new.tensors
-        name = "weight" if module._parameters.get("weight") is not None else "qweight"
+        name = "qweight" if made_by(module, "eetq", "W8A16Linear") else "weight"
+        numbers = {name: new.tensors["weight"], "weight_scales": new.tensors["weight_scales"]}
         if name in module._buffers:
-            return replaced(module._buffers, {name: numbers["weight"], "weight_scales": numbers["weight_scales"]})
-        fresh = {name: numbers["weight"], "weight_scales": numbers["weight_scales"]}
-        return replaced(module._parameters, {n: nn.Parameter(t, requires_grad=False) for n, t in fresh.items()})
+            return replaced(module._buffers, numbers)
+        return replaced(module._parameters, {n: nn.Parameter(t, requires_grad=False) for n, t in numbers.items()})
 
 
 def held(words: torch.Tensor, scales: torch.Tensor) -> Packed:

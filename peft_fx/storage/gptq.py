@@ -27,8 +27,9 @@ from .packed import Packed
 from .recognise import made_by
 
 NAMES = ("qweight", "qzeros", "scales", "g_idx")
-READABLE = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear")  # gptqmodel's kernels that keep the format, until they run
-OLD = {"qlinear_cuda_old": "wrap", "qlinear_cuda": "whole"}  # auto-gptq's files whose layers do
+# gptqmodel's kernels that keep the format, until they run; auto-gptq's files whose layers do
+READABLE = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear")
+OLD = {"qlinear_cuda_old": "wrap", "qlinear_cuda": "whole"}
 
 
 class GPTQ(Storage):

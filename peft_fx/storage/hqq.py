@@ -3,7 +3,7 @@
     W = ((q - zero) * scale).reshape(out, in)
 
 q (rows, columns) has a group in each row (axis 1) or column (axis 0); scale and zero (rows, 1) or (1, columns). In W_q the rows
-lie in strips on top of one another, the first in the highest bits: of a byte, or with 3 bits ten in an int32, where rows are added.
+lie in strips on top of one another, the first in the highest bits: of a byte, or with 3 bits of an int32, which has room for ten.
 """
 
 from __future__ import annotations

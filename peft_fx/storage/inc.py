@@ -90,7 +90,10 @@ class INC(Storage):
 
     def place(self, module, parameter, new):
         numbers = {name: t for name, t in new.tensors.items() if name not in ("g_idx", "code")}
-        undo, cached = replaced(module._buffers, numbers), module.__dict__.pop("weight", None)  # a forward keeps the dense one
+        undo, cached = (
+            replaced(module._buffers, numbers),
+            module.__dict__.pop("weight", None),
+        )  # a forward keeps the dense one
 
         def back() -> None:
             undo()

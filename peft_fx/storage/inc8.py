@@ -1,7 +1,7 @@
 """Intel Neural Compressor's 8-bit floats on CPUs: `PatchedLinear`, which rounds its inputs too.
 
-    W[n, k] = q[k, n] * scale                       q (in, out) float8, scale () or (1, out)
-    y = round(x / s) * s Wᵀ + bias                  in W's type, mostly bfloat16; s one number for all inputs
+W[n, k] = q[k, n] * scale                       q (in, out) float8, scale () or (1, out)
+y = round(x / s) * s Wᵀ + bias                  in W's type, mostly bfloat16; s one number for all inputs
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class INC8(Storage):
             )
         weight, inputs = module.dequant_weights, module.quant_input
         if not isinstance(inputs.scale, float):
-            raise StorageError("a PatchedLinear with several scales for its inputs: use one, scale_method='maxabs_arbitrary'")
+            raise StorageError(
+                "a PatchedLinear with several scales for its inputs: use one, scale_method='maxabs_arbitrary'"
+            )
         scale = torch.as_tensor(weight.scale, dtype=torch.float32, device=module.weight.device).detach()
         facts = {"input": inputs.scale, "type": str(inputs.lp_dtype).removeprefix("torch.")}
         f = Format(self.name, tuple(module.weight.shape[::-1]), weight.hp_dtype, facts)

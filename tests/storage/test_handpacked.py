@@ -3,11 +3,11 @@
 import pytest
 import torch
 from handpacked import CASES, FLOATS
+from peft_fx.kernels.packed import decompositions
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from peft_fx.errors import StorageError
-from peft_fx.kernels.packed import decompositions
 from peft_fx.storage.formats import Format
 from peft_fx.storage.packed import Packed
 from peft_fx.storage.schemes import SCHEMES, scheme
@@ -87,7 +87,9 @@ def test_rounding_in_its_grid_gives_back_what_lies_in_it(hand):
     assert [(n, t.shape, t.dtype) for n, t in made.items()] == [(n, t.shape, t.dtype) for n, t in p.tensors.items()]
     assert all(t.is_contiguous() for t in made.values())
     # the scales of a table's entries are the largest element over the largest entry, to the last bit or two
-    torch.testing.assert_close(p.again(made).dense(), p.dense(), rtol=3e-7 if hand.facts.get("type") in FLOATS else 0, atol=0)
+    torch.testing.assert_close(
+        p.again(made).dense(), p.dense(), rtol=3e-7 if hand.facts.get("type") in FLOATS else 0, atol=0
+    )
 
 
 @each

@@ -37,7 +37,9 @@ class AQLMLinear(NativeLinear):
     @classmethod
     def like(cls, path, in_features, out_features, bias, config):
         tile = config.get("out_group_size", 1), config.get("in_group_size", 8)
-        return cls(in_features, out_features, bias, config.get("nbits_per_codebook", 16), config.get("num_codebooks", 1), tile)
+        return cls(
+            in_features, out_features, bias, config.get("nbits_per_codebook", 16), config.get("num_codebooks", 1), tile
+        )
 
     def dtype(self):
         return self.codebooks.dtype

@@ -9,7 +9,6 @@ from .gptq import BITS, words
 from .grouped import GroupedLinear, groups
 
 
-
 class AWQLinear(GroupedLinear):
     """bits: 2, 3, 4 or 8."""
 
@@ -40,7 +39,9 @@ class AWQLinear(GroupedLinear):
     def kind(cls, stored):
         alone = [n for n in stored if n.endswith(".scales") and f"{n.removesuffix('scales')}qweight" not in stored]
         if alone:
-            raise StorageError(f"an AWQ checkpoint that scales activations too ({alone[0]}), which is not read: use gptqmodel")
+            raise StorageError(
+                f"an AWQ checkpoint that scales activations too ({alone[0]}), which is not read: use gptqmodel"
+            )
         return cls
 
     @classmethod

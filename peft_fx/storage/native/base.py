@@ -22,8 +22,8 @@ class NativeLinear(nn.Module):
     scheme: the storage's name. method: what `quant_method` in a checkpoint's config says. packages: what transformers' own loader
     for it imports. optional: buffers that not all checkpoints have; `usual` makes them, and no state dict has them then.
     mark: the tensor that each layer of a checkpoint has. output_stays: the output layer is dense, beside what `skipped` says.
-    moved_by_package: transformers imports the package to move a model that says its `quant_method`. sizes: name -> (shape, type) of
-    the buffers.
+    moved_by_package: transformers imports the package to move a model that says its `quant_method`.
+    sizes: name -> (shape, type) of the buffers.
     """
 
     scheme = method = ""
@@ -55,7 +55,10 @@ class NativeLinear(nn.Module):
 
     @classmethod
     def kind(cls, stored: set[str]) -> type[NativeLinear]:
-        """The class for a checkpoint with tensors of these names, where one config stands for several; StorageError if none reads it."""
+        """The class for a checkpoint with tensors of these names, where one config stands for several.
+
+        Raises StorageError if none reads it.
+        """
         return cls
 
     @classmethod
@@ -64,7 +67,9 @@ class NativeLinear(nn.Module):
         return config.get("modules_to_not_convert")
 
     @classmethod
-    def like(cls, path: str, in_features: int, out_features: int, bias: bool, config: dict[str, Any]) -> NativeLinear | None:
+    def like(
+        cls, path: str, in_features: int, out_features: int, bias: bool, config: dict[str, Any]
+    ) -> NativeLinear | None:
         """The layer in the place of the linear layer at `path`; None where the config leaves it dense."""
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""`GPTQLinear`: checkpoints of GPTQ, as gptqmodel, auto-gptq and optimum write them; those of Intel Neural Compressor say the same."""
+"""`GPTQLinear`: checkpoints of GPTQ, as gptqmodel, auto-gptq and optimum write them; other programs' say that they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class GPTQLinear(GroupedLinear):
     scheme = method = "gptq"
     packages = ("gptqmodel", "optimum")
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int = 4, group: int = 128, version: int = 1):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, bits: int = 4, group: int = 128, version: int = 1
+    ):
         self.version, count = version, groups(in_features, group)
         super().__init__(in_features, out_features, bias, bits, group, {
             "qweight": ((words(in_features, bits), out_features), torch.int32),
@@ -32,7 +34,7 @@ class GPTQLinear(GroupedLinear):
 
     @classmethod
     def check(cls, config):
-        version = config.get("checkpoint_format") or config.get("format") or "gptq"
+        version = version_of(config)
         if config.get("bits") not in BITS or version not in VERSIONS:
             raise StorageError(
                 f"a GPTQ checkpoint of bits={config.get('bits')!r}, format {version!r}: read are {BITS} in {[*VERSIONS]}"
@@ -55,11 +57,15 @@ class GPTQLinear(GroupedLinear):
     def like(cls, path, in_features, out_features, bias, config):
         if not chosen(path, config):
             return None
-        version = VERSIONS[config.get("checkpoint_format") or config.get("format") or "gptq"]
+        version = VERSIONS[version_of(config)]
         return cls(in_features, out_features, bias, config["bits"], config.get("group_size", 128), version)
 
     def facts(self):
         return {"bits": self.bits, "plus": plus_one(self.bits) if self.version == 1 else "none"}
+
+
+def version_of(config: dict[str, Any]) -> str:
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
 
 
 def words(codes: int, bits: int) -> int:
@@ -68,10 +74,10 @@ def words(codes: int, bits: int) -> int:
 
 
 def chosen(path: str, config: dict[str, Any]) -> bool:
-    """Whether a GPTQ config means a linear layer: those in the model's blocks, and of these those that it names, if it names any."""
+    """Whether a GPTQ config means a linear layer: one in the model's blocks, and of these one that it names, if it names any."""
     if config.get("lm_head") and path.endswith("lm_head"):
         return True
     block = config.get("block_name_to_quantize")
     within = path.startswith(block) if block else any(part.isdecimal() for part in path.split("."))
-    named = [name for names in config.get("modules_in_block_to_quantize") or () for name in ([names] if isinstance(names, str) else names)]
-    return within and (not named or any(path.endswith(name) for name in named))
+    lists = config.get("modules_in_block_to_quantize") or ()
+    return within and (not lists or any(path.endswith(name) for names in lists for name in names))

@@ -10,22 +10,26 @@ from ...errors import StorageError
 from ..hqq import hqq_format, in_a_word
 from .base import NativeLinear
 
-PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1.58: "2bit_u8", 1: "1bit_u8"}
+PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1.58: "2bit_u8",
+            1: "1bit_u8"}  # fmt: skip
 DTYPES = {str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 FLAGS = {"view_as_float": False, "quant_scale": False, "quant_zero": False, "offload_meta": False, "encoded_state_dict": True,
          "stores_quant_config": True, "channel_wise": True, "optimize": True, "round_zero": False}  # fmt: skip
+KINDS = {int: torch.int32, float: torch.float32}
 TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 
 
 class HQQLinear(NativeLinear):
-    """bits: 8, 6, 5, 4, 3, 2, 1.58 or 1. group: numbers that share a scale, None for a whole row. axis: 1 groups along the inputs."""
+    """bits: of `PACKINGS`. group: numbers that share a scale, None for a whole row. axis: 1 for groups along the inputs, or 0."""
 
     scheme = method = "hqq"
     mark = "W_q"
     moved_by_package = True
     packages = ("hqq",)
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: float = 4, group: int | None = 64, axis: int = 1):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, bits: float = 4, group: int | None = 64, axis: int = 1
+    ):
         self.bits, self.kept_as, self.computes_in = bits, PACKINGS[bits], torch.float16
         group = group or (in_features if axis == 1 else out_features)
         count, width = in_features * out_features // group, int(self.kept_as[0])
@@ -38,9 +42,9 @@ class HQQLinear(NativeLinear):
         })  # fmt: skip
         words = str(self.W_q.dtype)
         texts = {"packing": self.kept_as, "unpack_view_dtype": words, "compute_dtype": str(self.computes_in)}
-        integers = {"group_size": group, "axis": axis, "nbits": bits}
+        sizes = {"group_size": group, "axis": axis, "nbits": bits}
         options = {name: torch.tensor(list(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
-        options |= {n: torch.tensor(v, dtype=torch.int32 if isinstance(v, int) else torch.float32) for n, v in integers.items()}
+        options |= {name: torch.tensor(value, dtype=KINDS[type(value)]) for name, value in sizes.items()}
         options |= {name: torch.tensor(int(value), dtype=torch.uint8) for name, value in FLAGS.items()}
         options["shape"] = torch.tensor([out_features, in_features])
         for name, value in options.items():
@@ -49,13 +53,12 @@ class HQQLinear(NativeLinear):
 
     @classmethod
     def check(cls, config):
-        for options in by_layer(config["quant_config"]).values():
-            options = options or {}
-            if options.get("scale_quant_params") or options.get("zero_quant_params") or options.get("offload_meta"):
-                raise StorageError("an HQQ checkpoint whose scales are quantized or offloaded: hqq itself does not read one")
-            weight = options.get("weight_quant_params") or {}
-            if options and weight.get("nbits") not in PACKINGS:
-                raise StorageError(f"an HQQ checkpoint of nbits={weight.get('nbits')!r}: read are {[*PACKINGS]}")
+        for options in filter(None, by_layer(config["quant_config"]).values()):
+            if any(options.get(name) for name in ("scale_quant_params", "zero_quant_params", "offload_meta")):
+                raise StorageError("an HQQ checkpoint of quantized or offloaded scales, which hqq itself does not read")
+            bits = options["weight_quant_params"].get("nbits")
+            if bits not in PACKINGS:
+                raise StorageError(f"an HQQ checkpoint of nbits={bits!r}: read are {[*PACKINGS]}")
 
     @classmethod
     def skipped(cls, config):
@@ -72,10 +75,12 @@ class HQQLinear(NativeLinear):
         return cls(in_features, out_features, bias, weight["nbits"], weight["group_size"], weight["axis"])
 
     def loaded(self):
-        self.kept_as = text_of(self.packing)
-        if text_of(self.compute_dtype) not in DTYPES:
-            raise StorageError(f"an HQQ weight for {text_of(self.compute_dtype)!r}: read are those for {[*DTYPES]}")
-        self.computes_in, self.bits = DTYPES[text_of(self.compute_dtype)], self.nbits.item()
+        packing, dtype = text_of(self.packing), text_of(self.compute_dtype)
+        if packing not in PACKINGS.values() or dtype not in DTYPES:
+            raise StorageError(
+                f"an HQQ weight packed as {packing!r} for {dtype!r}: read are {sorted({*PACKINGS.values()})} for {[*DTYPES]}"
+            )
+        self.kept_as, self.computes_in, self.bits = packing, DTYPES[dtype], self.nbits.item()
         super().loaded()
 
     def numbers(self):

@@ -123,7 +123,7 @@ def build(model: nn.Module, kind: type[NativeLinear], config: dict[str, Any], de
     built = {}
     for path, module in list(model.named_modules()):
         turned = isinstance(module, Conv1D)
-        if not (turned or isinstance(module, nn.Linear)) or not should_convert_module(path, dense):
+        if not (turned or type(module) is nn.Linear) or not should_convert_module(path, dense):
             continue
         sizes = tuple(module.weight.shape) if turned else (module.in_features, module.out_features)
         with torch.device("meta"):
@@ -138,7 +138,7 @@ def build(model: nn.Module, kind: type[NativeLinear], config: dict[str, Any], de
 
 
 def refuse_leftovers(names: set[str], built: dict[str, NativeLinear], kind: type[NativeLinear]) -> None:
-    """Raises StorageError for a checkpoint with more packed weights than the model has places for: they would get lost silently."""
+    """Raises StorageError for a checkpoint with more packed weights than the model has places for, which would get lost."""
     packed = sorted(name for name in names if name.endswith(f".{kind.mark}"))
     if len(packed) > len(built):
         left = [name for name in packed if module_of(name) not in built] or packed
@@ -152,7 +152,9 @@ def finish(built: dict[str, NativeLinear]) -> None:
     """Takes the layers into use. Raises one StorageError for all tensors that are missing or do not fit."""
     wrong = []
     for path, module in built.items():
-        missing = [name for name, t in module.state_dict(keep_vars=True).items() if not hasattr(t, "_is_hf_initialized")]
+        missing = [
+            name for name, t in module.state_dict(keep_vars=True).items() if not hasattr(t, "_is_hf_initialized")
+        ]
         if missing:
             wrong.append(f"{path} has no {', '.join(missing)}")
             continue
