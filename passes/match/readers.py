@@ -56,8 +56,12 @@ def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
 
 def packed_name(node: fx.Node) -> str:
     """The weight that a node dequantizes."""
-    first = cast("list[fx.Node]", node.args[0])[0]
-    return name_of(first).rpartition(".")[0].removesuffix(SUFFIX)
+    return weight_behind(cast("list[fx.Node]", node.args[0])[0])
+
+
+def weight_behind(tensor: fx.Node) -> str:
+    """The weight of which a node reads one of the packed tensors."""
+    return name_of(tensor).rpartition(".")[0].removesuffix(SUFFIX)
 
 
 def add_reader(gm: fx.GraphModule, name: str) -> fx.Node:

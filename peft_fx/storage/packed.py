@@ -48,7 +48,7 @@ class Packed(nn.Module):
 
     def forward(self) -> torch.Tensor:
         text = self.text if self.training or not self.evaluation else self.evaluation
-        return torch.ops.peft_fx.dequantize(list(self._buffers.values()), text)
+        return torch.ops.peft_fx.dequantize.default(list(self._buffers.values()), text)
 
     def dense(self) -> torch.Tensor:
         """The weight's numbers."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .packed import SUFFIX, Packed
-from .recognise import recognise
+from .recognise import holding, recognise
 
+REPACKS = frozenset({"support_avx512bf16_for_cpu"})
 LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype)
 
 
@@ -42,15 +44,27 @@ def packed_parameters(module: nn.Module) -> dict[str, Packed]:
     return {name: found for name in names if (found := recognise(module, name)) is not None}
 
 
+# module -> (what it held, its stand-in): whoever asks twice gets the same tensors
+KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module | None]] = WeakKeyDictionary()
+
+
 def twin(module: nn.Module) -> nn.Module | None:
     """The stand-in for a module with packed parameters, in the same mode; None for any other, and for one that is ours.
 
-    Raises StorageError for a layer whose numbers cannot be read.
+    The same one as long as the module holds the same numbers. Raises StorageError for a layer whose numbers cannot be read.
     """
     if isinstance(module, Packed) or any(isinstance(m, Packed) for m in module._modules.values()):
         return None
-    if not (kept := packed_parameters(module)):
-        return None
+    now = holding(module)
+    if module not in KNOWN or KNOWN[module][0] != now:
+        kept = packed_parameters(module)
+        KNOWN[module] = now, made(module, kept) if kept else None
+    found = KNOWN[module][1]
+    return None if found is None else found.train(module.training)
+
+
+def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
+    """A stand-in over these packed parameters."""
     base = base_of(module, kept)
     new: nn.Module = object.__new__(reading(type(module).__name__, base, tuple(kept)))
     nn.Module.__init__(new)
@@ -68,7 +82,7 @@ def twin(module: nn.Module) -> nn.Module | None:
     for name, packed in kept.items():
         new._parameters.pop(name, None)
         new._modules[name + SUFFIX] = packed
-    return new.train(module.training)
+    return new
 
 
 def base_of(module: nn.Module, kept: dict[str, Packed]) -> type[nn.Module]:
@@ -99,6 +113,13 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
     """A layer's bias: a parameter, a buffer, or a plain attribute."""
     bias = getattr(module, "bias", None)
     return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+
+def stay_canonical(model: nn.Module) -> None:
+    """Keeps packages from repacking weights in place when a layer first runs in evaluation: switches of theirs, by name."""
+    for module in model.modules():
+        for switch in REPACKS & vars(module).keys():
+            setattr(module, switch, False)
 
 
 @contextmanager

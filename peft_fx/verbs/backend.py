@@ -33,6 +33,7 @@ from ..passes.dynamo.products import options_with
 from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
+from ..storage.twins import opened
 from ..store.modules import ByDevice, ByMode, Store, build
 from ..store.state import BaseGraph, State, state_of
 from ..store.tensors import ROOT, get_tensor
@@ -343,7 +344,8 @@ def eager(gm: fx.GraphModule, inputs: Sequence) -> Callable:
 
 def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> fx.GraphModule:
     """A graph module over the model's tree and own tensors that runs nothing."""
-    tree = skeleton(model)
+    with opened(model):
+        tree = skeleton(model)
     device = next(model.parameters(), torch.empty(0)).device
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
     state = state or State(module_table(model), None)
