@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from ...storage.packed import SUFFIX
+from ...storage.packed import SUFFIX, weight_name
 from ...store.tensors import packed_of, tensor_of
 from ..core.fakes import fake_mode_of, fake_of
 from ..core.nodes import input_of, name_of
@@ -56,12 +56,7 @@ def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
 
 def packed_name(node: fx.Node) -> str:
     """The weight that a node dequantizes."""
-    return weight_behind(cast("list[fx.Node]", node.args[0])[0])
-
-
-def weight_behind(tensor: fx.Node) -> str:
-    """The weight of which a node reads one of the packed tensors."""
-    return name_of(tensor).rpartition(".")[0].removesuffix(SUFFIX)
+    return weight_name(name_of(cast("list[fx.Node]", node.args[0])[0]))
 
 
 def add_reader(gm: fx.GraphModule, name: str) -> fx.Node:

@@ -19,6 +19,7 @@ from .packed import SUFFIX, Packed
 from .recognise import holding, recognise
 
 REPACKS = frozenset({"support_avx512bf16_for_cpu"})
+SOURCE = "_peft_fx_source"  # where a stand-in has, in a tuple, the module that it stands for
 LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype)
 
 
@@ -59,18 +60,17 @@ def twin(module: nn.Module) -> nn.Module | None:
     if module not in KNOWN or KNOWN[module][0] != now:
         kept = packed_parameters(module)
         KNOWN[module] = now, made(module, kept) if kept else None
-    found = KNOWN[module][1]
-    return None if found is None else found.train(module.training)
+    return KNOWN[module][1]
 
 
 def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
     """A stand-in over these packed parameters."""
     base = base_of(module, kept)
     new: nn.Module = object.__new__(reading(type(module).__name__, base, tuple(kept)))
-    nn.Module.__init__(new)
+    vars(new).update({n: v for n, v in vars(nn.Module()).items() if n != "training"}, **{SOURCE: (module,)})
     own_code = base is not Linear and not of_torch(base)
     for name, value in vars(module).items():
-        if name not in vars(new) and name != "forward" and (own_code or isinstance(value, LITERALS)):
+        if name not in vars(new) and name not in ("forward", "training") and (own_code or isinstance(value, LITERALS)):
             vars(new)[name] = value
     if own_code:
         new._buffers.update(module._buffers)
@@ -102,11 +102,21 @@ def of_torch(kind: type) -> bool:
 @functools.cache
 def reading(name: str, base: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
     """`base` under the name of a package's class, as tables and messages call it; its parameters are those of the children."""
-    return type(name, (base,), {p: property(functools.partial(dense, p + SUFFIX)) for p in parameters})
+    dense = {p: property(functools.partial(value, p + SUFFIX)) for p in parameters}
+    return type(name, (base,), dense | {"training": property(mode, set_mode)})
 
 
-def dense(child: str, module: nn.Module) -> torch.Tensor:
-    return module._modules[child]()
+def value(child: str, module: nn.Module) -> torch.Tensor:
+    return module._modules[child](module.training)
+
+
+def mode(module: nn.Module) -> bool:
+    """A stand-in has no mode of its own: it may run long after its module was switched."""
+    return vars(module)[SOURCE][0].training
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    vars(module)[SOURCE][0].training = training
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
@@ -120,6 +130,13 @@ def stay_canonical(model: nn.Module) -> None:
     for module in model.modules():
         for switch in REPACKS & vars(module).keys():
             setattr(module, switch, False)
+
+
+def stand_in(model: nn.Module) -> None:
+    """Calls of layers with packed parameters run what stands in for them, from now on; a compiler sees operators of ours."""
+    for module in model.modules():
+        if (found := twin(module)) is not None:
+            module.forward = found.forward
 
 
 @contextmanager

@@ -109,8 +109,6 @@ class Host:
 
     def run(self, acting: Acting, args: tuple, kwargs: dict):
         """The forward with the adapters of a snapshot."""
-        if self.tracee is not self.module and self.tracee.training != self.module.training:
-            self.tracee.train(self.module.training)
         if self.dynamo or kwargs or not all(map(torch.is_tensor, args)):
             return through_dynamo(self, acting, args, kwargs)
         key = (self.module.training, *map(kind, args))
