@@ -21,7 +21,7 @@ def together(bits: int) -> tuple[int, int]:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """(..., n) whole numbers of any type -> codes (..., n * bits of a word / bits or more), uint8 or int32; bits: 1 to 4, or 8."""
+    """(..., n) words of any integer type -> codes (..., at least n * size / bits), uint8 or int32; bits: 1 to 4, or 8."""
     if words.stride(-1) != 1:  # of a transpose with one column too, which calls itself contiguous
         words = words.clone(memory_format=torch.contiguous_format)
     codes, size = together(bits)

@@ -114,7 +114,7 @@ class NativeLinear(nn.Module):
 
     def packed(self) -> Packed:
         """The packed numbers as other layers' are recognised."""
-        return Packed(of(self.text)[1], self.numbers()).train(self.training)
+        return Packed(of(self.text)[1], self.numbers())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
