@@ -9,7 +9,7 @@ its sums of several bfloat16 books on CPUs, torch's embedding_bag, round the hal
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from ..errors import StorageError
 from .base import Storage
@@ -46,9 +46,10 @@ class AQLM(Storage):
         )
 
 
-def transposed(module: nn.Module) -> bool:
+def transposed(module: Any) -> bool:
     """Whether the package has turned the codes for its kernel on CPUs, which its first forward does to books of 256 entries."""
-    if module.codes.shape[0] != module.out_features // module.out_group_size:
+    rows, columns, _ = module.codes.shape
+    if rows != module.out_features // module.out_group_size:
         return True
-    square = module.codes.shape[0] == module.codes.shape[1]
-    return square and module.codebook_size == 256 and module.gemv_op is not None and module.codes.device.type == "cpu"
+    ran = module.gemv_op is not None and module.codes.device.type == "cpu"
+    return rows == columns and module.codebook_size == 256 and ran

@@ -8,8 +8,9 @@ out). Of 4 bits, each eight codes lie in the order of the columns 0 2 4 6 1 3 5 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from ..errors import StorageError
 from .base import Storage
@@ -64,7 +65,7 @@ class AWQ(Storage):
         return replaced(module._buffers, new.tensors)
 
 
-def held(module: nn.Module, bits: int) -> Packed:
+def held(module: Any, bits: int) -> Packed:
     """What a layer of a package holds."""
     if bits not in (2, 3, 4, 8):
         raise StorageError(f"a {type(module).__name__} of {bits} bits: AWQ is read with 2, 3, 4 or 8 bits")

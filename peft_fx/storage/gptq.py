@@ -16,8 +16,9 @@ What a stored code of only ones plus one is, programs do not agree on. `plus` sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from ..errors import StorageError
 from .base import Storage
@@ -43,14 +44,14 @@ class GPTQ(Storage):
             plus = plus_one(module.bits) if module.qzero_format() == 1 else "none"
             return held(module, (module.out_features, module.in_features), plus)
         if made_by(module, "auto_gptq", "QuantLinear"):
-            plus = OLD.get(type(module).__module__.rpartition(".")[2])
-            if plus is None:
+            file = type(module).__module__.rpartition(".")[2]
+            if file not in OLD:
                 raise StorageError(
                     f"auto-gptq's {type(module).__module__} keeps its weight in an order of its own: load the model with "
                     "disable_exllama=True, disable_exllamav2=True and use_marlin=False"
                 )
-            return held(module, (module.outfeatures, module.infeatures), plus if module.bits != 3 else "whole",
-                        ordered=plus == "wrap")  # fmt: skip
+            plus = OLD[file] if module.bits != 3 else "whole"
+            return held(module, (module.outfeatures, module.infeatures), plus, ordered=file == "qlinear_cuda_old")
         return None
 
     def dequantize(self, tensors, f):
@@ -76,7 +77,7 @@ class GPTQ(Storage):
         return back
 
 
-def held(module: nn.Module, shape: tuple[int, int], plus: str, *, ordered: bool = False) -> Packed:
+def held(module: Any, shape: tuple[int, int], plus: str, *, ordered: bool = False) -> Packed:
     """What a layer of a package holds. ordered: its product takes the groups as they lie, whatever g_idx says."""
     if module.bits not in (2, 3, 4, 8):
         raise StorageError(f"a {type(module).__name__} of {module.bits} bits: GPTQ is read with 2, 3, 4 or 8 bits")
@@ -91,7 +92,7 @@ def in_order(width: int, size: int, beside: torch.Tensor) -> torch.Tensor:
     return torch.arange(width, dtype=torch.int32, device=beside.device) // size
 
 
-def refuse_repacked(module: nn.Module, readable: tuple[str, ...]) -> None:
+def refuse_repacked(module: Any, readable: tuple[str, ...]) -> None:
     """Raises StorageError for a layer of gptqmodel that has put its numbers into its kernel's order."""
     kind = type(module).__name__
     words = module._buffers.get("qweight")
@@ -104,7 +105,7 @@ def refuse_repacked(module: nn.Module, readable: tuple[str, ...]) -> None:
         raise StorageError(f'a {kind} keeps its weight in its kernel\'s order: load the model with backend="torch"')
 
 
-def forget_dense(module: nn.Module) -> None:
+def forget_dense(module: Any) -> None:
     """Some layers of gptqmodel keep the dense weight of their last forward, where the environment asks for it."""
     if hasattr(module, "clear_weight_cache"):
         module.clear_weight_cache()
@@ -118,7 +119,8 @@ def plus_one(bits: int) -> str:
 def grid(tensors, f: Format) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, zero) of each element, f.shape, in groups that may lie in any order."""
     _, qzeros, scales, g_idx = tensors
-    return tuple(t.t().index_select(1, g_idx) for t in (scales, zero_points(qzeros, f)[:, : f.shape[0]]))
+    zeros = zero_points(qzeros, f)[:, : f.shape[0]]
+    return scales.t().index_select(1, g_idx), zeros.t().index_select(1, g_idx)
 
 
 def zero_points(qzeros: torch.Tensor, f: Format) -> torch.Tensor:

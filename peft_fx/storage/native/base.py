@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class NativeLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, sizes: Sizes):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.shapes = {name: shape for name, (shape, _) in sizes.items()}
+        self.sizes = sizes
         for name, (shape, dtype) in sizes.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -47,7 +47,7 @@ class NativeLinear(nn.Module):
     @classmethod
     def elsewhere(cls) -> bool:
         """Whether transformers' own loader reads such checkpoints here."""
-        return all(find_spec(package) for package in cls.packages)
+        return all(installed(package) for package in cls.packages)
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:
@@ -79,17 +79,23 @@ class NativeLinear(nn.Module):
 
     def numbers(self) -> dict[str, torch.Tensor]:
         """The tensors in the scheme's order."""
-        return {name: self._buffers[name] for name in self.shapes}
+        return {name: self.tensor(name) for name in self.sizes}
 
     def dtype(self) -> torch.dtype:
         """Of the weight."""
-        return self._buffers["scales"].dtype
+        return self.tensor("scales").dtype
 
     def usual(self, name: str) -> torch.Tensor:
         """An optional buffer, for a checkpoint without it."""
         raise NotImplementedError
 
     # what is the same for all
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A buffer."""
+        found = self._buffers[name]
+        assert found is not None
+        return found
 
     def leave_out(self, name: str) -> None:
         """An optional buffer that the checkpoint does not have."""
@@ -107,10 +113,12 @@ class NativeLinear(nn.Module):
         self.text = Format(self.scheme, (self.out_features, self.in_features), self.dtype(), self.facts()).text
 
     def refuse_misfits(self) -> None:
-        found = self._buffers | self.numbers()
-        for name, shape in self.shapes.items():
-            if tuple(found[name].shape) != shape:
-                raise StorageError(f"{name} of shape {tuple(found[name].shape)}, where the config makes it {shape}")
+        for name, tensor in self.numbers().items():
+            shape, dtype = self.sizes[name]
+            if tuple(tensor.shape) != shape:
+                raise StorageError(f"{name} of shape {tuple(tensor.shape)}, where the config makes it {shape}")
+            if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+                raise StorageError(f"{name} of {tensor.dtype}, where the format has {dtype}")
 
     def packed(self) -> Packed:
         """The packed numbers as other layers' are recognised."""
@@ -131,3 +139,12 @@ class NativeLinear(nn.Module):
 
 def after_load(module: NativeLinear, _: object) -> None:
     module.loaded()
+
+
+def installed(package: str) -> bool:
+    """Whether there is a distribution of that name; a folder that could be imported is none."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

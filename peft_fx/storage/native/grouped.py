@@ -9,7 +9,7 @@ from .base import NativeLinear, Sizes
 class GroupedLinear(NativeLinear):
     """bits: of a code. group: inputs that share a scale, -1 for all. A g_idx that a checkpoint does not have is in order."""
 
-    optional = ("g_idx",)
+    optional: tuple[str, ...] = ("g_idx",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, group: int, sizes: Sizes):
         self.bits, self.group = bits, group if group > 0 else in_features
@@ -19,7 +19,7 @@ class GroupedLinear(NativeLinear):
         self.settle()
 
     def usual(self, name):
-        return in_order(self.in_features, self.group, self.scales)
+        return in_order(self.in_features, self.group, self.tensor("scales"))
 
 
 def groups(in_features: int, group: int) -> int:

@@ -25,7 +25,6 @@ class HQQLinear(NativeLinear):
     scheme = method = "hqq"
     mark = "W_q"
     moved_by_package = True
-    packages = ("hqq",)
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, bits: float = 4, group: int | None = 64, axis: int = 1
@@ -52,6 +51,10 @@ class HQQLinear(NativeLinear):
         self.settle()
 
     @classmethod
+    def elsewhere(cls):
+        return False  # transformers 5 gives the layers of such a checkpoint random weights, with the package or without
+
+    @classmethod
     def check(cls, config):
         for options in filter(None, by_layer(config["quant_config"]).values()):
             if any(options.get(name) for name in ("scale_quant_params", "zero_quant_params", "offload_meta")):
@@ -75,22 +78,31 @@ class HQQLinear(NativeLinear):
         return cls(in_features, out_features, bias, weight["nbits"], weight["group_size"], weight["axis"])
 
     def loaded(self):
-        packing, dtype = text_of(self.packing), text_of(self.compute_dtype)
+        packing, dtype = text_of(self.tensor("packing")), text_of(self.tensor("compute_dtype"))
         if packing not in PACKINGS.values() or dtype not in DTYPES:
             raise StorageError(
                 f"an HQQ weight packed as {packing!r} for {dtype!r}: read are {sorted({*PACKINGS.values()})} for {[*DTYPES]}"
             )
-        self.kept_as, self.computes_in, self.bits = packing, DTYPES[dtype], self.nbits.item()
+        self.kept_as, self.computes_in, self.bits = packing, DTYPES[dtype], self.tensor("nbits").item()
         super().loaded()
 
     def numbers(self):
-        words = self.W_q.view(torch.int32 if self.kept_as == PACKINGS[3] else torch.uint8)  # they may be seen as floats
-        return {"W_q": words, "scale": self.scale, "zero": self.zero}
+        words = self.tensor("W_q").view(
+            torch.int32 if self.kept_as == PACKINGS[3] else torch.uint8
+        )  # they may be seen as floats
+        return {"W_q": words, "scale": self.tensor("scale"), "zero": self.tensor("zero")}
+
+    def _apply(self, fn, recurse=True):
+        seen = self.tensor("W_q").dtype
+        self._buffers["W_q"] = self.numbers()["W_q"]  # a cast of floats would be one of bits
+        super()._apply(fn, recurse)
+        self._buffers["W_q"] = self.tensor("W_q").view(seen)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in TEXTS:  # of any length
             if (found := state_dict.get(prefix + name)) is not None:
-                self._buffers[name] = torch.empty_like(found, device=self._buffers[name].device)
+                self._buffers[name] = torch.empty_like(found, device=self.tensor(name).device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def facts(self):

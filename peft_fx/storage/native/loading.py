@@ -125,9 +125,9 @@ def build(model: nn.Module, kind: type[NativeLinear], config: dict[str, Any], de
         turned = isinstance(module, Conv1D)
         if not (turned or type(module) is nn.Linear) or not should_convert_module(path, dense):
             continue
-        sizes = tuple(module.weight.shape) if turned else (module.in_features, module.out_features)
+        height, width = module.weight.shape
         with torch.device("meta"):
-            new = kind.like(path, *sizes, module.bias is not None, config)
+            new = kind.like(path, *((height, width) if turned else (width, height)), module.bias is not None, config)
         if new is not None:
             for name in kind.optional:
                 if names and not any(n.endswith(f".{name}") for n in names):
