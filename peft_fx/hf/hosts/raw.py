@@ -35,6 +35,6 @@ def raw_forward(module: nn.Module) -> Callable:
     """The forward of the module's own class, on its own tensors."""
     if own_class(module) is type(module):
         return type(module).forward.__get__(module)
-    twin = object.__new__(own_class(module))
+    twin: nn.Module = object.__new__(own_class(module))
     twin.__dict__ = module.__dict__
     return own_class(module).forward.__get__(twin)
