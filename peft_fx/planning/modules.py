@@ -69,7 +69,7 @@ def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
             yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> type:
     """The module's class, adapters or none."""
     return getattr(type(module), ADAPTED, type(module))
 
