@@ -13,6 +13,9 @@ from .formats import Format, parse
 SCHEMES: dict[str, tuple[str, str]] = {
     "bnb4": ("bnb4", "BitsAndBytes4"),
     "bnb8": ("bnb8", "BitsAndBytes8"),
+    "torchao": ("torchao", "Torchao"),
+    "torchao_nf4": ("torchao_nf4", "TorchaoNF4"),
+    "torchao_int4": ("torchao_int4", "TorchaoInt4"),
 }
 
 
