@@ -15,7 +15,9 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "bnb8": ("bnb8", "BitsAndBytes8"),
     "torchao": ("torchao", "Torchao"),
     "torchao_nf4": ("torchao_nf4", "TorchaoNF4"),
-    "torchao_int4": ("torchao_int4", "TorchaoInt4"),
+    "tinygemm": ("tinygemm", "TinyGemm"),
+    "quanto": ("quanto", "Quanto"),
+    "fp8": ("fp8", "Float8"),
 }
 
 

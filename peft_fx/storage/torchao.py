@@ -16,8 +16,7 @@ import torch
 from ..errors import StorageError
 from .activations import product
 from .affine import codes, fitted
-from .base import Storage
-from .blocks import gathered, grid_of, spread
+from .blocks import ByRows, grid_of, spread
 from .formats import Format
 from .packed import Packed
 from .placing import exchange, rebuilt
@@ -26,7 +25,7 @@ from .recognise import made_by
 INT8, INTX, FLOAT8 = "Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor"
 
 
-class Torchao(Storage):
+class Torchao(ByRows):
     name, title, extra = "torchao", "torchao", "torchao"
 
     def recognise(self, module, parameter):
@@ -59,10 +58,6 @@ class Torchao(Storage):
         if "inputs" not in f.facts:
             return None
         return product(x, self.dequantize(tensors, f), bias, f["inputs"])
-
-    def rows(self, tensors, ids, f):
-        by_row = f["block"][0] == 1 and all(t.shape[0] == f.shape[0] for t in tensors)
-        return gathered(self, tensors, ids, f) if by_row else super().rows(tensors, ids, f)
 
     def quantize(self, W, like):
         f, own = like.format, like.tensors
