@@ -18,6 +18,7 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "tinygemm": ("tinygemm", "TinyGemm"),
     "quanto": ("quanto", "Quanto"),
     "fp8": ("fp8", "Float8"),
+    "gguf": ("gguf", "GGUF"),
 }
 
 
