@@ -17,7 +17,7 @@ from ..methods.base import Additive, Method
 from ..passes.forms.lowering import apply_weight, to_canonical
 from ..planning.plan import Placement
 from ..store.state import State
-from ..store.tensors import ADAPTERS, get_tensor, tensor_of
+from ..store.tensors import ADAPTERS, get_tensor, tensor_of, weight_of
 from .derive import acting
 
 
@@ -49,7 +49,7 @@ def folded(
     place: memory for the weight, where it keeps its shape.
     """
     target = group[0].target
-    W = tensor_of(gm, target.name)
+    W = weight_of(gm, target.name)
     b = get_tensor(gm, target.bias_name) if target.has_bias else None
     wide = torch.promote_types(W.dtype, torch.float32) if W.is_floating_point() else W.dtype
     with torch.no_grad():

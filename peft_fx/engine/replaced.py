@@ -9,21 +9,40 @@ from torch import fx, nn
 
 from ..errors import MergeError
 from ..planning.plan import Placement
+from ..storage.packed import SUFFIX, Packed
 from ..store.modules import derive
 from ..store.state import State
-from ..store.tensors import ADAPTERS, REPLACED, get_tensor, owner_of, set_tensor, store_of, tensor_of
+from ..store.tensors import (
+    ADAPTERS,
+    REPLACED,
+    get_tensor,
+    kept_of,
+    owner_of,
+    packed_of,
+    set_packed,
+    set_tensor,
+    store_of,
+    tensor_of,
+)
 from .merging import theta_of
 from .placed import put
 from .transitions import unmerged
 
 
-def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor, keep_base: str | None) -> None:
+def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor | Packed, keep_base: str | None) -> None:
     """Puts `value` under the model's own name and shelves what was there, unless it is shelved already."""
-    old = get_tensor(gm, name)
+    old, packed = get_tensor(gm, name), packed_of(gm, name)
     shelf = f"{REPLACED}.{name}"
-    if keep_base and get_tensor(gm, shelf) is None:
-        kept = old if old is not None else torch.empty(0, device=value.device)  # an empty one: there was none
-        set_tensor(gm, shelf, kept.to("cpu") if keep_base == "cpu" else kept, persistent=False)
+    if keep_base and name not in shelved(gm):
+        where = "cpu" if keep_base == "cpu" else value.device
+        if packed is not None:
+            set_packed(gm, shelf, packed.again(on(packed, where), persistent=False))
+        else:
+            kept = old if old is not None else torch.empty(0)  # an empty one: there was none
+            set_tensor(gm, shelf, kept.to(where), persistent=False)
+    if isinstance(value, Packed):
+        set_packed(gm, name, value)
+        return
     is_parameter = old is None or isinstance(old, nn.Parameter)
     set_tensor(gm, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
@@ -71,9 +90,18 @@ def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device)))
 
 
-def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+def on(packed: Packed, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """A packed weight's tensors, on a device."""
+    return {name: tensor.to(device) for name, tensor in packed.tensors.items()}
+
+
+def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor | Packed]:
     """Tensor name -> what a merge replaced there."""
-    return dict(store_of(gm).replaced.named_buffers(remove_duplicate=False))
+    replaced = store_of(gm).replaced
+    named = replaced.named_modules(remove_duplicate=False)
+    packed = {name.removesuffix(SUFFIX): m for name, m in named if isinstance(m, Packed)}
+    tensors = replaced.named_buffers(remove_duplicate=False)
+    return packed | {n: t for n, t in tensors if n.rpartition(".")[0].removesuffix(SUFFIX) not in packed}
 
 
 def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
@@ -115,6 +143,10 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     new = derive(merged, fx.Graph(), unmerged(state))
     back: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
+        if isinstance(kept, Packed):
+            device = kept_of(new, name).device if move else kept.device
+            set_packed(new, name, kept.again(on(kept, device)))
+            continue
         group = next((g for g in state.table.tied if name in g), (name,))
         untouched = next((n for n in group if n not in shelf and get_tensor(new, n) is not None), None)
         if kept.numel() == 0:  # the merge added this one

@@ -11,6 +11,12 @@ from .formats import Format
 SUFFIX = "_packed"  # of the child that stands for a parameter; the parameter's own name means the dense weight
 
 
+def weight_name(tensor: str) -> str:
+    """The parameter that a tensor belongs to: of `q_proj.weight_packed.absmax` it is `q_proj.weight`; of any other, itself."""
+    path, _, _ = tensor.rpartition(".")
+    return path.removesuffix(SUFFIX) if path.endswith(SUFFIX) else tensor
+
+
 class Packed(nn.Module):
     """Buffers with the packed numbers, and their format. Called, it gives the dense weight.
 
@@ -34,6 +40,10 @@ class Packed(nn.Module):
     def tensors(self) -> dict[str, torch.Tensor]:
         return dict(self.named_buffers(recurse=False, remove_duplicate=False))
 
+    def named(self, parameter: str) -> dict[str, torch.Tensor]:
+        """The tensors under their full names, those of a parameter of that name."""
+        return {f"{parameter}{SUFFIX}.{name}": tensor for name, tensor in self.tensors.items()}
+
     @property
     def shape(self) -> torch.Size:
         return torch.Size(self.format.shape)
@@ -46,9 +56,9 @@ class Packed(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self._buffers.values())).device
 
-    def forward(self) -> torch.Tensor:
-        text = self.text if self.training or not self.evaluation else self.evaluation
-        return torch.ops.peft_fx.dequantize(list(self._buffers.values()), text)
+    def forward(self, training: bool) -> torch.Tensor:
+        text = self.text if training or not self.evaluation else self.evaluation
+        return torch.ops.peft_fx.dequantize.default(list(self._buffers.values()), text)
 
     def dense(self) -> torch.Tensor:
         """The weight's numbers."""
@@ -57,8 +67,7 @@ class Packed(nn.Module):
 
     def again(self, tensors: dict[str, torch.Tensor] | None = None, *, persistent: bool = True) -> Packed:
         """Another module over the same tensors, or over others in the same format."""
-        new = Packed(self.format, tensors or self.tensors, evaluation=self.evaluation, persistent=persistent)
-        return new.train(self.training)
+        return Packed(self.format, tensors or self.tensors, evaluation=self.evaluation, persistent=persistent)
 
     def extra_repr(self) -> str:
         return self.text

@@ -23,6 +23,22 @@ def recognise(module: nn.Module, parameter: str = "weight") -> Packed | None:
     return next((p for n in SCHEMES if (p := scheme(n).recognise(module, parameter)) is not None), None)
 
 
+def holding(module: nn.Module) -> tuple:
+    """What tells whether a module still has the numbers that it had: its tensors, and where these are."""
+    lists = getattr(module._modules.get("parametrizations"), "_modules", {}).values()
+    tensors = [t for m in (module, *lists) for d in (m._parameters, m._buffers) for t in d.values() if t is not None]
+    return (*((id(t), t.data_ptr()) for t in map(inner, tensors)), id(module.__dict__.get("quant_state")))
+
+
+def inner(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that has an address: of a subclass that packs others, its first one."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    while flatten is not None:
+        tensor = getattr(tensor, flatten()[0][0])
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+    return tensor
+
+
 def plain(module: nn.Module, parameter: str) -> bool:
     """Whether a module is torch's own around a tensor of torch's own, which most are.
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
 
+from .closing import close, packed_weights
+
 if TYPE_CHECKING:
     from torch.fx.node import Argument
 
@@ -79,7 +81,7 @@ class Lazy(fx.GraphModule):
         with LOCK:
             own = self.__dict__["_graph"]
             try:
-                self.__dict__["_graph"] = graph_to_read(self)
+                self.__dict__["_graph"] = closed(graph_to_read(self))
                 return super().recompile()
             finally:
                 self.__dict__["_graph"] = own
@@ -99,6 +101,14 @@ class Lazy(fx.GraphModule):
     def __reduce__(self):
         self.graph  # noqa: B018
         return super().__reduce__()
+
+
+def closed(graph: fx.Graph) -> fx.Graph:
+    """The graph from which code is made: a copy where weights are packed (`closing.py`)."""
+    if packed_weights(graph):
+        graph = copy_graph(graph)
+        close(graph)
+    return graph
 
 
 def graph_to_read(gm: fx.GraphModule) -> fx.Graph:

@@ -33,9 +33,11 @@ from ..passes.dynamo.products import options_with
 from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
+from ..storage.packed import weight_name
+from ..storage.twins import opened, stand_in
 from ..store.modules import ByDevice, ByMode, Store, build
 from ..store.state import BaseGraph, State, state_of
-from ..store.tensors import ROOT, get_tensor
+from ..store.tensors import ROOT, get_tensor, packed_of
 from ..store.unwrap import unwrapped
 from .adapters import save_adapter
 from .capture.model import skeleton
@@ -115,6 +117,8 @@ class Backend:
             self.model, self.frames = model, frames
             self.keep(gm)
             self.open(self.acting())
+            if frames:
+                stand_in(model)
         return self
 
     def keep(self, gm: fx.GraphModule) -> None:
@@ -236,8 +240,10 @@ class Backend:
         for record in state_of(self.adapters).table.records:
             for name in (*record.parameters, *record.buffers):
                 full = f"{record.path}.{name}" if record.path else name
-                tensor = get_tensor(self.model, full)
-                found[id(tensor)] = (*found.get(id(tensor), ()), full)
+                packed = packed_of(self.adapters, full)
+                tensors = {full: get_tensor(self.model, full)} if packed is None else packed.named(full)
+                for own, tensor in tensors.items():
+                    found[id(tensor)] = (*found.get(id(tensor), ()), own)
         return found
 
     def refuse_python(self) -> None:
@@ -314,7 +320,7 @@ class Adapted:
         owner, known = self.owner, self.owner.names()
         table = state_of(owner.adapters).table
         inputs = {i: (args[i], known[id(args[i])]) for i in self.watched if id(args[i]) in known}
-        found = {name for _, names in inputs.values() for name in names}
+        found = {weight_name(name) for _, names in inputs.values() for name in names}
         names, gated = owner.acting_now()
         chosen = tuple(p for p in owner.state.placed(names) if p.target.name in found)
         owner.read |= {p.target.name for p in chosen}
@@ -343,7 +349,8 @@ def eager(gm: fx.GraphModule, inputs: Sequence) -> Callable:
 
 def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> fx.GraphModule:
     """A graph module over the model's tree and own tensors that runs nothing."""
-    tree = skeleton(model)
+    with opened(model):
+        tree = skeleton(model)
     device = next(model.parameters(), torch.empty(0)).device
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
     state = state or State(module_table(model), None)

@@ -21,7 +21,7 @@ from ..passes.core.base import run
 from ..passes.inject.fold import PointAtFolded
 from ..store.modules import derive, reading
 from ..store.state import base_of, state_of
-from ..store.tensors import ROOT, tensor_of
+from ..store.tensors import ROOT, get_tensor
 
 KEEP = ("device", "cpu", None)
 
@@ -66,9 +66,10 @@ def folded_graph(
     new = derive(tuned, fx.Graph(), state)
     new._keep(base_of(state).graph)
     report, groups = [], by_target(chosen)
-    memory = Memory(tensor_of(new, name) for name in groups)
-    for name, group in groups.items():
-        results, line = folded(new, group, check_finite, memory.like(tensor_of(new, name)))
+    dense = [get_tensor(new, name) for name in groups]
+    memory = Memory(W for W in dense if W is not None)
+    for W, group in zip(dense, groups.values(), strict=True):
+        results, line = folded(new, group, check_finite, None if W is None else memory.like(W))
         for name, result in results.items():
             replace_tensor(new, name, result, keep_base)
         report.append(line)
