@@ -34,6 +34,11 @@ class Float8(ByRows):
             scale = module._parameters[scale_name(module, parameter)].data
         elif not type(module).__module__.startswith("torch.nn."):
             return None
+        elif unknown := [n for n in (*module._parameters, *module._buffers) if "scale" in n]:
+            raise StorageError(
+                f"a {type(module).__name__} of torch's with a float8 {parameter} has {', '.join(unknown)}, which no package that is "
+                "known here put there; dequantize it first"
+            )
         tensors = {"q": q.data} if scale is None else {"q": q.data, "scale": scale}
         block = block_of(module, shape, scale)
         return Packed(Format(self.name, shape, dtype_of(module, scale), {"block": block}), tensors)
@@ -74,7 +79,9 @@ def block_of(module: torch.nn.Module, shape: tuple[int, ...], scale: torch.Tenso
     if scale is None or scale.numel() == 1:
         return [*shape]
     given = getattr(module, "block_size", None)
-    block = [*(1 for _ in shape[:-2]), *given] if given else [-(-n // m) for n, m in zip(shape, scale.shape, strict=True)]
+    block = (
+        [*(1 for _ in shape[:-2]), *given] if given else [-(-n // m) for n, m in zip(shape, scale.shape, strict=True)]
+    )
     grid = [-(-n // b) for n, b in zip(shape, block, strict=True)]
     if [*scale.shape] != grid:
         raise StorageError(

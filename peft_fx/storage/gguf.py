@@ -109,7 +109,9 @@ def packed_of(
     kind = NAMES[number]
     weights, size, _ = SIZES[kind]
     shape = (*blocks.shape[:-1], blocks.shape[-1] // size * weights)
-    return Packed(Format(GGUF.name, shape, dtype, {"type": kind, "scales": scales, "values": values}), {"blocks": blocks})
+    return Packed(
+        Format(GGUF.name, shape, dtype, {"type": kind, "scales": scales, "values": values}), {"blocks": blocks}
+    )
 
 
 def half(blocks: torch.Tensor, at: int) -> torch.Tensor:

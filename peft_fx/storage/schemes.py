@@ -17,8 +17,9 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "torchao_nf4": ("torchao_nf4", "TorchaoNF4"),
     "tinygemm": ("tinygemm", "TinyGemm"),
     "quanto": ("quanto", "Quanto"),
-    "fp8": ("fp8", "Float8"),
     "gguf": ("gguf", "GGUF"),
+    "compressed_tensors": ("compressed_tensors", "CompressedTensors"),
+    "fp8": ("fp8", "Float8"),  # behind those that keep float8 in torch's own layers
 }
 
 

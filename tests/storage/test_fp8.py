@@ -44,11 +44,15 @@ def test_blocks(rows, fmt):
     packed = recognise(module)
     dense = check_packed(packed)
     assert dense.dtype == torch.float32
-    assert torch.allclose(dense.double(), float64(module.weight, module.weight_scale_inv.float(), (128, 128)), rtol=1e-6)
+    assert torch.allclose(
+        dense.double(), float64(module.weight, module.weight_scale_inv.float(), (128, 128)), rtol=1e-6
+    )
     if rows == 256:
         theirs = fp8.Fp8Dequantize(None)._dequantize_one(module.weight, module.weight_scale_inv, torch.float32)
         assert torch.equal(dense, theirs)
-    assert torch.equal(dense, fp8._dequantize_fp8_weight(module.weight, module.weight_scale_inv, [128, 128], torch.float32))
+    assert torch.equal(
+        dense, fp8._dequantize_fp8_weight(module.weight, module.weight_scale_inv, [128, 128], torch.float32)
+    )
 
 
 def test_one_scale_and_the_dtype_of_the_bias():
@@ -105,7 +109,9 @@ def test_quantize_makes_what_transformers_makes(fmt):
     assert torch.equal(ours["scale"].float(), theirs["a.weight_scale_inv"].float())
     assert torch.equal(ours["q"].float(), theirs["a.weight"].float())
     error = (packed.again(ours).dense() - W).abs()
-    assert (error <= W.abs() / 16 * 1.0001 + W.abs().max() / 448 / 2**9).all()  # half a step of 3 bits, or of the subnormals
+    assert (
+        error <= W.abs() / 16 * 1.0001 + W.abs().max() / 448 / 2**9
+    ).all()  # half a step of 3 bits, or of the subnormals
     check_place(module, "weight", packed, ours)
 
 

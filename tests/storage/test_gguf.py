@@ -98,7 +98,9 @@ def test_a_linear_layer_of_transformers_with_permuted_inputs():
     dense = check_packed(packed)
     x = torch.randn(40, 512)
     expected = x.double() @ dense.double().t() + layer.bias.double()
-    assert torch.allclose(layer._unpack_matmul(x[:, layer.input_permutation]).double() + layer.bias, expected, atol=1e-4)
+    assert torch.allclose(
+        layer._unpack_matmul(x[:, layer.input_permutation]).double() + layer.bias, expected, atol=1e-4
+    )
     W = torch.randn(12, 512)
     new = scheme("gguf").quantize(W, packed)
     assert (packed.again(new).dense() - W).abs().max() < 0.5 * W.abs().max() / 127 * 1.01

@@ -61,7 +61,13 @@ def layer(kind, columns=256, dtype=torch.float32):
     return module[0]
 
 
-KINDS = [("qint8", 256), ("qfloat8", 256), ("qfloat8_e5m2", 256), ("qint4", 96), ("qint2", 256)]  # 4 bits, groups of 128: tinygemm.py
+KINDS = [
+    ("qint8", 256),
+    ("qfloat8", 256),
+    ("qfloat8_e5m2", 256),
+    ("qint4", 96),
+    ("qint2", 256),
+]  # 4 bits, groups of 128: tinygemm.py
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,11 +10,10 @@ from packed_checks import check_packed, check_place
 from torch import nn
 
 from peft_fx.errors import StorageError
+from peft_fx.storage.formats import Format
 from peft_fx.storage.recognise import recognise
 from peft_fx.storage.schemes import scheme
 from peft_fx.storage.tinygemm import ROWS, packed, unpacked
-
-from peft_fx.storage.formats import Format
 
 SIZES = (16, 32, 48, 64, 80, 96, 128, 144)
 
@@ -60,7 +59,9 @@ def test_the_order_of_this_machine():
 
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_the_order_of_lesser_machines(capability):
-    code = f"import sys; sys.path[:0] = {sys.path!r}; from storage.test_tinygemm import check_order; print(check_order())"
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}; from storage.test_tinygemm import check_order; print(check_order())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -21,7 +21,12 @@ def tensors(tmp_path):
         kind = gguf.GGMLQuantizationType[kind]
         W = rng.standard_normal((24, 64), dtype=np.float32)
         writer.add_tensor(name, gguf.quants.quantize(W, kind), raw_dtype=kind)
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     return {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
 
