@@ -1,6 +1,7 @@
 """Grids: one number for each block of a weight, as most schemes keep their scales.
 
-block: the size of a block along each axis. The last block of an axis may be cut; a grid with one entry along an axis broadcasts, as does one number.
+block: the size of a block along each axis. The last block of an axis may be cut; a grid with one entry along an axis broadcasts,
+as does one number.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ weight_packed (out, words) int32: codes of 1 to 8 bits, q + 2^(bits - 1), as one
 weight_zero_point is packed so along the rows. Else weight (out, in) int8 or float8. In the scale's dtype. weight_g_idx (in,), of
 former versions: the group of each column.
 
-The package's own layers do not run on these: it decompresses them first. Inputs that a layer rounds are rounded (`activations.py`).
+The package's own layers do not run on these: it decompresses them first. Those that round their inputs do so here, too
+(`activations.py`).
 """
 
 from __future__ import annotations

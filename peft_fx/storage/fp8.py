@@ -1,11 +1,11 @@
 """Weights in float8 (e4m3fn, e5m2), with a scale for each block, each row, the whole, or none.
 
-    W = q s         s float32 or a power of two (e8m0), for blocks of 128 x 128 as DeepSeek's checkpoints have them, each row or all
+    W = q s         s float32 or a power of two (e8m0), for blocks of 128 x 128 as in DeepSeek's checkpoints, each row or all
     W = q           a layer of torch's own around a float8 parameter
 
-As transformers' FP8Linear, FP8Embedding and FP8Experts hold them, and torch's layers. Each parameter p has its scales in p_scale_inv
-(FP8Embedding: in weight_scale). Products of transformers' layers round their inputs to float8 by groups of a row; those here take them
-as they are, as its backward does.
+As transformers' FP8Linear, FP8Embedding and FP8Experts hold them, and torch's layers. Each parameter p has its scales in
+p_scale_inv (FP8Embedding: in weight_scale). Products of transformers' layers round their inputs to float8 by groups of a row;
+those here take them as they are, as its backward does.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Float8(ByRows):
             return None
         elif unknown := [n for n in (*module._parameters, *module._buffers) if "scale" in n]:
             raise StorageError(
-                f"a {type(module).__name__} of torch's with a float8 {parameter} has {', '.join(unknown)}, which no package that is "
-                "known here put there; dequantize it first"
+                f"a {type(module).__name__} of torch's with a float8 {parameter} has {', '.join(unknown)}, which no package "
+                "that is known here put there; dequantize it first"
             )
         tensors = {"q": q.data} if scale is None else {"q": q.data, "scale": scale}
         block = block_of(module, shape, scale)

@@ -92,7 +92,7 @@ def kind_of(module: torch.nn.Module) -> str:
 
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:
-    """In which a layer of transformers' that says none computes is that of its inputs: taken from its bias, or torch's default."""
+    """In which a layer computes. One of transformers' that says none does so in its inputs': its bias', or torch's default."""
     bias = module._parameters.get("bias")
     return module.__dict__.get("compute_dtype") or (torch.get_default_dtype() if bias is None else bias.dtype)
 

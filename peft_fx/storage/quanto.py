@@ -54,7 +54,7 @@ class Quanto(ByRows):
         q, scale, *shift = tensors
         if f["bits"] == 8:
             return scale * q.to(f.dtype)
-        bits, (rows, columns) = f["bits"], f["groups"]
+        bits, rows = f["bits"], f["groups"][0]
         codes = torch.cat([q >> bits * i & 2**bits - 1 for i in range(8 // bits)])[:rows]
         if shift[0].is_floating_point():
             W = scale * codes.to(f.dtype) - shift[0]

@@ -18,6 +18,7 @@ SCHEMES: dict[str, tuple[str, str]] = {
     "tinygemm": ("tinygemm", "TinyGemm"),
     "quanto": ("quanto", "Quanto"),
     "gguf": ("gguf", "GGUF"),
+    "mxfp4": ("mxfp4", "MXFP4"),
     "compressed_tensors": ("compressed_tensors", "CompressedTensors"),
     "fp8": ("fp8", "Float8"),  # behind those that keep float8 in torch's own layers
 }
