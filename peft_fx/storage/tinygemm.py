@@ -4,8 +4,8 @@ quanto's TinyGemmWeightQBitsTensor.
     W[n, k] = (q[n, k] - 8) * scale + zero      scale_and_zero (in / group, out, 2) in the weight's dtype
 
 In float32 and rounded once, like the product; quanto's own `dequantize` rounds more often. qdata (out, in / 2) uint8: some rows
-of W are packed together, for each column a byte for two of them. With vector instructions (64 rows with AVX512, 32 with AVX2) a byte
-has row i in the low half and i + rows / 2 in the high one; else (32), and in a last block with fewer rows, 2i and 2i + 1.
+of W are packed together, for each column a byte for two of them. With vector instructions (64 rows with AVX512, 32 with AVX2) a
+byte has row i in the low half and i + rows / 2 in the high one; else (32), and in a last block with fewer rows, 2i and 2i + 1.
 Which it is depends on the machine that packed, and nothing in the tensor says it: this one is taken for it.
 """
 
