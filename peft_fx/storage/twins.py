@@ -114,11 +114,11 @@ def value(child: str, module: nn.Module) -> torch.Tensor:
 
 def mode(module: nn.Module) -> bool:
     """A stand-in has no mode of its own: it may run long after its module was switched."""
-    return vars(module)[SOURCE][0].training
+    return module._peft_fx_source[0].training  # as an attribute: Dynamo guards on it
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    vars(module)[SOURCE][0].training = training
+    module._peft_fx_source[0].training = training
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
