@@ -32,6 +32,13 @@ class Storage:
         """
         return None
 
+    def layer(self, module: nn.Module) -> type[nn.Module] | None:
+        """torch's class that does with the dense weight what the module does, where the module's own code reads packed numbers.
+
+        None: the module is one of torch's, or its code takes a dense weight as well.
+        """
+        return None
+
     def dequantize(self, tensors: Tensors, f: Format) -> torch.Tensor:
         """The dense weight, f.shape, f.dtype: functional ATen, traceable with fakes; same bits as the package's."""
         raise NotImplementedError

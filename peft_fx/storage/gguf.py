@@ -36,19 +36,28 @@ class GGUF(ByRows):
 
     def recognise(self, module, parameter):
         held = module._parameters.get(parameter)
+        if made_by(module, "peft_fx", "GGUFLinear", "GGUFEmbedding"):
+            return module.packed() if parameter == "weight" else None
+        if made_by(module, "transformers", "GgufExperts") and parameter in ("gate_up_proj", "down_proj"):
+            raise StorageError(
+                "experts that transformers keeps in GGUF's blocks are not read: their products are those of its kernels alone; "
+                "load the model dequantized"
+            )
         if made_by(held, "diffusers", "GGUFParameter"):
             dtype = module.__dict__.get("compute_dtype") or torch.get_default_dtype()
-            number, values = int(held.quant_type), ("float16", "float16")
-        elif held is not None and held.dtype == torch.uint8 and made_by(module, "transformers", *KINDS_OF_PARAMETERS):
+            number, arithmetic = int(held.quant_type), ("float16", "float16")
+        elif parameter == "weight" and made_by(module, "transformers", *LAYERS):
             dtype = dtype_of(module)
-            number = getattr(module, KINDS_OF_PARAMETERS[kind_of(module)].get(parameter, "ggml_type"))
-            values = ("float32", str(dtype).removeprefix("torch."))
+            number, arithmetic = module.ggml_type, ("float32", str(dtype).removeprefix("torch."))
         else:
             return None
-        packed = packed_of(held.data.as_subclass(torch.Tensor), number, dtype, *values)
+        packed = packed_of(held.data.as_subclass(torch.Tensor), number, dtype, *arithmetic)
         if (order := module._buffers.get("input_permutation")) is not None:
             packed.register_buffer("permutation", order.argsort())
         return packed
+
+    def layer(self, module):
+        return next((LAYERS[c.__name__] for c in type(module).__mro__ if c.__name__ in LAYERS), None)
 
     def dequantize(self, tensors, f):
         blocks, *permutation = tensors
@@ -73,22 +82,16 @@ class GGUF(ByRows):
         return own | {"blocks": blocks.reshape(own["blocks"].shape)}
 
     def place(self, module, parameter, new):
-        held, blocks = module._parameters[parameter], new.tensors["blocks"]
+        held, blocks = module._parameters.get(parameter), new.tensors["blocks"]
+        if held is None:
+            return exchange(module, {"blocks": blocks})
         if made_by(held, "diffusers", "GGUFParameter"):
             blocks = type(held)(blocks, quant_type=held.quant_type)
         return exchange(module, {parameter: blocks})
 
 
-# transformers' layers: where each says the type of a parameter
-KINDS_OF_PARAMETERS: dict[str, dict[str, str]] = {
-    "GgufLinear": {},
-    "GgufEmbedding": {},
-    "GgufExperts": {"gate_up_proj": "gate_up_type", "down_proj": "down_type"},
-}
-
-
-def kind_of(module: torch.nn.Module) -> str:
-    return next(c.__name__ for c in type(module).__mro__ if c.__name__ in KINDS_OF_PARAMETERS)
+# transformers' layers -> torch's that do the same
+LAYERS: dict[str, type[torch.nn.Module]] = {"GgufLinear": torch.nn.Linear, "GgufEmbedding": torch.nn.Embedding}
 
 
 def dtype_of(module: torch.nn.Module) -> torch.dtype:

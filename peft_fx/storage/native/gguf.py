@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ...errors import StorageError
+from ...kernels.packed import of
 from ..gguf import NAMES, packed_of
 from ..packed import Packed
 
@@ -39,28 +40,46 @@ def packed_from_gguf(tensor: FileTensor, dtype: torch.dtype | None = None) -> Pa
     return packed_of(torch.tensor(tensor.data), int(tensor.tensor_type), dtype or torch.get_default_dtype())
 
 
-class GGUFLinear(nn.Module):
-    """y = x Wᵀ + bias. weight: (out, in)."""
+class GGUFLinear(nn.Linear):
+    """y = x Wᵀ + bias. weight: (out, in), dense where it is read; kept as the buffer `blocks`."""
 
     def __init__(self, weight: Packed, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.weight_packed = weight
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
+        self.text = weight.text
+        self.register_buffer("blocks", weight.tensors["blocks"])
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    weight = property(lambda self: self.packed().dense())
+
+    def packed(self) -> Packed:
+        return over(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        own, bias = self.weight_packed, None if self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.peft_fx.packed_linear(x, list(own._buffers.values()), bias, own.text)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return torch.ops.peft_fx.packed_linear(x, [self.blocks], bias, self.text)
 
 
-class GGUFEmbedding(nn.Module):
-    """W[ids]. weight: (num_embeddings, embedding_dim)."""
+class GGUFEmbedding(nn.Embedding):
+    """W[ids]. weight: (num_embeddings, embedding_dim), dense where it is read; kept as the buffer `blocks`."""
 
     def __init__(self, weight: Packed):
-        super().__init__()
-        self.weight_packed = weight
+        nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+        self.text = weight.text
+        self.register_buffer("blocks", weight.tensors["blocks"])
+
+    weight = property(lambda self: self.packed().dense())
+
+    def packed(self) -> Packed:
+        return over(self)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        own = self.weight_packed
-        return torch.ops.peft_fx.packed_embedding(ids, list(own._buffers.values()), own.text)
+        return torch.ops.peft_fx.packed_embedding(ids, [self.blocks], self.text)
+
+
+def over(layer: GGUFLinear | GGUFEmbedding) -> Packed:
+    """A layer's numbers, as those of other layers are recognised."""
+    return Packed(of(layer.text)[1], {"blocks": layer.blocks})

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from packed_checks import check_place
 from torch.nn import functional as F
 
 from peft_fx.errors import StorageError
 from peft_fx.storage.native.gguf import GGUFEmbedding, GGUFLinear, packed_from_gguf
 from peft_fx.storage.recognise import recognise
+from peft_fx.storage.schemes import scheme
+from peft_fx.storage.twins import twin
 
 gguf = pytest.importorskip("gguf")
 
@@ -43,14 +46,17 @@ def test_linear_and_its_gradient(tensors):
     assert torch.equal(y, F.linear(x, W, bias)) and (layer.out_features, layer.in_features) == (24, 64)
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones(3, 24) @ W)
-    assert recognise(layer) is layer.weight_packed
-    assert layer.weight_packed.tensors["blocks"].numel() == 24 * 64 // 32 * 18
+    packed = recognise(layer)
+    assert packed.tensors["blocks"] is layer.blocks and layer.blocks.numel() == 24 * 64 // 32 * 18
+    assert {*layer.state_dict()} == {"blocks", "bias"} and torch.equal(layer.weight, W)
+    check_place(layer, "weight", packed, scheme("gguf").quantize(torch.randn(24, 64), packed))
 
 
 def test_embedding_and_dtype(tensors):
     layer = GGUFEmbedding(packed_from_gguf(tensors["table"], torch.bfloat16))
     ids = torch.tensor([[1, 23], [0, 1]])
     assert torch.equal(layer(ids), dense_of(tensors["table"]).bfloat16()[ids])
+    assert torch.equal(twin(layer)(ids), layer(ids))
 
 
 def test_a_dense_tensor_is_refused(tensors):
