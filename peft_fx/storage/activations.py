@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .affine import codes, fitted
+from .blocks import divisor
 
 
 def rounded(x: torch.Tensor, how: dict[str, Any]) -> torch.Tensor:
@@ -31,7 +32,7 @@ def rounded(x: torch.Tensor, how: dict[str, Any]) -> torch.Tensor:
         kind = getattr(torch, how["to"])
         largest = torch.finfo(kind).max
         scale = (rows.abs().amax((-1,) if how["rows"] else (0, 1), keepdim=True) / largest).float()
-        rows = (rows.float() / scale).clamp(-largest, largest).to(kind).float() * scale
+        rows = (rows.float() / divisor(scale)).clamp(-largest, largest).to(kind).float() * scale
     return rows.to(x.dtype).reshape(x.shape)
 
 

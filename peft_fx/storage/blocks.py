@@ -36,6 +36,11 @@ def grid_of(W: torch.Tensor, block: Sequence[int], reduce: Callable[..., torch.T
     return reduce(W.reshape(split), tuple(range(1, 2 * W.ndim, 2)))
 
 
+def divisor(scale: torch.Tensor) -> torch.Tensor:
+    """The scale, and 1 for a block of zeros, which some packages make NaN."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
 class ByRows(Storage):
     """A scheme that can make chosen rows of a matrix alone: where each of its tensors has one for each row, or one number."""
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..errors import StorageError
 from .activations import product
-from .blocks import ByRows, spread
+from .blocks import ByRows, divisor, spread
 from .formats import Format
 from .packed import Packed
 from .placing import exchange
@@ -97,7 +97,7 @@ class CompressedTensors(ByRows):
         scale, zero = own["scale"], own.get("zero")
         if zero is not None and zero.dtype == torch.int32:
             zero = unpacked(zero.t(), bits, scale.shape[0]).t()
-        scaled = W.detach().to(f.dtype) / self.whole(torch.where(scale == 0, 1, scale), own, f)
+        scaled = W.detach().to(f.dtype) / self.whole(divisor(scale), own, f)
         if "q" in own and own["q"].is_floating_point():
             largest = torch.finfo(own["q"].dtype).max
             return own | {"q": scaled.clamp(-largest, largest).to(own["q"].dtype)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,9 @@ from torch import nn
 
 def exchange(module: nn.Module, new: Mapping[str, torch.Tensor]) -> Callable[[], None]:
     """Puts tensors where a module has its own, by their names; returns what puts back the objects that were there."""
-    slots = {name: module._parameters if name in module._parameters else module._buffers for name in new}
+    slots: dict[str, dict[str, Any]] = {
+        name: module._parameters if name in module._parameters else module._buffers for name in new
+    }
     before = {name: held[name] for name, held in slots.items()}
     for name, tensor in new.items():
         frozen = slots[name] is module._parameters
@@ -23,7 +26,7 @@ def exchange(module: nn.Module, new: Mapping[str, torch.Tensor]) -> Callable[[],
     return undo
 
 
-def rebuilt(outer: torch.Tensor, inner: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def rebuilt(outer: Any, inner: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A tensor subclass like `outer` around other inner tensors; those that are not named stay."""
     names, context = outer.__tensor_flatten__()
     tensors = {name: inner.get(name, getattr(outer, name)) for name in names}

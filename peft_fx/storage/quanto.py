@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import StorageError
-from .blocks import ByRows
+from .blocks import ByRows, divisor
 from .formats import Format
 from .packed import Packed
 from .placing import exchange, rebuilt
@@ -75,7 +75,7 @@ class Quanto(ByRows):
             )
         least, most = grouped.amin(axis, keepdim=True), grouped.amax(axis, keepdim=True)
         scale, shift = (most - least) / (2**bits - 1), -least
-        codes = ((grouped + shift) / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+        codes = ((grouped + shift) / divisor(scale)).round().clamp(0, 2**bits - 1).to(torch.uint8)
         return {"data": in_strips(codes, bits), "scale": scale, "shift": shift}
 
     def place(self, module, parameter, new):
@@ -90,7 +90,7 @@ def to_bytes(W: torch.Tensor, kind: torch.dtype, like: torch.Tensor) -> dict[str
     limits = torch.finfo(kind) if kind.is_floating_point else torch.iinfo(kind)
     axes = tuple(a for a in range(W.ndim) if like.ndim == 0 or like.shape[a] == 1)
     scale = W.abs().amax(axes, keepdim=True).reshape(like.shape) / limits.max
-    q = W / scale
+    q = W / divisor(scale)
     if not kind.is_floating_point:
         q = q.round()
     return {"data": q.clamp(limits.min, limits.max).to(kind), "scale": scale}

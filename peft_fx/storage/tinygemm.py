@@ -15,6 +15,7 @@ import torch
 
 from ..errors import StorageError
 from .base import Storage
+from .blocks import divisor
 from .formats import Format
 from .packed import Packed
 from .placing import exchange, rebuilt
@@ -66,7 +67,7 @@ class TinyGemm(Storage):
             scale = scale.clamp(min=1e-6)
         zero = least + scale * 8
         origin = least if f["from_least"] else zero - scale * 8  # which rounding may have moved
-        codes = ((W - origin[..., None]) / scale[..., None]).round().clamp(0, 15)
+        codes = ((W - origin[..., None]) / divisor(scale)[..., None]).round().clamp(0, 15)
         made = {"qdata": packed(codes.to(torch.uint8).reshape(f.shape), f)}
         return made | {"scale_and_zero": torch.stack([scale, zero], -1).transpose(0, 1).contiguous()}
 

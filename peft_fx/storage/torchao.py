@@ -16,7 +16,7 @@ import torch
 from ..errors import StorageError
 from .activations import product
 from .affine import codes, fitted
-from .blocks import ByRows, grid_of, spread
+from .blocks import ByRows, divisor, grid_of, spread
 from .formats import Format
 from .packed import Packed
 from .placing import exchange, rebuilt
@@ -66,7 +66,7 @@ class Torchao(ByRows):
             kind = own["qdata"].dtype
             largest = torch.finfo(kind).max
             scale = (grid_of(W.abs(), block, torch.amax) / largest).float()
-            q = (W.float() / spread(scale, block, f.shape)).clamp(-largest, largest).to(kind)
+            q = (W.float() / spread(divisor(scale), block, f.shape)).clamp(-largest, largest).to(kind)
             return {"qdata": q, "scale": scale.reshape(own["scale"].shape)}
         low, high, held = f["low"], f["high"], own.get("zero_point")
         symmetric = held is None or not held.any()

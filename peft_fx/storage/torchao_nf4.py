@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from .base import Storage
+from .blocks import divisor
 from .formats import Format
 from .packed import Packed
 from .placing import exchange, rebuilt
@@ -39,7 +40,7 @@ class TorchaoNF4(Storage):
         f, nf4 = like.format, like.tensors["nf4"]
         blocks = W.detach().to(f.dtype).reshape(-1, f["block"])
         absmax = blocks.abs().amax(1)
-        codes = torch.bucketize((blocks / absmax[:, None]).float(), (nf4[1:].float() + nf4[:-1].float()) / 2)
+        codes = torch.bucketize((blocks / divisor(absmax)[:, None]).float(), (nf4[1:].float() + nf4[:-1].float()) / 2)
         pairs = codes.to(torch.uint8).reshape(-1, 2)
         mean = absmax.mean()
         centred = (absmax - mean).reshape(-1, f["scaler_block"])

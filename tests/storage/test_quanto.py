@@ -110,3 +110,13 @@ def test_what_is_refused():
     module.weight.__class__ = type("MarlinInt4WeightQBitsTensor", (kind,), {"__module__": kind.__module__})
     with pytest.raises(StorageError, match="Marlin"):
         recognise(module)
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8", "qint4"])
+def test_rows_of_zeros_stay(kind):
+    pytest.importorskip("optimum.quanto")
+    packed = recognise(layer(kind))
+    W = torch.randn(packed.shape)
+    W[0] = 0
+    dense = packed.again(scheme("quanto").quantize(W, packed)).dense()
+    assert not dense[0].any() and dense.isfinite().all()

@@ -142,3 +142,12 @@ def test_an_embedding_and_an_expert_stack():
     stack.weight = nn.Parameter(Int8Tensor.from_hp(torch.randn(3, 8, 16), PerRow()), requires_grad=False)
     packed = recognise(stack)
     assert isinstance(packed, Packed) and torch.equal(check_packed(packed), stack.weight.dequantize())
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_rows_of_zeros_stay(name):
+    packed = recognise(layer(WEIGHTS[name]))
+    W = torch.randn(48, 64)
+    W[0] = 0
+    dense = packed.again(scheme("torchao").quantize(W, packed)).dense()
+    assert not dense[0].any() and dense.isfinite().all()
