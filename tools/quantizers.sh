@@ -32,16 +32,20 @@ limit() { timeout "${LIMIT:-1800}" "$@"; }
 # The environment of a package: its own pip, the constraints for what is ours, the pins alone for what is the package's.
 make_environment() {
     local package="$1" venv="$folder/$1"
-    [ ! -e "$venv/ready" ] || return 0
+    local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
+    if [ -e "$venv/ready" ]; then  # of another checkout, perhaps
+        [ "$(cat "$venv/ready")" = "$root" ] || limit "${pip[@]}" --no-build-isolation --no-deps -e "$root" || return
+        echo "$root" > "$venv/ready"
+        return
+    fi
     rm -rf "$venv"
     "${PYTHON:-python3}" -m venv "$venv" || return
-    local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
     limit "${pip[@]}" -c "$root/tools/constraints.txt" torch setuptools &&
         limit "${pip[@]}" -c "$root/tools/constraints.txt" --no-build-isolation pytest transformers -e "$root" &&
         PIP_CONSTRAINT="$folder/pins.txt" limit "${pip[@]}" ${wanted[$package]} || return
     # With Triton installed, autoawq launches its kernels on a CPU, too, and fails.
     [ "$package" != autoawq ] || "$venv/bin/python" -m pip uninstall -q -y triton || return
-    touch "$venv/ready"
+    echo "$root" > "$venv/ready"
 }
 
 rows=("| package | version | tests/storage |" "|---|---|---|")

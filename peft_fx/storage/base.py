@@ -33,9 +33,9 @@ class Storage:
         return None
 
     def layer(self, module: nn.Module) -> type[nn.Module] | None:
-        """torch's class that does with the dense weight what the module does, where the module's own code reads packed numbers.
+        """The class whose forward does with the dense weight what the module does, where its bases say it wrongly.
 
-        None: the module is one of torch's, or its code takes a dense weight as well.
+        None: it is what `twins.base_of` takes from the bases: torch's layer, or the module's own code.
         """
         return None
 

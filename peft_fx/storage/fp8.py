@@ -43,6 +43,10 @@ class Float8(ByRows):
         block = block_of(module, shape, scale)
         return Packed(Format(self.name, shape, dtype_of(module, scale), {"block": block}), tensors)
 
+    def layer(self, module):
+        # whose own code is that of no linear layer, and takes a dense weight
+        return type(module) if made_by(module, "transformers", "FP8GroupedLinear") else None
+
     def dequantize(self, tensors, f):
         q, *scale = tensors
         if not scale:

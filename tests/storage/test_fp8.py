@@ -6,10 +6,12 @@ import pytest
 import torch
 from packed_checks import check_packed, check_place
 from torch import nn
+from torch.nn import functional as F
 
 from peft_fx.errors import StorageError
 from peft_fx.storage.recognise import recognise
 from peft_fx.storage.schemes import scheme
+from peft_fx.storage.twins import twin
 
 fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
 
@@ -72,6 +74,17 @@ def test_an_embedding_gathers_rows():
     assert torch.equal(module(ids), dense[ids])
 
 
+def test_groups_of_a_linear_layer_run_its_own_code():
+    torch.manual_seed(0)
+    module = fp8.FP8GroupedLinear(128, 256, 2, block_size=(128, 128)).requires_grad_(False)
+    fill(module.weight, module.weight_scale_inv)
+    W = recognise(module).dense()
+    x = torch.randn(3, 2, 128)
+    assert torch.allclose(
+        twin(module)(x), torch.stack([x[:, i] @ W[128 * i : 128 * i + 128].t() for i in (0, 1)], 1), atol=1e-5
+    )
+
+
 def test_experts():
     torch.manual_seed(0)
     config = SimpleNamespace(hidden_size=128, num_local_experts=3, moe_intermediate_size=128, hidden_act="silu")
@@ -83,6 +96,20 @@ def test_experts():
         scale = module._parameters[f"{name}_scale_inv"]
         assert torch.allclose(dense.double(), float64(module._parameters[name], scale, (128, 128)), rtol=1e-6)
         check_place(module, name, packed, scheme("fp8").quantize(torch.randn(dense.shape), packed))
+    hidden, chosen, shares = (
+        torch.randn(5, 128),
+        torch.tensor([[0, 1], [2, 0], [1, 1], [2, 1], [0, 2]]),
+        torch.rand(5, 2),
+    )
+    up, down = (recognise(module, n).dense() for n in ("gate_up_proj", "down_proj"))
+
+    def expert(e, x):
+        gate, value = (up[e] @ x).chunk(2)
+        return down[e] @ (F.silu(gate) * value)
+
+    rows = zip(hidden, chosen.tolist(), shares, strict=True)
+    expected = torch.stack([sum(s * expert(e, x) for e, s in zip(es, ss, strict=True)) for x, es, ss in rows])
+    assert torch.allclose(twin(module)(hidden, chosen, shares), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
