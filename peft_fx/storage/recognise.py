@@ -43,12 +43,14 @@ def inner(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain(module: nn.Module, parameter: str) -> bool:
-    """Whether a module is torch's own around a tensor of torch's own, which most are."""
+    """Whether a module is torch's own around a tensor of torch's own, which most are.
+
+    Not where it lacks the parameter, or has numbers of one byte there: packages put theirs into torch's own layers, too.
+    """
     held = module._parameters.get(parameter)
-    ours = type(module).__module__.startswith("torch.nn.")
-    return (
-        ours and (held is None or type(held) is nn.Parameter) and not torch.nn.utils.parametrize.is_parametrized(module)
-    )
+    dense = held is None or (type(held) is nn.Parameter and held.dtype.itemsize > 1)
+    own = type(module).__module__.startswith("torch.nn.") and parameter in module._parameters
+    return own and dense and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def made_by(thing: object, package: str, *classes: str) -> bool:
