@@ -134,7 +134,8 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     move: weights that waited elsewhere come to the graph's device. Raises MergeError if they were not kept.
     """
     shelf = shelved(merged)
-    missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
+    lines = state.merge_report  # of a packed weight they say what was replaced: it may be its bias alone
+    missing = [name for r in lines for name in r.get("replaced", [r["target"]]) if name not in shelf]
     if missing:
         raise MergeError(
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
