@@ -32,7 +32,7 @@ from ...store.tensors import ROOT, get_tensor, tensor_of
 from ..core.base import regions
 from ..core.fakes import fake_mode_of, fake_of
 from ..core.nodes import calling, results_of
-from ..match.readers import add_reader, tensor_nodes
+from ..match.readers import tensor_nodes
 
 
 def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:

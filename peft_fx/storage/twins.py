@@ -76,7 +76,7 @@ def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
         new._buffers.update(module._buffers)
         new._non_persistent_buffers_set |= module._non_persistent_buffers_set
         new._modules.update({n: m for n, m in module._modules.items() if n != "parametrizations"})
-    new._parameters.update({n: p for n, p in module._parameters.items() if n not in kept and n == "bias" or own_code})
+    new._parameters.update({n: p for n, p in module._parameters.items() if (n not in kept and n == "bias") or own_code})
     if not own_code:
         new._parameters["bias"] = bias_of(module)
     for name, packed in kept.items():
@@ -90,7 +90,9 @@ def base_of(module: nn.Module, kept: dict[str, Packed]) -> type[nn.Module]:
     of_ours = next((c for c in type(module).__mro__ if of_torch(c)), None)
     if of_ours is not None and not issubclass(of_ours, nn.Linear):
         return of_ours
-    if of_ours is None and all(n in module._parameters or n in module._modules.get("parametrizations", ()) for n in kept):
+    if of_ours is None and all(
+        n in module._parameters or n in module._modules.get("parametrizations", ()) for n in kept
+    ):
         return next(c for c in type(module).__mro__ if not c.__name__.startswith("Parametrized"))
     return Linear
 
@@ -112,11 +114,11 @@ def value(child: str, module: nn.Module) -> torch.Tensor:
 
 def mode(module: nn.Module) -> bool:
     """A stand-in has no mode of its own: it may run long after its module was switched."""
-    return vars(module)[SOURCE][0].training
+    return module._peft_fx_source[0].training  # as an attribute: Dynamo guards on it
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
-    vars(module)[SOURCE][0].training = training
+    module._peft_fx_source[0].training = training
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:

@@ -14,7 +14,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -32,13 +32,14 @@ class Forward:
     """A call that runs, held by the frame that it is called from.
 
     seen: what it acts with, once something has looked at it. compiled: whether a torch.compile is around it, whose guards look
-    at what is published, frame by frame.
+    at what is published, frame by frame. What seen and rows are is the face's business (`hf/hosts/acting.py`).
     """
 
     __slots__ = ("__weakref__", "compiled", "rows", "seen")
 
     def __init__(self, compiled: bool):
-        self.seen = self.rows = None
+        self.seen: Any = None
+        self.rows: Any = None
         self.compiled = compiled
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
+from ..atomic import StrPath
 from ..config import AdapterConfig
 from ..engine.adding import with_adapter
 from ..engine.inplace import MODEL
@@ -36,8 +38,9 @@ from ..recipe import Recipe, as_recipe
 from ..storage.packed import weight_name
 from ..storage.twins import opened, stand_in
 from ..store.modules import ByDevice, ByMode, Store, build
+from ..store.sharing import Shared
 from ..store.state import BaseGraph, State, state_of
-from ..store.tensors import ROOT, get_tensor, packed_of
+from ..store.tensors import ROOT, get_tensor, packed_of, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adapters import save_adapter
 from .capture.model import skeleton
@@ -47,7 +50,7 @@ RECIPE_FILES = (".json", ".yaml", ".yml")
 
 
 def backend(
-    recipe,
+    recipe: Any,
     *,
     model: nn.Module | None = None,
     inner: str | Callable = "eager",
@@ -78,16 +81,18 @@ class Backend:
 
     __name__ = "peft_fx"  # Dynamo's messages call backends by it
 
-    def __init__(self, wanted: Iterable[tuple], inner="eager", trainable: bool = True, lowering: str = "auto"):
+    def __init__(
+        self, wanted: Iterable[tuple], inner: str | Callable = "eager", trainable: bool = True, lowering: str = "auto"
+    ):
         self.wanted, self.trainable, self.lowering = tuple(wanted), trainable, lowering
         self.inner = inner
         self.model: nn.Module | None = None
-        self._adapters: fx.GraphModule | tuple[Store, State] | None = None
+        self._adapters: Shared | tuple[Store, State] | None = None
         self.read: set[str] = set()  # targets that some graph reads
         self.changes = 0  # adapters deleted, whose names may come again with other tensors, or configured anew
         self.complete = False
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         adapters = ", ".join(f"{n}: {c.peft_type if c else 'as its file says'}" for n, c, _ in self.wanted)
         return f"Backend(adapters=[{adapters}], model={None if self.model is None else type(self.model).__name__})"
 
@@ -105,7 +110,7 @@ class Backend:
                 f"this backend holds the adapters of another {type(self.model).__name__}: make one for each model"
             )
         if self.model is None:
-            gm = without_graph(model)
+            gm: fx.GraphModule = without_graph(model)
             for name, config, source in self.wanted:
                 if config is None:  # files: only the model's table says what those of other programs mean
                     config, tensors = read_adapter(source, state_of(gm).table)
@@ -123,7 +128,7 @@ class Backend:
 
     def keep(self, gm: fx.GraphModule) -> None:
         """From now on the adapters are those of `gm`."""
-        self._adapters = without_graph(self.model, gm.peft_fx, state_of(gm))
+        self._adapters = without_graph(self.attached, store_of(gm), state_of(gm))
 
     def become(self, state: State) -> None:
         """Other adapters act from now on."""
@@ -144,7 +149,7 @@ class Backend:
 
     def open(self, chosen: Iterable[Placement]) -> None:
         if self.frames:
-            give_frames(filter(of_torch, (self.model.get_submodule(p.target.path) for p in chosen)))
+            give_frames(filter(of_torch, (self.attached.get_submodule(p.target.path) for p in chosen)))
 
     def delete(self, name: str) -> None:
         """Raises GraphError for a name that no adapter has."""
@@ -153,12 +158,17 @@ class Backend:
         self.adapters.peft_fx.adapters._modules.pop(place, None)
         self.changes += 1
 
-    def configure(self, name: str, **fields) -> None:
+    def configure(self, name: str, **fields: Any) -> None:
         """Other values in an adapter's config, of fields that no tensor of it depends on."""
         state = self.state
         resident = state.recipe[name]
         publish(self.adapters, name, resident_of(state, name, replace(resident.config, **fields), resident.lowering))
         self.changes += 1
+
+    @property
+    def attached(self) -> nn.Module:
+        """The model, once `attach` has been given one."""
+        return cast(nn.Module, self.model)
 
     @property
     def state(self) -> State:
@@ -171,21 +181,21 @@ class Backend:
 
     def owners(self) -> set[nn.Module]:
         """The modules that own targets."""
-        return {self.model.get_submodule(p.target.path) for p in self.acting()}
+        return {self.attached.get_submodule(p.target.path) for p in self.acting()}
 
     @property
-    def adapters(self) -> fx.GraphModule:
+    def adapters(self) -> Shared:
         """The model's tree with the adapters beside it and no operators: what save_adapter and hotswap take."""
         if self._adapters is None:
             raise GraphError("this backend has no model yet: peft_fx.backend(recipe, model=model), or .attach(model)")
         if isinstance(self._adapters, tuple):
-            self._adapters = without_graph(self.model, *self._adapters)
+            self._adapters = without_graph(self.attached, *self._adapters)
         return self._adapters
 
     def __getstate__(self) -> dict:
         """For copies and pickles: the adapters alone; the tree of the model's tensors is made again when it is asked for."""
         gm = self._adapters
-        kept = (gm.peft_fx, state_of(gm).update(base=None)) if isinstance(gm, fx.GraphModule) else gm
+        kept = (gm.peft_fx, state_of(gm).update(base=None)) if isinstance(gm, Shared) else gm
         return {**self.__dict__, "_adapters": kept}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -196,10 +206,10 @@ class Backend:
         """The adapters' parameters, for an optimiser."""
         return (p for _, p in self.named_parameters())
 
-    def save_adapter(self, path, adapter_name: str | None = None) -> Path:
+    def save_adapter(self, path: StrPath, adapter_name: str | None = None) -> Path:
         return save_adapter(self.adapters, path, adapter_name)
 
-    def hotswap(self, path, adapter_name: str = "default") -> SwapReport:
+    def hotswap(self, path: Any, adapter_name: str = "default") -> SwapReport:
         """Other numbers into the same tensors: every compiled graph has them at once, none is compiled again."""
         return hotswap(self.adapters, path, adapter_name)
 
@@ -216,7 +226,7 @@ class Backend:
         """What is adapted now, in order."""
         return self.state.placed(self.state.acting)
 
-    def __call__(self, gm: fx.GraphModule, inputs: Sequence, **options) -> Callable:
+    def __call__(self, gm: fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
         """For Dynamo: its graph and inputs -> what runs instead. options: torch.compile's mode and options."""
         if self.model is None:
             if (model := compiled_module()) is None:
@@ -231,8 +241,8 @@ class Backend:
         if self.inner == "inductor":
             chosen = options_with(options.get("mode"), options.get("options"))
             return torch._TorchCompileInductorWrapper(None, chosen, None)
-        chosen = lookup_backend(self.inner)
-        return (lambda gm, inputs: chosen(gm, inputs, **options)) if options else chosen
+        compiler: Callable = lookup_backend(self.inner)
+        return (lambda gm, inputs: compiler(gm, inputs, **options)) if options else compiler
 
     def names(self) -> dict[int, tuple[str, ...]]:
         """id of a tensor of the model -> its names, one per module."""
@@ -241,7 +251,7 @@ class Backend:
             for name in (*record.parameters, *record.buffers):
                 full = f"{record.path}.{name}" if record.path else name
                 packed = packed_of(self.adapters, full)
-                tensors = {full: get_tensor(self.model, full)} if packed is None else packed.named(full)
+                tensors = {full: get_tensor(self.attached, full)} if packed is None else packed.named(full)
                 for own, tensor in tensors.items():
                     found[id(tensor)] = (*found.get(id(tensor), ()), own)
         return found
@@ -249,8 +259,8 @@ class Backend:
     def refuse_python(self) -> None:
         """Raises GraphError if a function that uses targets runs in Python at this moment."""
         written = as_written()
-        owners = {m for m in self.owners() if not of_torch(m)} if written else ()
-        for path, module in self.model.named_modules():
+        owners = {m for m in self.owners() if not of_torch(m)} if written else set()
+        for path, module in self.attached.named_modules():
             if module in written and not owners.isdisjoint(used_by(module)):
                 raise GraphError(
                     f"Dynamo left the forward of {path or 'the model'} to Python, where no adapter acts: rewrite what "
@@ -290,7 +300,7 @@ class Adapted:
         self.variants: dict[tuple, Variant] = {}
         self.add(inputs, compiler)
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         variant = self.variants.get(self.key(args)) or self.add(args, self.compile_late)
         if variant.used and not self.owner.complete:
             self.owner.check_complete()
@@ -301,13 +311,13 @@ class Adapted:
     def key(self, args: Sequence) -> tuple:
         owner = self.owner
         seen = tuple([id(args[i]) for i in self.watched])
-        return seen, owner.model.training, owner.acting_now(), owner.changes
+        return seen, owner.attached.training, owner.acting_now(), owner.changes
 
     def add(self, args: Sequence, compiler: Callable) -> Variant:
         """The variant for these parameters: another one's graph if that is the same, else a graph of its own."""
         with TRACING:  # which sets the store's mode
             gm, names = self.adapted(args)
-        tensors = tuple(get_tensor(self.owner.adapters, name) for name in names)
+        tensors = tuple(tensor_of(self.owner.adapters, name) for name in names)
         fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")[len(args) :]]
         text = gm.code, *(r.code for r in regions(gm)), *map(signature, fakes)
         run = next((v.run for v in self.variants.values() if v.text == text), None)
@@ -327,7 +337,7 @@ class Adapted:
         base = BaseGraph(fx.Graph())
         base.traces = self.traces
         store = owner.adapters.peft_fx
-        store.mode.training = owner.model.training
+        store.mode.training = owner.attached.training
         new, ours = adapt(self.gm, inputs, chosen, State(table, base, gated=gated), store)
         for name in ("_param_name_to_source", "_source_to_user_stacks"):
             setattr(new, name, getattr(self.gm, name, {}))
@@ -347,7 +357,7 @@ def eager(gm: fx.GraphModule, inputs: Sequence) -> Callable:
     return gm.forward
 
 
-def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> fx.GraphModule:
+def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> Shared:
     """A graph module over the model's tree and own tensors that runs nothing."""
     with opened(model):
         tree = skeleton(model)
@@ -359,13 +369,15 @@ def without_graph(model: nn.Module, store: Store | None = None, state: State | N
         nothing.output(None)
         state = state.update(base=BaseGraph(nothing))
     store = store or Store(ByMode(model.training), ByDevice(device))
-    gm = build({ROOT: store, **tree._modules}, dict(tree._parameters), buffers, fx.Graph(), state)
+    gm = build(
+        {ROOT: store, **cast(dict[str, nn.Module], tree._modules)}, dict(tree._parameters), buffers, fx.Graph(), state
+    )
     gm.meta[MODEL] = model
     gm.peft_fx.sharing.add(gm)
     return gm
 
 
-def sources(recipe, adapter_name: str) -> Iterator[tuple]:
+def sources(recipe: Any, adapter_name: str) -> Iterator[tuple]:
     """(adapter name, config, None) for the adapters of a recipe, (adapter name, None, path) for files."""
     if isinstance(recipe, (str, Path)) and Path(recipe).suffix not in RECIPE_FILES:
         yield adapter_name, None, recipe

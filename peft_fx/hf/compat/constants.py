@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ...config_files import CONFIG_FILE as CONFIG_NAME
@@ -31,8 +34,8 @@ class PeftWarning(UserWarning):
 
 
 # model type -> target_modules, under PEFT's name for each method
-TARGET_TABLES = {
-    f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": targets
+TARGET_TABLES: dict[str, Mapping[str | None, list[str] | str]] = {
+    f"TRANSFORMERS_MODELS_TO_{str(method).replace('_', '')}_TARGET_MODULES_MAPPING": targets
     for method, targets in DEFAULT_TARGETS.items()
 }
 TARGET_TABLES |= {
@@ -42,7 +45,7 @@ TARGET_TABLES |= {
 globals().update(TARGET_TABLES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "PEFT_TYPE_TO_CONFIG_MAPPING":  # imports every method
         return {PeftType(name): get_config(name) for name in METHODS if name not in INTERNAL}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

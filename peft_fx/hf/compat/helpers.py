@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
+from ...atomic import StrPath
 from ...config import AdapterConfig
 from ...errors import PeftFxError
 from ...files.read import read_config
 from ...recipe import as_config
+from ...store.tensors import store_of
+from ...verbs.backend import Backend
 from ...verbs.tensors import FACTORS, Owned, adapters_of, tensors_of
 
 
-def check_if_peft_model(model_name_or_path) -> bool:
+def check_if_peft_model(model_name_or_path: StrPath) -> bool:
     """Whether a folder or Hub repository holds an adapter that can be read."""
     try:
         read_config(model_name_or_path)
@@ -29,7 +33,7 @@ def get_peft_config(config_dict: dict) -> AdapterConfig:
 
 
 @contextmanager
-def rescale_adapter_scale(model, multiplier: float) -> Iterator[None]:
+def rescale_adapter_scale(model: nn.Module | Backend, multiplier: float) -> Iterator[None]:
     """Inside the block LoRA's updates count `multiplier` times; afterwards the scales have the bits that they had.
 
     model: a PeftModel, a graph or a backend. The scales are tensors, so nothing is compiled again; backward through a call
@@ -41,7 +45,7 @@ def rescale_adapter_scale(model, multiplier: float) -> Iterator[None]:
     tensors = [s.tensor for s in scales(model)]
     if not tensors:
         raise ValueError("only LoRA's updates have a scale to change, and this model has no LoRA adapter")
-    sharing = adapters_of(model).peft_fx.sharing
+    sharing = store_of(adapters_of(model)).sharing
     before = {t: t.clone() for t in tensors}
     sharing.put({t: t * multiplier for t in tensors})
     try:
@@ -50,14 +54,14 @@ def rescale_adapter_scale(model, multiplier: float) -> Iterator[None]:
         sharing.put(before)
 
 
-def scales(model) -> list[Owned]:
+def scales(model: nn.Module | Backend) -> list[Owned]:
     """What LoRA's updates are multiplied by."""
     first = {a for a, _ in FACTORS}
     return [t for t in tensors_of(model) if t.name == "scaling" and first & t.placement.tensors.keys()]
 
 
 @contextmanager
-def disable_input_dtype_casting(model, active: bool = True) -> Iterator[None]:
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
     """Changes nothing: inputs are never cast here, factors take the input's dtype."""
     yield
 
@@ -74,7 +78,7 @@ class DoraCaching:
     def __enter__(self) -> None:
         """Nothing to switch on."""
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         """Nor off."""
 
 

@@ -70,7 +70,7 @@ class KappaTuneSelector:
 
 
 def best(kappas: dict[str, float], top_p: float | None, number: int | None, threshold: float | None) -> list[str]:
-    names = sorted(kappas, key=kappas.get)
+    names = sorted(kappas, key=kappas.__getitem__)
     if number is not None:
         return names[:number]
     if top_p is not None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import nn
 
 from ...methods.base import HALF
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # what transformers calls quantisations that bring their own 16-bit parameters: those stay as they are
 LEFT_ALONE = frozenset({"gptq", "aqlm", "eetq", "torchao", "hqq"})
@@ -36,16 +41,17 @@ def prepare_model_for_kbit_training(
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):
             require_input_grads(model)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        cast("PreTrainedModel", model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 
 def require_input_grads(model: nn.Module) -> None:
     """What comes out of the embeddings requires grad."""
+    known = cast("PreTrainedModel", model)
     if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()
+        known.enable_input_require_grads()
     else:
-        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        known.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

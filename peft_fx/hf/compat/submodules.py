@@ -10,10 +10,11 @@ from functools import partial
 from importlib.machinery import ModuleSpec
 from pkgutil import resolve_name
 from types import ModuleType
+from typing import Any
 
 from ...methods import INTERNAL, METHODS
 
-FILES = [entry[0] for name, entry in METHODS.items() if name not in INTERNAL]
+FILES = [entry[0] for name, entry in METHODS.items() if name not in INTERNAL and isinstance(entry, tuple)]
 # PEFT's submodule -> where its names are found, below this package; "": in the package itself; after a colon: in what a module
 # has under that name
 SUBMODULES = {
@@ -57,7 +58,7 @@ SUBMODULES = {
 }
 
 
-def look_up(package: str, name: str, places: tuple[str, ...], attribute: str):
+def look_up(package: str, name: str, places: tuple[str, ...], attribute: str) -> Any:
     """The attribute of the first place that has it."""
     if not attribute.startswith("__"):  # what Python and its tools ask of every module, which must not import anything
         for place in places:
@@ -81,7 +82,7 @@ def make_submodules(package: str, under: str | None = None) -> list[str]:
         module = ModuleType(name, f"Names of PEFT's, from {', '.join(f'{package}.{p}'.rstrip('.') for p in places)}.")
         module.__spec__ = ModuleSpec(name, None, is_package=True)
         module.__path__ = []  # a package, without files of its own
-        module.__getattr__ = partial(look_up, package, name, places)
+        vars(module)["__getattr__"] = partial(look_up, package, name, places)
         sys.modules[name] = module
         setattr(sys.modules[parent], leaf, module)
         made.append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, NoReturn
 
 from ...config import AdapterConfig
 from ...errors import ImportOrderError, UnsupportedError
@@ -31,8 +32,7 @@ def stand_in(version: str, changes: Changes) -> ModuleType:
     module = ModuleType(NAME, f"{OURS}, under PEFT's name.")
     module.__spec__ = ModuleSpec(NAME, None, is_package=True)
     module.__path__ = []
-    module.__version__ = version
-    module.__getattr__ = attribute
+    vars(module).update(__version__=version, __getattr__=attribute)
     changes.item(sys.modules, NAME, module)
     for name in make_submodules(OURS, NAME):
         changes.stack.callback(sys.modules.pop, name, None)
@@ -41,7 +41,7 @@ def stand_in(version: str, changes: Changes) -> ModuleType:
     return module
 
 
-def attribute(name: str):
+def attribute(name: str) -> Any:
     """A name of ours, or a class that stands for what is missing."""
     if name in MISSING and name.endswith("Config"):
         return refusing(name)
@@ -51,7 +51,7 @@ def attribute(name: str):
 def refusing(name: str) -> type:
     """A config of a method that is missing: others import it to ask whether theirs is one; to make one is refused."""
 
-    def new(cls, *args, **fields):
+    def new(cls: type, *args: Any, **fields: Any) -> NoReturn:
         raise UnsupportedError(not_yet(name))
 
     made = type(name, (AdapterConfig,), {"__new__": new, "__module__": NAME})

@@ -28,7 +28,7 @@ class AsPeft:
     def __enter__(self) -> AsPeft:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     def __repr__(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 from .changes import Changes
@@ -25,7 +26,9 @@ class WhenImported(MetaPathFinder):
     def __init__(self, then: dict[str, Then], changes: Changes):
         self.then, self.changes = then, changes
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.then:
             return None
         others = (f for f in sys.meta_path if f is not self)
@@ -38,5 +41,5 @@ class WhenImported(MetaPathFinder):
                 if self in sys.meta_path:  # not undone meanwhile
                     self.then[name](module, self.changes)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # meant
         return spec

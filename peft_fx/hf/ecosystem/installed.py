@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from types import FunctionType, ModuleType
+from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 
+from ...atomic import StrPath
 from ...config import AdapterConfig
 from ...errors import NoAdaptersError
 from ...methods import INTERNAL, METHODS, get_config
@@ -35,7 +37,7 @@ def lead_all(peft: ModuleType, changes: Changes) -> None:
 
     left: WeakSet[nn.Module] = WeakSet()  # models that are PEFT's to adapt
 
-    def ours(*args, **kwargs) -> bool:
+    def ours(*args: Any, **kwargs: Any) -> bool:
         """Whether a call with these arguments is for us: adapted models decide, then configs."""
         given = (*args, *kwargs.values())
         for model in map(unwrapped, models_in(given)):
@@ -76,12 +78,12 @@ def here() -> set[str]:
     return METHODS.keys() - INTERNAL
 
 
-def known(config) -> bool:
+def known(config: Any) -> bool:
     """Whether a config of PEFT's is for a method that we have."""
     return str(getattr(config.peft_type, "value", config.peft_type)) in here()
 
 
-def functions(peft: ModuleType):
+def functions(peft: ModuleType) -> Iterator[tuple[FunctionType, FunctionType]]:
     """PEFT's public functions that we have under the same names, with ours."""
     for submodule in ("", *SUBMODULES):
         theirs = import_module(f"{peft.__name__}.{submodule}".rstrip("."))
@@ -94,7 +96,7 @@ def functions(peft: ModuleType):
 
 def led(theirs: Callable, function: Callable, ours: Callable[..., bool]) -> Callable:
     @functools.wraps(theirs)
-    def either(*args, **kwargs):
+    def either(*args: Any, **kwargs: Any) -> Any:
         return (function if ours(*args, **kwargs) else theirs)(*args, **kwargs)
 
     return either
@@ -103,7 +105,7 @@ def led(theirs: Callable, function: Callable, ours: Callable[..., bool]) -> Call
 def led_tuner(theirs: type, own: type, ours: Callable[..., bool]) -> type:
     """What makes a tuner of ours, or one of PEFT's class, and has that one's attributes: PEFT asks it about models of its own."""
 
-    def new(cls, *args, **kwargs):
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs) if ours(*args, **kwargs) else plain(cls)
 
     return type(theirs)(theirs.__name__, (theirs,), {"__new__": new, "__module__": theirs.__module__})
@@ -116,16 +118,16 @@ def lead_model(cls: type, ours: Callable[..., bool], left: WeakSet[nn.Module], c
     """
     theirs, package = cls.__dict__["from_pretrained"].__func__, cls.__module__.partition(".")[0]
 
-    def counterpart(asked: type) -> type | None:
+    def counterpart(asked: type) -> type[models.PeftModel] | None:
         return getattr(models, asked.__name__, None) if asked.__module__.partition(".")[0] == package else None
 
-    def new(asked, *args, **kwargs):
+    def new(asked: type, *args: Any, **kwargs: Any) -> Any:
         own = counterpart(asked)
         if own is None:
             left.update(models_in((*args, *kwargs.values())))
         return own(*args, **kwargs) if own and ours(*args, **kwargs) else plain(asked)
 
-    def from_pretrained(asked, model, model_id, *args, **kwargs):
+    def from_pretrained(asked: type, model: nn.Module, model_id: StrPath, *args: Any, **kwargs: Any) -> Any:
         call = inspect.signature(theirs).bind(asked, model, model_id, *args, **kwargs)
         config = call.arguments.get("config") or sys.modules[package].PeftConfig.from_pretrained(model_id, **kwargs)
         own = counterpart(asked)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import get_origin
+from typing import TYPE_CHECKING, Any, cast, get_origin
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -19,12 +20,15 @@ from ...recipe import as_config
 from ..model.functional import set_peft_model_state_dict
 from ..model.hotswap import prepare_model_for_compiled_hotswap
 from ..model.injection import inject_adapter_in_model, injected, remove_adapter
-from ..model.tuner import DEFAULT
+from ..model.tuner import DEFAULT, Tuner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HUB = frozenset(inspect.signature(snapshot_download).parameters) | {"subfolder"}
 
 
-def load_adapter(theirs: Callable, model, *args, **kwargs) -> LoadStateDictInfo:
+def load_adapter(theirs: Callable, model: PreTrainedModel, *args: Any, **kwargs: Any) -> LoadStateDictInfo:
     """In place of `theirs`, with its arguments."""
     call = inspect.signature(theirs).bind(model, *args, **kwargs)
     if model._hf_peft_config_loaded and injected(model) is None:
@@ -35,8 +39,18 @@ def load_adapter(theirs: Callable, model, *args, **kwargs) -> LoadStateDictInfo:
     return load(model, config, tensors, given["adapter_name"] or DEFAULT, given["hotswap"], given["is_trainable"])
 
 
-def contents(model, *, peft_model_id, peft_config, adapter_state_dict, adapter_kwargs, local_files_only, load_config,
-             key_mapping=None, **rest) -> tuple[AdapterConfig, dict]:  # fmt: skip
+def contents(
+    model: PreTrainedModel,
+    *,
+    peft_model_id: str | None,
+    peft_config: Any,
+    adapter_state_dict: dict[str, torch.Tensor] | None,
+    adapter_kwargs: dict[str, Any] | None,
+    local_files_only: bool,
+    load_config: Any,
+    key_mapping: dict[str, str] | None = None,
+    **rest: Any,
+) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """Config and tensors of what is to be loaded: files, or what was given. Raises AdapterFileError, RecipeError."""
     config = None if peft_config is None else as_config(peft_config)
     if adapter_state_dict is not None and config is not None:
@@ -52,7 +66,7 @@ def contents(model, *, peft_model_id, peft_config, adapter_state_dict, adapter_k
 
 
 def load(
-    model, config: AdapterConfig, tensors: dict, name: str, hotswap: bool | str, trainable: bool
+    model: PreTrainedModel, config: AdapterConfig, tensors: dict, name: str, hotswap: bool | str, trainable: bool
 ) -> LoadStateDictInfo:
     """A new adapter, which acts alone, or other numbers for a resident one."""
     tuner = injected(model)
@@ -64,7 +78,7 @@ def load(
             f"there is an adapter {name!r} already: give another name, or hotswap=True" if there
             else f"hotswap: there is no adapter {name!r} to swap; load one first, without hotswap=True"
         )  # fmt: skip
-    if hotswap:
+    if tuner is not None and hotswap:
         tuner.hotswap((config, tensors), name)
         return nothing_missing()
     config.inference_mode = not trainable
@@ -80,7 +94,7 @@ def load(
     model._hf_peft_config_loaded = True
     if not trainable:
         model.eval()
-    injected(model).set_requires_grad(name, trainable)
+    cast(Tuner, injected(model)).set_requires_grad(name, trainable)
     info = nothing_missing()
     info.missing_keys.update(missing)
     info.unexpected_keys.update(unexpected)
@@ -88,5 +102,5 @@ def load(
 
 
 def nothing_missing() -> LoadStateDictInfo:
-    kinds = {f.name: f.type for f in dataclasses.fields(LoadStateDictInfo)}
+    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(LoadStateDictInfo)}
     return LoadStateDictInfo(**{name: (get_origin(kind) or kind)() for name, kind in kinds.items()})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, distribution
 from importlib.util import find_spec
+from os import PathLike
 from pathlib import Path
+from types import ModuleType
 
 from ...missing import PEFT_VERSION
 
@@ -52,7 +56,7 @@ class Named(Distribution):
     def read_text(self, filename: str) -> str | None:
         return self.texts.get(filename)
 
-    def locate_file(self, path):
+    def locate_file(self, path: str | PathLike[str]) -> Path:
         return Path(path)
 
 
@@ -62,8 +66,13 @@ class Answers(DistributionFinder):
     def __init__(self, version: str):
         self.version = version
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         return None
 
-    def find_distributions(self, context=DistributionFinder.Context()):  # noqa: B008  as in the base class
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008  as in the base class
+    ) -> list[Distribution]:
         return [Named(self.version)] if (context.name or "peft").lower() == "peft" else []

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
 import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 
+from ...atomic import StrPath
+from ...config import AdapterConfig
 from ...errors import AdapterFileError
 from ...files.read import file_in, local_folder, read_config
 from ...peft_types import TaskType
@@ -22,19 +25,26 @@ ALLOWED = ("diffusers", "transformers")
 HUB = ("cache_dir", "force_download", "local_files_only", "token")  # arguments of the Hub's that base and adapter share
 
 
+class Loader(Protocol):
+    """A class of models, or of transformers' auto classes."""
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
+        """The model of a folder or Hub repository."""
+
+
 class AutoPeftModel:
     """Base model by the class that the files record, for adapters without a task_type."""
 
     task_type: TaskType | None = None
     auto_class: str | None = None
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(folder)")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, adapter_name: str = DEFAULT, is_trainable: bool = False,
-                        config=None, revision: str | None = None, import_allowlist: Sequence[str] | None = None,
-                        **kwargs) -> PeftModel:  # fmt: skip
+    def from_pretrained(cls, pretrained_model_name_or_path: StrPath, adapter_name: str = DEFAULT,
+                        is_trainable: bool = False, config: Any = None, revision: str | None = None,
+                        import_allowlist: Sequence[str] | None = None, **kwargs: Any) -> PeftModel:  # fmt: skip
         """revision and subfolder are the adapter's; its config has the base's. kwargs go to the base's `from_pretrained`, those
         of the Hub to the adapter's too. import_allowlist: the packages of which an adapter without a task may name a class.
 
@@ -65,7 +75,7 @@ class AutoPeftModel:
         return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, given)
 
     @classmethod
-    def base_class(cls, config, allowed: Sequence[str]) -> type:
+    def base_class(cls, config: AdapterConfig, allowed: Sequence[str]) -> Loader:
         """The class that loads the base model."""
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
@@ -92,7 +102,7 @@ class AutoPeftModel:
         return found
 
 
-def has_tokenizer(source, folder: Path, hub: dict) -> bool:
+def has_tokenizer(source: StrPath, folder: Path, hub: dict) -> bool:
     """Whether the adapter's folder or repository has a tokenizer: it may have more tokens than the base model."""
     if Path(source).exists():
         return file_in(folder, TOKENIZER_CONFIG_NAME) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -34,7 +35,7 @@ def card_of(folder: Path, configs: list[AdapterConfig], model: nn.Module) -> str
     """
     base = next(filter(None, (c.base_model_name_or_path for c in configs)), None)
     base = base if base and hasattr(model, "config") and is_hub_id(base) else None  # a model of no library is on no Hub
-    methods = sorted({c.peft_type for c in configs})
+    methods = sorted({str(c.peft_type) for c in configs})
     file = file_in(folder, CARD)
     try:
         if file is None:
@@ -42,15 +43,16 @@ def card_of(folder: Path, configs: list[AdapterConfig], model: nn.Module) -> str
             card = ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n\n{text}")
         else:
             card = ModelCard.load(file)
-        tags = {*(card.data.tags or ()), *(getattr(model, "model_tags", None) or ()), *(m.lower() for m in methods)}
+        data = cast(ModelCardData, card.data)
+        tags = {*(data.tags or ()), *(getattr(model, "model_tags", None) or ()), *(m.lower() for m in methods)}
         if hasattr(model, "config") and hasattr(model, "name_or_path"):
             tags.add("transformers")
         if base:
             tags.add(f"base_model:adapter:{base}")
-            card.data.base_model = base
-        card.data.library_name, card.data.tags = "peft", sorted(tags)
+            data.base_model = base
+        data.library_name, data.tags = "peft", sorted(tags)
         tasks = (PIPELINES[c.task_type] for c in configs if c.task_type in PIPELINES)
-        card.data.pipeline_tag = card.data.pipeline_tag or next(tasks, None)
+        data.pipeline_tag = data.pipeline_tag or next(tasks, None)
         card.text = with_versions(card.text, {"PEFT": PEFT_VERSION, "peft_fx": version("peft-fx")})
         return str(card)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:

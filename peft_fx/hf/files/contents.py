@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import fx
@@ -13,23 +14,27 @@ from ...engine.filing import adapter_files
 from ...store.modules import derive
 from ...store.state import state_of
 from ...store.tensors import ADAPTERS, set_tensor
+from ...training.adalora import RankAllocator
 from ..model.tuner import CHILD, IN_MODEL, Tuner
 from .embeddings import embedding_tensors
 
 
 def adapter_contents(
-    tuner: Tuner, adapter: str, save_embedding_layers="auto", state_dict: Mapping[str, torch.Tensor] | None = None
+    tuner: Tuner,
+    adapter: str,
+    save_embedding_layers: bool | str = "auto",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[AdapterConfig, dict]:
     """(config, file key -> tensor) of an adapter's files: of what training has left of it.
 
     state_dict: of the whole model, where its own tensors are shards. Raises ValueError if it lacks the adapter's.
     """
-    gm = tuner.backend.adapters
+    gm: fx.GraphModule = tuner.backend.adapters
     if state_dict is not None:
         gm = holding(gm, state_dict, adapter)
     allocator = tuner.allocators.get(adapter)
-    chosen = getattr(allocator, "rank_pattern", None)
-    config, tensors = allocator.files(gm) if chosen else adapter_files(gm, adapter)
+    shrunk = isinstance(allocator, RankAllocator) and allocator.rank_pattern
+    config, tensors = cast(RankAllocator, allocator).files(gm) if shrunk else adapter_files(gm, adapter)
     config = tuner.peft_config.edited(adapter, config)
     if config.task_type is None:  # for AutoPeftModel
         kind = type(tuner.model)

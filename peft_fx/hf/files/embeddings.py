@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -26,6 +27,9 @@ from ...target import ModuleTable, sizes
 from ..compat.constants import EMBEDDING_LAYER_NAMES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..model.tuner import Tuner
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # what a module's own parameters are called below its path, by the method on it; "": none is
 BASE = {"SAVED": "original_module.", "TOKENS": "token_adapter.base_layer.", "": ""}
 ADAPTED = "base_layer."  # any other
@@ -33,7 +37,10 @@ COPY = "modules_to_save."  # PEFT writes a saved module's trained copy twice
 
 
 def embedding_tensors(
-    tuner: Tuner, adapter: str, save_embedding_layers="auto", state_dict: Mapping[str, torch.Tensor] | None = None
+    tuner: Tuner,
+    adapter: str,
+    save_embedding_layers: bool | str = "auto",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """File key -> tensor: what goes into the adapter's file besides its own tensors. save_embedding_layers: as in PEFT.
 
@@ -60,7 +67,7 @@ def embedding_tensors(
             here = f"{path}.{name}"
             now = given.get(f"{PREFIX}{here}", given.get(here, get_tensor(model, here)))
             tensor = shelf.get(here, now)  # what a merge has replaced is the base's
-            found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = tensor.detach()
+            found[f"{PREFIX}{path}.{BASE.get(method, ADAPTED)}{name}"] = cast(torch.Tensor, tensor).detach()
     return found
 
 
@@ -90,7 +97,7 @@ def changed(model: nn.Module, config: AdapterConfig, targeted: bool) -> bool:
     if not size or not base:
         return False
     try:
-        before = type(model.config).from_pretrained(base).vocab_size
+        before = type(cast("PreTrainedModel", model).config).from_pretrained(base).vocab_size
     except (OSError, ValueError):  # no such folder or repository, or offline and not in the cache
         warn(f"Could not find a config file in {base} - will assume that the vocabulary was not modified.")
         return False
@@ -131,7 +138,8 @@ def own_parameters(tuner: Tuner, tensors: Mapping[str, torch.Tensor]) -> dict[st
 
     Not those of another shape, nor those that a merge has replaced.
     """
-    found, shelf = {}, shelved(tuner.backend.adapters)
+    found: dict[str, torch.Tensor] = {}
+    shelf = shelved(tuner.backend.adapters)
     for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
         path, _, leaf = name.rpartition(".")
         for key in (f"{PREFIX}{name}", f"{PREFIX}{path}.{ADAPTED}{leaf}"):

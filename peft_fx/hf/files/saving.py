@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ...atomic import write_files
+from ...atomic import StrPath, write_files
+from ...config import AdapterConfig
 from ...errors import NotAFolderError
 from ...files.write import write_adapter, write_tensors
 from ...notices import warn
@@ -16,10 +20,14 @@ from ..model.tuner import DEFAULT, IN_MODEL
 from .card import CARD, card_of
 from .contents import adapter_contents
 
+if TYPE_CHECKING:
+    from ..model.model import PeftModel
 
-def save_pretrained(model, save_directory, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-                    save_embedding_layers="auto", is_main_process: bool = True,
-                    path_initial_model_for_weight_conversion: str | None = None, **kwargs) -> None:  # fmt: skip
+
+def save_pretrained(model: PeftModel, save_directory: StrPath, safe_serialization: bool = True,
+                    selected_adapters: list[str] | None = None, save_embedding_layers: bool | str = "auto",
+                    is_main_process: bool = True, path_initial_model_for_weight_conversion: str | None = None,
+                    **kwargs: Any) -> None:  # fmt: skip
     """Writes each adapter as PEFT's files, and a model card. "default" goes to the folder, others to folders in it.
 
     state_dict: of the whole model, where its own tensors are shards. A Trainer, which gives one, gets a file more: what
@@ -47,7 +55,9 @@ def save_pretrained(model, save_directory, safe_serialization: bool = True, sele
         write_whole(model, folder, names, save_embedding_layers, kwargs)
 
 
-def write_whole(model, folder: Path, names: list[str], save_embedding_layers, kwargs: dict) -> None:
+def write_whole(
+    model: PeftModel, folder: Path, names: list[str], save_embedding_layers: bool | str, kwargs: dict
+) -> None:
     """The files of the adapters `names`."""
     given = kwargs.get("state_dict") or None
     contents = {name: adapter_contents(model.base_model, name, save_embedding_layers, given) for name in names}
@@ -63,7 +73,7 @@ def write_whole(model, folder: Path, names: list[str], save_embedding_layers, kw
         write_adapter(folder / name, *files)
 
 
-def create_or_update_model_card(model, output_dir) -> None:
+def create_or_update_model_card(model: PeftModel, output_dir: StrPath) -> None:
     """README.md, which `save_pretrained` writes too. Raises AdapterFileError, and NotAFolderError for a file."""
     folder = Path(output_dir)
     if os.path.isfile(folder):
@@ -71,6 +81,6 @@ def create_or_update_model_card(model, output_dir) -> None:
     write_files(folder, {CARD: card_writer(folder, list(model.peft_config.values()), model.get_base_model())})
 
 
-def card_writer(folder: Path, configs: list, base):
+def card_writer(folder: Path, configs: list[AdapterConfig], base: nn.Module) -> Callable[[Path], object]:
     text = card_of(folder, configs, base)
     return lambda path: path.write_text(text, encoding="utf-8", newline="")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from ...atomic import StrPath
 from ...config import AdapterConfig
 from ...engine.filing import adapter_files
 from ...engine.transitions import planned
@@ -32,13 +34,18 @@ from ...target import Target
 from ..model.model import DEFAULT, PeftModel
 from ..model.tuner import tuner_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...methods.lora import LoRA, LoraConfig
+
 # fields that servers refuse or ignore
 PLAIN = {
     "use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "trainable_token_indices": None,
 }  # fmt: skip
 
 
-def save_for_serving(model: PeftModel, folder, adapter_name: str = DEFAULT) -> Path:
+def save_for_serving(model: PeftModel, folder: StrPath, adapter_name: str = DEFAULT) -> Path:
     """Writes a LoRA adapter's two files, experts apart where the model's checkpoint has them apart; returns the folder.
 
     PEFT reads them too. Raises RecipeError for what no server can have besides or in place of factors: merge it instead.
@@ -48,7 +55,9 @@ def save_for_serving(model: PeftModel, folder, adapter_name: str = DEFAULT) -> P
     config, tensors = adapter_files(graph, adapter_name)
     placements = planned(state_of(graph), adapter_name, config).placements
     refuse(config, placements)
-    lora, found, names = get_method("LORA"), {}, []
+    lora, config = cast("LoRA", get_method("LORA")), cast("LoraConfig", config)
+    found: dict[str, torch.Tensor] = {}
+    names = []
     rank = max(lora.rank(p.target, config) for p in placements)
     for p in placements:
         target, (name_A, name_B, suffix) = p.target, lora.names(p.target)
@@ -64,7 +73,7 @@ def save_for_serving(model: PeftModel, folder, adapter_name: str = DEFAULT) -> P
     kept = () if isinstance(config.target_modules, str) else config.target_modules or ()
     names = [n for n in dict.fromkeys(names) if "." not in n or not kept]
     served = replace(
-        config, target_modules=sorted({*kept, *names}), target_parameters=None, rank_pattern=None, alpha_pattern=None,
+        config, target_modules=sorted({*kept, *names}), target_parameters=None, rank_pattern={}, alpha_pattern={},
         use_rslora=False, r=rank, lora_alpha=config.lora_alpha * rank / config.r,
     )  # fmt: skip
     return write_adapter(folder, served, found)
@@ -85,7 +94,9 @@ def apart(model: nn.Module, target: Target) -> dict[str, tuple[int, torch.Tensor
         return {}
     # transformers says which rows of the stack are which parameter of the checkpoint: it takes a stack of row numbers apart
     E, out = target.experts, target.out_features
-    found = revert_weight_conversion(model, {target.tensor_name: torch.arange(E * out).view(E, out, 1)})
+    found = revert_weight_conversion(
+        cast("PreTrainedModel", model), {target.tensor_name: torch.arange(E * out).view(E, out, 1)}
+    )
     if any(numbers.dim() != 2 for numbers in found.values()):
         return {}
     return {k.removesuffix(".weight"): (int(n[0, 0]) // out, n[:, 0] % out) for k, n in found.items()}

@@ -43,7 +43,7 @@ class Acting:
 class Snapshots:
     """Those of one model that are used again, the last ones first to stay."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kept: OrderedDict[tuple, Acting] = OrderedDict()
 
     def find(self, state: State, names: tuple[str, ...], hosts: Mapping[str, int], gated: bool = False) -> Acting:

@@ -88,8 +88,8 @@ class Bindings:
 
 def refuse_misfit(module: nn.Module, target: Target, state: State) -> None:
     """Raises TargetError for a module that is not like the one for which the adapter's tensors were made."""
-    record, weight = state.table[target.path], recognise(module, target.parameter)
-    weight = module._parameters.get(target.parameter) if weight is None else weight
+    record, packed = state.table[target.path], recognise(module, target.parameter)
+    weight = module._parameters.get(target.parameter) if packed is None else packed
     expected = record.parameters.get(target.parameter)
     if expected is None:  # a buffer
         return

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ...methods import get_method
 
+if TYPE_CHECKING:
+    from ..model.tuner import Tuner
+
 
 class InputDropout(nn.Dropout):
     """An adapter's dropout on the inputs of its updates. It does not run: its `p` is read and set in the adapter's config.
 
-    tuner: the `Tuner` that holds it.
+    tuner: holds it.
     """
 
-    def __init__(self, tuner: nn.Module, adapter: str, field: str):
+    tuner: Tuner
+
+    def __init__(self, tuner: Tuner, adapter: str, field: str):
         nn.Module.__init__(self)
         self.inplace, self.adapter, self.field = False, adapter, field
         self.__dict__["tuner"] = tuner  # holds this module: no child
@@ -30,7 +36,7 @@ class InputDropout(nn.Dropout):
         self.tuner.refresh((self.adapter,))
 
 
-def dropouts(tuner: nn.Module, there: Iterable[InputDropout]) -> Iterator[InputDropout]:
+def dropouts(tuner: Tuner, there: Iterable[InputDropout]) -> Iterator[InputDropout]:
     """One for each adapter that drops out, or has one already: what was set to 0 can be set again."""
     known = {d.adapter: d for d in there}
     for adapter, resident in tuner.backend.state.recipe.items():

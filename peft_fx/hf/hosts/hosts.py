@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
 from ...passes.core.splice import TRACING
 from ...planning.modules import own_class
-from ...store.sharing import Forward, Sharing
+from ...storage.twins import stay_canonical, twin
+from ...store.sharing import Forward
 from ...store.state import State
 from ...verbs.backend import Backend
 from .acting import Acting, Rows, Snapshots
@@ -32,7 +34,6 @@ from .locked import Locked, lock
 from .modes import no_modes
 from .offloaded import HOOK, brought, owners
 from .raw import PLAIN, raw, raw_forward
-from ...storage.twins import stay_canonical, twin
 from .traced import Ready, Traced, Untraceable, attributes, usual_inputs
 
 # Dynamo gives up after a few graphs for one function and runs it as it is written, without adapters and without an error.
@@ -94,10 +95,10 @@ class Host:
         else:
             setattr(self.module, self.name, self.replaced)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             self.foresee()
-            return self.run(self.hosts.now, args, kwargs)
+            return self.run(cast(Acting, self.hosts.now), args, kwargs)
         call = self.hosts.sharing.call()
         if call is None:
             return self.hosts.called(self, args, kwargs)
@@ -107,7 +108,7 @@ class Host:
             call.seen = self.hosts.seen()
         return self.run(call.seen, args, kwargs)
 
-    def run(self, acting: Acting, args: tuple, kwargs: dict):
+    def run(self, acting: Acting, args: tuple, kwargs: dict) -> Any:
         """The forward with the adapters of a snapshot."""
         if self.dynamo or kwargs or not all(map(torch.is_tensor, args)):
             return through_dynamo(self, acting, args, kwargs)
@@ -131,12 +132,12 @@ class Host:
             if key not in acting.table(self.index):
                 prepare(self, acting, key, (x,))
 
-    def by_rows(self, call: Forward, args: tuple, kwargs: dict):
+    def by_rows(self, call: Forward, args: tuple, kwargs: dict) -> Any:
         """Each row of the batch with its own adapter: the rows of one adapter together, then in their order again.
 
         A batch may have several rows for each name, one after the other: beams, or the tokens of a flattened batch.
         """
-        rows = call.rows
+        rows: Rows = call.rows
         tensors = [x for x in tree_flatten((args, kwargs))[0] if torch.is_tensor(x)]
         lengths = {len(x) if x.dim() else 0 for x in tensors}
         if getattr(self.module, "batch_first", True) is False:
@@ -154,7 +155,7 @@ class Host:
         order = torch.cat(indices).argsort()
         return tree_map(lambda *x: torch.cat(x).index_select(0, order) if torch.is_tensor(x[0]) else x[0], *parts)
 
-    def refuse_no_rows(self, outputs, count: int) -> None:
+    def refuse_no_rows(self, outputs: Any, count: int) -> None:
         """Raises TypeError for outputs that have no row for each of the inputs': recurrent modules' states lead with layers."""
         wrong = [x for x in tree_flatten(outputs)[0] if torch.is_tensor(x) and (not x.dim() or len(x) != count)]
         if wrong or isinstance(self.module, nn.RNNBase):
@@ -166,14 +167,14 @@ class Host:
 
 
 @torch.compiler.disable
-def run_offloaded(host: Host, ready: Ready, args: tuple):
+def run_offloaded(host: Host, ready: Ready, args: tuple) -> Any:
     """What `Ready` says, with the adapters' tensors brought for it; the module's own hook has brought its."""
     with brought(held.owner for held in ready.tensors if held.owner is not host.module):
         return ready.run(*args, *[held.tensor for held in ready.tensors])
 
 
 @torch.compiler.disable(recursive=False)
-def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
+def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict) -> Any:
     """The host's forward as Dynamo's graphs, with adapters. A torch.compile around it breaks its graph here."""
     hosts, host.used = host.hosts, True
     chosen = acting.placed.get(host.index, ())
@@ -184,10 +185,11 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict):
     # any call may compile, which is safe in one thread at a time, and Dynamo's limits are there for all threads
     with hosts.sharing.forward(), TRACING, torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
         if host.compiled is None:
-            host.compiled = torch.compile(
-                host.forward if host.tracee is host.module else host.tracee.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
+            traced = host.forward if host.tracee is host.module else host.tracee.forward
+            host.compiled = torch.compile(  # type: ignore[call-overload]  # torch's overloads lack the limits
+                traced, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
             )
-        call = hosts.sharing.call()
+        call = cast(Forward, hosts.sharing.call())
         before, call.seen = call.seen, acting  # where the backend looks
         try:
             return host.compiled(*args, **kwargs)
@@ -222,7 +224,7 @@ class Hosts:
 
     def __init__(self, model: nn.Module, backend: Backend, renew: Callable[[], None]):
         self.model, self.backend, self.renew = model, backend, renew
-        self.sharing: Sharing = backend.adapters.peft_fx.sharing
+        self.sharing = backend.adapters.peft_fx.sharing
         self.opened: dict[nn.Module, Host] = {}
         self.made = 0
         self.places: dict[str, int] = {}  # path of a target's module -> index of its host
@@ -240,7 +242,7 @@ class Hosts:
         """The snapshot for a call that begins. A copy has none yet, and its modules have forgotten the lock."""
         if self.now is None:
             self.refresh(self.backend.state)
-        return self.now
+        return cast(Acting, self.now)
 
     def lock(self) -> None:
         """Makes calls of the model, and of modules in it around hosts, forwards to the lock."""
@@ -252,7 +254,7 @@ class Hosts:
         for path in around | {""}:
             lock(self, self.model.get_submodule(path))
 
-    def called(self, function: Callable, args: tuple, kwargs: dict):
+    def called(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """A call whose modules see one snapshot, with no write between them."""
         with self.sharing.forward():
             return function(*args, **kwargs)
@@ -268,7 +270,7 @@ class Hosts:
 
     def check_used(self) -> None:
         """Warns of modules whose adapters did not act in the first call of the model."""
-        acting = [h for h in self.opened.values() if self.now.placed.get(h.index)]
+        acting = [h for h in self.opened.values() if self.seen().placed.get(h.index)]
         if unused := [h.path for h in acting if not self.has_acted(h)]:
             warn(
                 f"{len(unused)} of {len(acting)} adapted modules, first {unused[0]}, did not use their weights in the model's "
@@ -277,7 +279,7 @@ class Hosts:
 
     def has_acted(self, host: Host) -> bool:
         """Whether some graph that ran for it has an adapter in it."""
-        targets = {p.target.name for p in self.now.placed[host.index]}
+        targets = {p.target.name for p in self.seen().placed[host.index]}
         return host.used and not (host.dynamo and targets.isdisjoint(self.backend.read))
 
     def refresh(self, state: State, changed: Sequence[str] = ()) -> None:
@@ -340,7 +342,7 @@ class Hosts:
         """Calls of this thread inside the block: each row of the batch with the adapter of this name."""
         acting = {n: self.snapshots.find(state, () if n == BASE else (n,), self.places) for n in dict.fromkeys(names)}
         with self.sharing.forward():
-            call = self.sharing.call()
+            call = cast(Forward, self.sharing.call())
             before, call.rows = call.rows, Rows(names, acting)
             try:
                 yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class Locked:
     def __init__(self, hosts: Hosts, module: nn.Module):
         self.hosts, self.module, self.around = hosts, module, any(m is hosts.model for m in module.modules())
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         hosts, function, call = self.hosts, self.module._call_impl, None
         if torch.compiler.is_dynamo_compiling():
             return function(*args, **kwargs)

@@ -33,8 +33,9 @@ def is_raw() -> bool:
 
 def raw_forward(module: nn.Module) -> Callable:
     """The forward of the module's own class, on its own tensors."""
-    if own_class(module) is type(module):
-        return type(module).forward.__get__(module)
-    twin = object.__new__(own_class(module))
+    own: type[nn.Module] = own_class(module)
+    if own is type(module):
+        return own.forward.__get__(module)
+    twin = object.__new__(own)
     twin.__dict__ = module.__dict__
-    return own_class(module).forward.__get__(twin)
+    return own.forward.__get__(twin)

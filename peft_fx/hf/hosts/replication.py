@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Shallow:
 
     path: str
     layers: nn.ModuleList
-    fields: dict[str, object]
+    fields: dict[str, Any]
 
 
 def is_deeper(model: nn.Module) -> bool:
@@ -50,9 +51,9 @@ def deeper(model: nn.Module, config: AdapterConfig) -> Iterator[None]:
         raise
 
 
-def replicate(model: nn.Module, ranges) -> None:
+def replicate(model: nn.Module, ranges: list[list[int]]) -> None:
     path = layer_list(module_table(model))
-    layers = model.get_submodule(path)
+    layers = cast(nn.ModuleList, model.get_submodule(path))
     order = sources(ranges, len(layers))
     config = config_of(model, path)
     fields = {name: getattr(config, name) for name in ("num_hidden_layers", "layer_types") if hasattr(config, name)}
@@ -70,7 +71,7 @@ def clone(layer: nn.Module, index: int) -> nn.Module:
     new = copy.deepcopy(layer, {id(p): p for p in layer.parameters()})
     for module in new.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = index
+            module.layer_idx = index  # type: ignore[assignment]  # a number
     return new
 
 
@@ -89,7 +90,7 @@ def put(model: nn.Module, path: str, layers: nn.ModuleList) -> None:
     setattr(owner, leaf, layers)
 
 
-def config_of(model: nn.Module, path: str):
+def config_of(model: nn.Module, path: str) -> Any:
     """The config of the innermost module around `path` that says how many layers there are; None if none does."""
     while path:
         path = path.rpartition(".")[0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -31,7 +31,7 @@ from ...verbs.backend import Backend
 
 LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype, torch.device)
 # operator kind -> sizes before and behind the features, of inputs that are usual
-INPUTS = {
+INPUTS: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
     "linear": ([(256,), (2, 128)], ()),
     "embedding": ([(2, 128)], ()),
     "norm": ([(2, 128)], ()),
@@ -71,7 +71,7 @@ class Ready(NamedTuple):
     run: Callable
     tensors: tuple[Held, ...]
     complete: bool = True
-    own: dict = MappingProxyType({})
+    own: Mapping[str, Any] = MappingProxyType({})
     read: tuple[tuple[str, object], ...] = ()
 
     def holds(self) -> bool:
@@ -116,9 +116,9 @@ class Traced:
         key = gated, likeness(chosen), *(room(backend, p) for p in chosen)
         if key not in self.adapted:
             graph = partial(self.graph, backend, module, path, chosen, gated, own)
-            gm, further = sizeless(graph, module, args)
+            gm, names = sizeless(graph, module, args)
             where = {stored(p, name): (i, name) for i, p in enumerate(chosen) for name in (*p.tensors, GATE)}
-            self.adapted[key] = gm.forward, [where[name] for name in further]
+            self.adapted[key] = gm.forward, [where[name] for name in names]
         run, further = self.adapted[key]
         ours = [held(backend.adapters, stored(chosen[i], name)) for i, name in further]
         values = {n: v for n, v in module.__dict__.items() if not n.startswith("_") and n not in (*self.names, *IN_KEY)}
@@ -151,7 +151,7 @@ def sizeless(make: Callable, module: nn.Module, args: Sequence[torch.Tensor]) ->
             if one[0].code == other[0].code:
                 return one
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with symbolic.patch(backed_size_oblivious=True):
+    with symbolic.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # put in at run time
         return make([symbolic_fake(mode, x.detach(), f"x{i}") for i, x in enumerate(args)])
 
 
@@ -216,8 +216,8 @@ def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
     # frozen or not is the user's business here, as in PEFT
     own = {name: fake_of(mode, tensor.detach()) for name, tensor in own_tensors(module).items()}
 
-    def forward(*values):
-        twin = object.__new__(noting(own_class(module), read))
+    def forward(*values: torch.Tensor) -> Any:
+        twin: nn.Module = object.__new__(noting(own_class(module), read))
         vars(twin).update(module.__dict__)
         for name in ("forward", *own):
             vars(twin).pop(name, None)
@@ -256,7 +256,7 @@ def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
 def noting(kind: type[nn.Module], read: set[str]) -> type[nn.Module]:
     """The class, noting which attributes are read."""
 
-    def getattribute(self, name: str):
+    def getattribute(self: nn.Module, name: str) -> Any:
         read.add(name)
         return kind.__getattribute__(self, name)
 

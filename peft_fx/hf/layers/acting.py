@@ -4,15 +4,21 @@ here changes, it changes for all modules, so that a loop over them, as tools hav
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .layer import Layer, layer_of
 from .view import viewed
 
+if TYPE_CHECKING:
+    Mixed = nn.Module  # what it is mixed into
+else:
+    Mixed = object
+
 
 @viewed
-class Acting:
+class Acting(Mixed):
     """What layers and wrappers have in common."""
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -40,7 +42,7 @@ class BaseTunerLayer(Acting):
         return tuple(dict.fromkeys((*fields, *[SCALE] * bool(self.scaling), *containers(layer, False))))
 
     def get_base_weight(self) -> torch.Tensor:
-        return plain(self).weight.data
+        return cast(torch.Tensor, plain(self).weight).data
 
     @property
     def merged(self) -> bool:

@@ -12,7 +12,7 @@ import copyreg
 import functools
 import sys
 from abc import ABCMeta
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -33,7 +33,8 @@ def of_peft(marker: type) -> type | None:
     if module is None:
         return None
     found = vars(module).get(name) or next((c for n, c in vars(module).items() if n.endswith(name)), None)
-    return found if isinstance(found, type) else of_peft(marker.__base__) if marker.__base__ is not object else None
+    base = cast(type, marker.__base__)
+    return found if isinstance(found, type) else of_peft(base) if base is not object else None
 
 
 def marker(peft_type: str, kind: str) -> type:
@@ -79,14 +80,14 @@ def made_from(kind: type) -> Recipe | None:
     return getattr(kind, MADE_FROM, None)
 
 
-def what_is_seen(self) -> type:
+def what_is_seen(self: nn.Module) -> type:
     """What `isinstance` takes an adapted module for: what it is, and PEFT's wrappers, which take no other classes in.
 
     PEFT's layers do; they learn of ours here, where every `isinstance` that knows them asks first. A class with their properties
     in it, `weight` for one, would be another one to Dynamo.
     """
-    kind = type(self)
-    known = [(marker, of_peft(marker)) for marker in made_from(kind).markers]
+    kind: type = type(self)
+    known = [(marker, of_peft(marker)) for marker in cast(Recipe, made_from(kind)).markers]
     return seen(kind, tuple(pefts for marker, pefts in known if pefts is not None and not taken_in(marker, pefts)))
 
 
@@ -98,21 +99,21 @@ def taken_in(marker: type, pefts: type) -> bool:
     return issubclass(marker, pefts)
 
 
-def put_class(self, new: type) -> None:
+def put_class(self: nn.Module, new: type) -> None:
     """What torch's `fully_shard` puts together of a class of its own and the one that it sees."""
     object.__dict__["__class__"].__set__(self, derived_from(type(self), new, self.__class__))
 
 
-def reduced(self, protocol):
+def reduced(self: nn.Module, protocol: Any) -> tuple:
     """For copies and pickles: the class is generated, so they get what it is generated from."""
-    kind = next(c for c in type(self).__mro__ if MADE_FROM in vars(c))
-    function, args, *rest = super(kind, self).__reduce_ex__(protocol)
-    if function is copyreg.__newobj__ and args[0] is kind:
+    kind: type[nn.Module] = next(c for c in type(self).__mro__ if MADE_FROM in vars(c))
+    function, args, *rest = cast(tuple, super(kind, self).__reduce_ex__(protocol))
+    if function is copyreg.__newobj__ and args[0] is kind:  # type: ignore[attr-defined]  # typeshed lacks it
         return remade, (made_from(kind), *args[1:]), *rest
     return function, args, *rest
 
 
-def remade(recipe: Recipe, *args) -> nn.Module:
+def remade(recipe: Recipe, *args: Any) -> nn.Module:
     kind = adapted_class(recipe)
     return kind.__new__(kind, *args)
 

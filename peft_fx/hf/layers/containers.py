@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch import nn
 from ...planning.plan import ROOT_KEY, Placement
 from .layer import Layer
 
+Fixed = TypeVar("Fixed", nn.ModuleDict, nn.ParameterDict)
 PLACES = "_peft_fx_places"  # of a module that is handed out: parameter -> (module that has it, name there)
 LEAVES = {"lora_magnitude_vector": "weight"}  # PEFT's files leave these out
 
@@ -82,10 +84,10 @@ def operator(weight: torch.Tensor | None, bias: bool, base: nn.Module) -> nn.Mod
 
 
 @functools.cache
-def written(cls: type) -> type:
+def written(cls: type[nn.Module]) -> type[nn.Module]:
     """The class, of modules whose Parameters are given to whom they belong when others are set."""
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
         owner, leaf = self.__dict__.get(PLACES, {}).get(name, (None, ""))
         if owner is not None:
             setattr(owner, leaf, value)
@@ -96,7 +98,7 @@ def written(cls: type) -> type:
 
 @functools.cache
 def fixed_class(cls: type) -> type:
-    def refuse(self, *args, **kwargs):
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
             "adapters are added and deleted through the model: add_adapter, delete_adapter; write into the tensors"
         )
@@ -105,8 +107,8 @@ def fixed_class(cls: type) -> type:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, **names})
 
 
-def fixed_dict(cls: type, items: dict):
+def fixed_dict(cls: type[Fixed], items: dict) -> Fixed:
     """A ModuleDict or ParameterDict whose items cannot be replaced: nobody else would see it."""
     new = cls(items)
-    object.__dict__["__class__"].__set__(new, fixed_class(cls))
+    object.__dict__["__class__"].__set__(new, fixed_class(cast(type, cls)))
     return new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,11 +18,14 @@ from .layer import ATTRIBUTE, SUBSTITUTES, Layer
 from .named import learn
 from .trained import TRAINED, Reading
 
+if TYPE_CHECKING:
+    from ..model.tuner import Tuner
+
 CHILD = "peft_adapters"  # an adapted model's submodule that holds the adapters' tensors
 DRESSED = "_dressed"  # where a tuner has module -> Layer; `layers` would hide the model's own of that name
 
 
-def dress(tuner: nn.Module) -> None:
+def dress(tuner: Tuner) -> None:
     """After adapters came, went, or others act: every adapted module is of the classes for what is on it."""
     found = {at(tuner.model, path): layer for path, layer in layers_of(tuner).items()}
     layers = {module: layer for module, layer in found.items() if module is not None}
@@ -49,7 +53,7 @@ def undress_all(model: nn.Module) -> None:
 
 
 @contextmanager
-def undressed(tuner: nn.Module) -> Iterator[None]:
+def undressed(tuner: Tuner) -> Iterator[None]:
     """Inside the block modules are of their own classes, and the adapters no part of the model, as a capture wants it."""
     undress_all(tuner.model)
     tuner.model._modules.pop(CHILD)
@@ -60,9 +64,10 @@ def undressed(tuner: nn.Module) -> Iterator[None]:
         dress(tuner)
 
 
-def layers_of(tuner: nn.Module) -> dict[str, Layer]:
+def layers_of(tuner: Tuner) -> dict[str, Layer]:
     """Path -> what is on the module there, in the order of adapters and their targets."""
-    state, layers = tuner.backend.state, {}
+    state = tuner.backend.state
+    layers: dict[str, Layer] = {}
     for adapter, resident in state.recipe.items():
         for p in resident.placements:
             layer = layers.setdefault(p.target.path, Layer(tuner, p.target.path))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ...planning.matching import inside
 from ...planning.plan import Placement
-from ...store.tensors import ADAPTERS, get_tensor, owner_of
+from ...store.tensors import ADAPTERS, owner_of, tensor_of
+
+if TYPE_CHECKING:
+    from ..model.tuner import Tuner
 
 ATTRIBUTE = "_peft_fx_layer"  # where an adapted module has its Layer
 SUBSTITUTES = {"SAVED": None, "TOKENS": "tokens"}  # method -> what a module with it is besides, if anything
@@ -22,7 +26,7 @@ class Layer:
     rescaled: a scale was written since the module was merged.
     """
 
-    tuner: nn.Module  # a Tuner, which imports this
+    tuner: Tuner
     path: str
     placed: dict[str, list[Placement]] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
@@ -57,7 +61,7 @@ class Layer:
 
     def tensor(self, p: Placement, name: str) -> torch.Tensor:
         shared = p.resolve(name)
-        tensor = get_tensor(self.tuner.backend.adapters, f"{ADAPTERS}.{shared.name}")
+        tensor = tensor_of(self.tuner.backend.adapters, f"{ADAPTERS}.{shared.name}")
         return tensor.mT if shared.transposed else tensor
 
     def place(self, p: Placement, name: str) -> tuple[nn.Module, str]:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from itertools import product
+from typing import Any, TypeVar
 
 from torch import nn
 
+from ...config import AdapterConfig
 from ...methods import INTERNAL, METHODS, get_config, get_method
 from ...target import Target
 from .base import BaseTunerLayer
@@ -23,6 +25,7 @@ from .layer import layer_of
 from .scales import SCALE, Scaling
 from .view import View
 
+Config = TypeVar("Config", bound=AdapterConfig)
 # kind of operator -> what PEFT calls the class of a module with it, or how its name ends
 KINDS = {
     "linear": "Linear",
@@ -73,7 +76,7 @@ def views(peft_type: str) -> dict[str, View]:
     return found | {SCALE: View(lambda module: Scaling(layer_of(module)))}
 
 
-def of_layer(function: Callable, name: str, module: nn.Module):
+def of_layer(function: Callable, name: str, module: nn.Module) -> Any:
     return function(layer_of(module), name)
 
 
@@ -123,7 +126,7 @@ class Names:
         return operator_class(self.peft_type, kind)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Names:
     """The classes of one method, under the name of its file."""
     for peft_type, entry in METHODS.items():
         if isinstance(entry, tuple) and peft_type not in INTERNAL and entry[0] == name:
@@ -131,7 +134,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def unchecked(config: type):
+def unchecked(config: type[Config]) -> Config:
     """One with the defaults, also where these alone are refused."""
     new = object.__new__(config)
     for field in dataclasses.fields(config):

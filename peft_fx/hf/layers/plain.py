@@ -30,7 +30,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 def with_tensors(module: nn.Module, tensors: dict[str, tuple], path: str = "") -> nn.Module:
     """A module of the same class and parts, with some other tensors. tensors: name -> one, and the place that it has."""
-    new = object.__new__(written(own_class(module)))
+    new: nn.Module = object.__new__(written(own_class(module)))
     new.__dict__.update({k: v for k, v in module.__dict__.items() if k not in OURS})
     here = {
         leaf: tensors[path + leaf]

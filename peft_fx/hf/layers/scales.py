@@ -65,7 +65,7 @@ def write_scale(layer: Layer, p: Placement, value: float) -> None:
     tensor = layer.tensor(p, SCALE)
     layer.put({tensor: torch.full_like(tensor, value)})
     # a cast makes it anew from this
-    derived = adapter_of(layer.tuner.backend.adapters.peft_fx.adapters, p.adapter).derived
+    derived = adapter_of(layer.tuner.adapters, p.adapter).derived
     name = p.resolve(SCALE).name.partition(".")[2]
     if name in derived:
         derived[name] = derived[name]._replace(spec=fixed(value))
@@ -75,7 +75,7 @@ def write_scale(layer: Layer, p: Placement, value: float) -> None:
 def scale_of(layer: Layer, p: Placement) -> float:
     """The number that the tensor was made from, where it is still that one: with no rounding of the tensor's in it."""
     tensor = layer.tensor(p, SCALE)
-    derived = adapter_of(layer.tuner.backend.adapters.peft_fx.adapters, p.adapter).derived
+    derived = adapter_of(layer.tuner.adapters, p.adapter).derived
     spec = derived.get(p.resolve(SCALE).name.partition(".")[2])
     exact = initial(spec.spec if spec else p.tensors[SCALE])
     return exact if torch.tensor(exact).to(tensor.dtype) == tensor.cpu() else float(tensor)

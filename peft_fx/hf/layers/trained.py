@@ -5,7 +5,11 @@ The base's Parameter stays where it is, in `_parameters`: state dicts, the modul
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import nn
 
 from ...passes.forms.lowering import weight_function
 from ...planning.plan import Placement
@@ -41,7 +45,7 @@ class Reading:
         return value
 
 
-def function_of(p: Placement):
+def function_of(p: Placement) -> Callable:
     return weight_function(p.rule, p.target, p.config, tuple(p.tensors), p.rule.weight)
 
 
@@ -53,7 +57,7 @@ def is_a_shard(kept: dict, name: str, own: torch.Tensor) -> bool:
 def own_or_base(name: str) -> property:
     """The parameter of this name while no adapter acts that has its own; else that one."""
 
-    def read(self) -> torch.Tensor | None:
+    def read(self: nn.Module) -> torch.Tensor | None:
         kept = self.__dict__
         if name in kept:  # while a forward runs, FSDP 1 has the gathered tensors among the attributes
             own = kept[name]
@@ -66,10 +70,10 @@ def own_or_base(name: str) -> property:
             return trained[name]()
         return own
 
-    def write(self, value) -> None:
+    def write(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value
 
-    def delete(self) -> None:
+    def delete(self: nn.Module) -> None:
         self.__dict__.pop(name)
 
     return property(read, write, delete)

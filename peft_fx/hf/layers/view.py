@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,14 +29,14 @@ class View:
         kept = module.__dict__
         return next((d for d in (kept, *(kept.get(k, {}) for k in KEPT)) if self.name in d), None)
 
-    def __get__(self, module: nn.Module | None, owner: type | None = None):
+    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Any:
         if module is None:
             return self.function if self.bound else self
         if (own := self.own(module)) is not None:
             return own[self.name]
         return MethodType(self.function, module) if self.bound else self.function(module)
 
-    def __set__(self, module: nn.Module, value) -> None:
+    def __set__(self, module: nn.Module, value: Any) -> None:
         if (own := self.own(module)) is None:
             raise AttributeError(
                 f"{self.name} of an adapted {type(module).__name__} is a view of its adapters, got {value!r}: use set_adapter, "
@@ -54,7 +55,7 @@ def viewed(cls: type) -> type:
     for name, value in list(vars(cls).items()):
         if not name.startswith("_"):
             if isinstance(value, property):
-                view = View(value.fget)
+                view = View(cast(Callable, value.fget))
             elif callable(value):
                 view = View(value, bound=True)
             else:

@@ -6,7 +6,7 @@ from torch import nn
 
 from .acting import Acting
 from .containers import fixed_dict
-from .layer import layer_of
+from .layer import Layer, layer_of
 from .plain import plain, with_tensors
 from .view import viewed
 
@@ -69,7 +69,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
         return ("trainable_tokens_delta",)
 
 
-def owned(layer, adapter: str) -> dict[str, tuple]:
+def owned(layer: Layer, adapter: str) -> dict[str, tuple]:
     """Name below the module -> the adapter's tensor that stands for it, and where that is."""
     start = len(layer.path) + 1
     return {p.target.name[start:]: (layer.tensor(p, "weight"), layer.place(p, "weight")) for p in layer.inside(adapter)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 from ...config import AdapterConfig
 from ...engine.filing import filed_config
@@ -20,7 +21,7 @@ class Configs(dict[str, AdapterConfig]):
     known: adapter -> (the engine's config, what it says in files) as they were when they were copied into the entry.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.known: dict[str, tuple[AdapterConfig, AdapterConfig]] = {}
 
@@ -50,7 +51,7 @@ class Configs(dict[str, AdapterConfig]):
                 if value != getattr(before, field):
                     setattr(self[name], field, copy.deepcopy(value))
 
-    def adopt(self, name: str, given) -> None:
+    def adopt(self, name: str, given: Any) -> None:
         """The caller's object becomes the entry, with the entry's values; one of another class, PEFT's or a dict, does not."""
         if type(given) is type(self[name]):
             vars(given).update(vars(self[name]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -35,8 +35,9 @@ LOW = HALF | {getattr(torch, name) for name in UPCAST_DTYPES if hasattr(torch, n
 # Numbers
 
 
-def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: str = DEFAULT, unwrap_compiled: bool = False,
-                              save_embedding_layers="auto") -> dict[str, torch.Tensor]:  # fmt: skip
+def get_peft_model_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None,
+                              adapter_name: str = DEFAULT, unwrap_compiled: bool = False,
+                              save_embedding_layers: bool | str = "auto") -> dict[str, torch.Tensor]:  # fmt: skip
     """File key -> tensor of one adapter; the tensors are the model's own, or those of a state dict of the whole model.
 
     The keys of a model that adapters were injected into have no base_model.model. in front, as in PEFT. unwrap_compiled is not
@@ -54,7 +55,8 @@ def get_peft_model_state_dict(model: nn.Module, state_dict=None, adapter_name: s
 
 
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict, adapter_name: str = DEFAULT,
-                              ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False):  # fmt: skip
+                              ignore_mismatched_sizes: bool = False,
+                              low_cpu_mem_usage: bool = False) -> _IncompatibleKeys:  # fmt: skip
     """Writes file key -> tensor into a resident adapter, in place; what is missing keeps its numbers.
 
     Returns missing_keys and unexpected_keys, as the file's keys, of this adapter alone. Raises AdapterFileError for a tensor
@@ -115,7 +117,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Iterable[str], inference_mode: bool = False, layer_cls=None
+    model: nn.Module, adapter_name: str | Iterable[str], inference_mode: bool = False, layer_cls: object = None
 ) -> None:
     """The adapters that act from now on, in order, and are trainable unless inference_mode. layer_cls is not read."""
     tuner_of(model).set_adapter(adapter_name, inference_mode)
@@ -125,7 +127,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
     tuner_of(model).set_requires_grad(adapter_names, requires_grad)
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls=None) -> list[str]:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: object = None) -> list[str]:
     """Returns the adapters that act then. prefix and layer_cls are not read."""
     tuner = tuner_of(model)
     tuner.delete_adapter(adapter_name)

@@ -7,21 +7,27 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+Made = TypeVar("Made")
 
 
 def signed(model: nn.Module, forward: Callable) -> Callable:
     """A function like `forward`, a method, with the signature of the model's: from it a Trainer learns what columns it takes."""
 
-    def signed_forward(self, *args, **kwargs):
+    def signed_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    signed_forward.__signature__ = inspect.signature(type(model).forward)
+    vars(signed_forward)["__signature__"] = inspect.signature(type(model).forward)
     return signed_forward
 
 
-def adopted(model: nn.Module, new):
+def adopted(model: PeftModel, new: Any) -> Any:
     """What becomes a PeftModel's forward when somebody sets `new`.
 
     Who sets a method that wraps what is there wraps it. One that does not is written for what the PeftModel is taken for, as
@@ -42,7 +48,7 @@ def adopted(model: nn.Module, new):
     )
 
 
-def unmade(kind: type):
+def unmade(kind: type[Made]) -> Made:
     return kind.__new__(kind)
 
 
@@ -52,10 +58,12 @@ def seen(kind: type, others: tuple[type, ...]) -> type:
     if not others:
         return kind
 
-    class Both(type(kind)):
+    own: Any = type(kind)
+
+    class Both(own):
         """Bases would not do: transformers' models and PEFT's derive from the same classes in different orders."""
 
-        def mro(cls):
+        def mro(cls) -> list[type]:
             each = (super().mro(), *(other.__mro__ for other in others))
             return [*dict.fromkeys(c for found in each for c in found[:-1]), object]
 

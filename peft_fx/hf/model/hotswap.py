@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
+from ...atomic import StrPath
 from ...config import AdapterConfig
 from ...engine.swaps import SwapReport
 from ...engine.widening import widened
@@ -17,8 +20,8 @@ from .injection import injected
 from .tuner import Tuner, tuner_of
 
 
-def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, torch_device: str | None = None,
-                    **kwargs) -> SwapReport:  # fmt: skip
+def hotswap_adapter(model: nn.Module, model_name_or_path: StrPath, adapter_name: str, torch_device: str | None = None,
+                    **kwargs: Any) -> SwapReport:  # fmt: skip
     """Another adapter's numbers, of any method that the resident one has, in its place: nothing is compiled again.
 
     Of a model that is not compiled an adapter gets wider tensors where the new rank is larger: new Parameters.
@@ -26,7 +29,7 @@ def hotswap_adapter(model: nn.Module, model_name_or_path, adapter_name: str, tor
     return swapped(model, model_name_or_path, adapter_name)
 
 
-def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config,
+def hotswap_adapter_from_state_dict(model: nn.Module, state_dict: dict, adapter_name: str, config: Any,
                                     parameter_prefix: str = "") -> SwapReport:  # fmt: skip
     """`hotswap_adapter` from memory. Scales follow the config, its patterns included. Keys may name the adapter."""
     named = {without(key, adapter_name): tensor for key, tensor in state_dict.items()}
@@ -42,7 +45,7 @@ def without(key: str, adapter: str) -> str:
     return key if place is None else ".".join(parts[:place] + parts[place + 1 :])
 
 
-def swapped(model: nn.Module, source, name: str) -> SwapReport:
+def swapped(model: nn.Module, source: StrPath | tuple[AdapterConfig, dict], name: str) -> SwapReport:
     """Raises HotswapError, and has changed nothing, for what does not fit."""
     tuner = tuner_of(model)
     try:
@@ -62,7 +65,7 @@ def swapped(model: nn.Module, source, name: str) -> SwapReport:
                 raise
 
 
-def wanted_rank(tuner: Tuner, source) -> int | None:
+def wanted_rank(tuner: Tuner, source: StrPath | tuple[AdapterConfig, dict]) -> int | None:
     """The largest rank of the adapters and of a new one, if that is the new one's."""
     config = source[0] if isinstance(source, tuple) else read_adapter(source, tuner.backend.state.table)[0]
     there = [largest_rank(resident.config) for resident in tuner.state.recipe.values()]
@@ -83,7 +86,7 @@ def widen(tuner: Tuner, rank: int) -> None:
     tuner.refresh()
 
 
-def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, config=None,
+def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | None = None, config: Any = None,
                                        check_compiled: str = "error") -> None:  # fmt: skip
     """Widens every adapter to target_rank with zeros, before compiling, so that others of any rank up to it can be swapped in.
 
@@ -111,7 +114,7 @@ def prepare_model_for_compiled_hotswap(model: nn.Module, *, target_rank: int | N
         given.rank_pattern = dict.fromkeys(given.rank_pattern or {}, target_rank)
 
 
-def check_hotswap_configs_compatible(config0, config1) -> None:
+def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
     """Raises HotswapError, a ValueError, where an adapter of one config can never take the place of one of the other.
 
     Whether tensors fit is checked by the swap, which changes nothing if they do not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ...verbs.tensors import INJECTED
 from .tuner import DEFAULT, Tuner
 
 
-def inject_adapter_in_model(peft_config, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
+def inject_adapter_in_model(peft_config: Any, model: nn.Module, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False,
                             state_dict: dict[str, torch.Tensor] | None = None) -> nn.Module:  # fmt: skip
     """The same model, whose calls run adapted from now on; its submodule `peft_adapters` holds the adapters' tensors.
 
@@ -44,17 +45,17 @@ def injected(model: nn.Module) -> Tuner | None:
 
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Takes one away; with the last one the model is as it was before it had any."""
-    tuner = injected(model)
+    tuner = cast(Tuner, injected(model))
     if set(tuner.peft_config) == {name}:
         remove_all(model)
     else:
         tuner.delete_adapter(name)
-        model.peft_config = tuner.peft_config
+        model.peft_config = tuner.peft_config  # type: ignore[assignment]  # no tensor
 
 
 def remove_all(model: nn.Module) -> nn.Module:
     """The model as it was before adapters were injected; what is merged stays merged."""
-    injected(model).unload()
+    cast(Tuner, injected(model)).unload()
     del model.__dict__[INJECTED], model.peft_config
     model.__dict__.pop("_hf_peft_config_loaded", None)  # a mark of transformers' and diffusers'
     return model

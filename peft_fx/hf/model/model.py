@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
+from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
+from ...atomic import StrPath
 from ...config import AdapterConfig
 from ...errors import TargetError
 from ...files.read import located, read_adapter
@@ -26,6 +29,7 @@ from ..files.hub import push_to_hub
 from ..files.saving import create_or_update_model_card, save_pretrained
 from ..hosts.bindings import REMEDY
 from ..hosts.locked import lock
+from .configs import Configs
 from .functional import set_peft_model_state_dict
 from .guise import adopted, derived_from, seen, signed, unmade
 from .numbers import reported, rewritten
@@ -46,22 +50,24 @@ class PeftModel(PushToHubMixin, nn.Module):
     task_type: TaskType | None = None
     one_type = True  # whether its adapters are of one peft_type
 
-    def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, autocast_adapter_dtype: bool = True,
-                 low_cpu_mem_usage: bool = False, *, source: tuple | None = None, trainable: bool = True):  # fmt: skip
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = DEFAULT,
+                 autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, *, source: tuple | None = None,
+                 trainable: bool = True):  # fmt: skip
         super().__init__()
         config = prepared(as_config(peft_config), model)
-        kind = tuner_class(config.peft_type) if self.one_type else Tuner
+        kind = tuner_class(cast(str, config.peft_type)) if self.one_type else Tuner
         self.base_model = kind(model, config, adapter_name, source=source, trainable=trainable)
         self.peft_config.adopt(adapter_name, peft_config)
         if not autocast_adapter_dtype:
             self.base_model.cast_to_base(adapter_name)
         if getattr(model, "is_activation_checkpointing", False):
-            model.enable_input_require_grads()  # reentrant checkpoints pass gradients on to inputs that ask for them alone
+            # reentrant checkpoints pass gradients on to inputs that ask for them alone
+            cast(PreTrainedModel, model).enable_input_require_grads()
         self.training = model.training
-        self.forward = MethodType(signed(model, type(self).forward), self)
+        self.forward = MethodType(signed(model, type(self).forward), self)  # type: ignore[method-assign]  # of this one
         lock(self.base_model.hosts, self)  # a torch.compile of it calls nothing else
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple:
         return unmade, (type(self),), self.__getstate__()  # pickle's own way compares with __class__
 
     def __getstate__(self) -> dict:
@@ -69,11 +75,12 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.forward = MethodType(signed(self.base_model.model, type(self).forward), self)
+        own = signed(self.base_model.model, type(self).forward)
+        self.forward = MethodType(own, self)  # type: ignore[method-assign]  # of this one
         lock(self.base_model.hosts, self)
 
     @property
-    def __class__(self):
+    def __class__(self) -> type:
         """The model's, to `isinstance`, and PEFT's if that is imported: tools that know these take this for one of them."""
         modules = self.__dict__.get("_modules", {})
         if "base_model" not in modules:
@@ -86,13 +93,13 @@ class PeftModel(PushToHubMixin, nn.Module):
         """What torch's `fully_shard` puts together of a class of its own and the one that it sees."""
         object.__dict__["__class__"].__set__(self, derived_from(type(self), new, self.__class__))
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, adopted(self, value) if name == "forward" else value)
 
     def _get_name(self) -> str:
         return type(self).__name__
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -103,20 +110,20 @@ class PeftModel(PushToHubMixin, nn.Module):
 
     # Calls
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Dynamo takes `self.base_model` for that of `self.__class__`
-        return self._modules["base_model"](*args, **kwargs)
+        return self._modules["base_model"](*args, **kwargs)  # type: ignore[misc]  # it is there
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model.generate(*args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
         """The model's. Raises TargetError where an adapter is on the embedding or the head: its tensors have their sizes."""
         table, targets = self.base_model.backend.state.table, self.base_model.targets
         held = [t.path for t in targets if t.path in (table.input_embedding, table.output_head)]
         if held and new_num_tokens is not None:
             raise TargetError(f"resize_token_embeddings: adapters are on {', '.join(dict.fromkeys(held))}: {REMEDY}")
-        return self.get_base_model().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        return cast(PreTrainedModel, self.get_base_model()).resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def get_base_model(self) -> nn.Module:
         """The model itself, whose calls run adapted."""
@@ -134,7 +141,7 @@ class PeftModel(PushToHubMixin, nn.Module):
         return self.base_model.active_adapters
 
     @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
+    def peft_config(self) -> Configs:
         """Adapter name -> the config that its caller gave, filled in. Edits are for files, and change no call."""
         return self.base_model.peft_config
 
@@ -158,9 +165,9 @@ class PeftModel(PushToHubMixin, nn.Module):
     @property
     def peft_type(self) -> PeftType:
         """Of the adapter that acts."""
-        return PeftType(self.active_peft_config.peft_type)
+        return PeftType(cast(str, self.active_peft_config.peft_type))
 
-    def add_adapter(self, adapter_name: str, peft_config, low_cpu_mem_usage: bool = False,
+    def add_adapter(self, adapter_name: str, peft_config: Any, low_cpu_mem_usage: bool = False,
                     autocast_adapter_dtype: bool = True) -> None:  # fmt: skip
         """One more adapter, of the type of those there are; it acts once it is set."""
         self.add(adapter_name, as_config(peft_config), autocast=autocast_adapter_dtype)
@@ -181,10 +188,11 @@ class PeftModel(PushToHubMixin, nn.Module):
         if not autocast:
             self.base_model.cast_to_base(adapter_name)
 
-    def load_adapter(self, model_id, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
-                     autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
-                     low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
-                     ignore_mismatched_sizes: bool = False, **hub) -> _IncompatibleKeys:  # fmt: skip
+    def load_adapter(self, model_id: StrPath, adapter_name: str, is_trainable: bool = False,
+                     torch_device: str | None = None, autocast_adapter_dtype: bool = True,
+                     ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
+                     key_mapping: dict[str, str] | None = None, ignore_mismatched_sizes: bool = False,
+                     **hub: Any) -> _IncompatibleKeys:  # fmt: skip
         """Adds an adapter from PEFT's files, or gives a resident one their numbers. It does not act until `set_adapter`.
 
         key_mapping: regex -> replacement, for modules that are called otherwise in the files. hub: subfolder, revision, token and
@@ -261,10 +269,11 @@ class PeftModel(PushToHubMixin, nn.Module):
     # Files
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, model_id, adapter_name: str = DEFAULT, is_trainable: bool = False,
-                        config=None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
-                        low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
-                        ignore_mismatched_sizes: bool = False, **hub) -> PeftModel:  # fmt: skip
+    def from_pretrained(cls, model: nn.Module, model_id: StrPath, adapter_name: str = DEFAULT,
+                        is_trainable: bool = False, config: Any = None, autocast_adapter_dtype: bool = True,
+                        ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
+                        key_mapping: dict[str, str] | None = None, ignore_mismatched_sizes: bool = False,
+                        **hub: Any) -> PeftModel:  # fmt: skip
         """The model with an adapter from PEFT's files: a folder, or a Hub id. The class follows the file's task_type.
 
         The arguments are those of `load_adapter`.
@@ -345,7 +354,7 @@ def class_of(config: AdapterConfig) -> type[PeftModel]:
     return PeftModel if config.task_type is None else CLASSES[TaskType(config.task_type)]
 
 
-def get_peft_model(model: nn.Module, peft_config, adapter_name: str = DEFAULT, mixed: bool = False,
+def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = DEFAULT, mixed: bool = False,
                    autocast_adapter_dtype: bool = True, revision: str | None = None,
                    low_cpu_mem_usage: bool = False) -> PeftModel:  # fmt: skip
     """A `PeftModel` of the class for the config's task_type, around `model`, adapted in place. mixed: a PeftMixedModel.

@@ -9,7 +9,7 @@ from torch import nn
 from ...errors import NoAdaptersError
 from ...methods import METHODS
 from ...planning.plan import Placement
-from ...store.tensors import ADAPTERS, get_tensor
+from ...store.tensors import ADAPTERS, tensor_of
 from .tuner import Tuner
 
 IRREGULAR = "irregular"
@@ -85,7 +85,7 @@ def record_of(tuner: Tuner, name: str, by_adapter: dict[str, list[Placement]]) -
     record.available_adapters = sorted(by_adapter)
     for adapter, chosen in by_adapter.items():
         tensors = [
-            (spec, get_tensor(tuner.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}"))
+            (spec, tensor_of(tuner.backend.adapters, f"{ADAPTERS}.{p.resolve(tensor).name}"))
             for p in chosen
             for tensor, spec in p.tensors.items()
         ]
@@ -98,7 +98,7 @@ def layer_type(tuner: Tuner, p: Placement) -> str:
     """What PEFT's layer at a target is called, e.g. "lora.Linear"."""
     if p.method in WRAPPERS:
         return WRAPPERS[p.method]
-    target, method, attention = p.target, p.config.peft_type, "MultiheadAttention"
+    target, method, attention = p.target, str(p.config.peft_type), "MultiheadAttention"
     kind = LAYERS.get(target.kind, target.kind.capitalize())
     kind = attention if tuner.backend.state.table[target.path].is_a(attention) else kind
     entry = METHODS[method]

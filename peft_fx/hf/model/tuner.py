@@ -6,9 +6,10 @@ writes into its parameters, and keeps what was there, so that unmerging changes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.progress import track
@@ -26,20 +27,23 @@ from ...errors import AdapterFileError, MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
 from ...store.state import State, state_of
-from ...store.tensors import ADAPTERS, get_tensor, kept_of
+from ...store.tensors import ADAPTERS, kept_of, store_of, tensor_of
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
 from ...verbs.capture.model import capture
 from ...verbs.combine import weighted
 from ...verbs.tensors import INJECTED, holder_of
-from ..hosts.dropout import dropouts
+from ..hosts.dropout import InputDropout, dropouts
 from ..hosts.hosts import BASE, Hosts, hosts_in, take_over
 from ..hosts.replication import deeper, is_deeper, shallow
 from ..layers.dress import CHILD, dress, undress_all, undressed
 from .configs import Configs
 from .printed import printed
 from .slots import fill_slot, free_slot, in_slots, write_gates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEFAULT = "default"
 PREFIX = f"{CHILD}."  # in the names of the adapters' parameters, whatever the model is inside of
@@ -56,8 +60,11 @@ class Tuner(nn.Module):
 
     peft_type: str | None = None  # of its adapters; None: any
     prefix = PREFIX
+    backend: Backend
+    hosts: Hosts
+    work: dict[str, Allocator]
 
-    def __init__(self, model: nn.Module, peft_config, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str = DEFAULT, low_cpu_mem_usage: bool = False, *,
                  source: tuple | None = None, trainable: bool = True):  # fmt: skip
         super().__init__()
         if isinstance(peft_config, dict) and "peft_type" not in peft_config and adapter_name in peft_config:
@@ -117,13 +124,13 @@ class Tuner(nn.Module):
     def refresh(self, changed: Iterable[str] = ()) -> None:
         """After adapters came or went: their tensors are parameters of the model. changed: adapters whose graphs are others."""
         self.configs.synced(self.state)
-        self.dropouts = nn.ModuleList(dropouts(self, self.dropouts))
+        self.dropouts = nn.ModuleList(dropouts(self, cast(Iterable[InputDropout], self.dropouts)))
         self.model._modules[CHILD] = self.adapters
         self.hosts.refresh(self.state, tuple(changed))
         self.settle()
         self.present()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """State dicts of earlier versions had the adapters beside the model, under their parameters' own names."""
         for p in self.state.placed(self.state.recipe):
             for tensor in p.tensors:
@@ -137,24 +144,25 @@ class Tuner(nn.Module):
         """Their tensors, the model's submodule `peft_adapters`: whoever moves, casts or optimises the model has them too."""
         return self.backend.adapters.peft_fx.adapters
 
-    def forward(self, *args, adapter_names: list[str] | None = None, **kwargs):
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
             return self.with_penalty(self.model(*args, **kwargs))
         with self.by_rows(adapter_names, (args, kwargs)):
             return self.model(*args, **kwargs)
 
-    def with_penalty(self, outputs):
+    def with_penalty(self, outputs: Any) -> Any:
         """The model's outputs, their loss with what the methods of the active adapters add to it."""
         if self.penalised and getattr(outputs, "loss", None) is not None:
             outputs.loss = outputs.loss + penalty(self.backend.adapters)
         return outputs
 
-    def generate(self, *args, adapter_names: list[str] | None = None, **kwargs):
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """One call: whatever is set or swapped meanwhile counts for the next."""
+        generate = cast(Callable, self.model.generate)
         if adapter_names is None:
-            return self.hosts.called(self.model.generate, args, kwargs)
+            return self.hosts.called(generate, args, kwargs)
         with self.by_rows(adapter_names, (args, kwargs)):
-            return self.model.generate(*args, **kwargs)
+            return generate(*args, **kwargs)
 
     @contextmanager
     def by_rows(self, names: list[str], inputs: tuple) -> Iterator[None]:
@@ -179,7 +187,7 @@ class Tuner(nn.Module):
         with self.hosts.by_rows(names, state) if state.enabled else nullcontext():
             yield
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -194,7 +202,7 @@ class Tuner(nn.Module):
     # Which adapters there are and act
 
     @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
+    def peft_config(self) -> Configs:
         """Adapter name -> the config that its caller gave, filled in. Edits are for files, and change no call."""
         return self.configs.synced(self.backend.state)
 
@@ -276,13 +284,13 @@ class Tuner(nn.Module):
         for p in self.state.recipe[name].placements:
             dtype = kept_of(self.backend.adapters, p.target.tensor_name).dtype
             for key, spec in p.tensors.items():
-                tensor = get_tensor(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
+                tensor = tensor_of(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
                 numbers = tensor.is_floating_point() and dtype.is_floating_point and spec.dtype is None
                 if numbers and (spec.trainable or tensor.dim()):
                     tensor.data = tensor.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str,
-                             combination_type: str | None = None, *options, **named) -> None:  # fmt: skip
+                             combination_type: str | None = None, *options: Any, **named: Any) -> None:  # fmt: skip
         """A new LoRA adapter, made of others as `peft_fx.combine` makes it; it does not act until `set_adapter`.
 
         Options are those of `Combination`, in its order. Where neither they nor a combination_type are given, IA3 adapters
@@ -375,7 +383,7 @@ class Tuner(nn.Module):
                 if before.merged:
                     self.merge_adapter(list(before.merged))
 
-    def to_graph(self, args: tuple = (), kwargs: dict | None = None, **options) -> fx.GraphModule:
+    def to_graph(self, args: tuple = (), kwargs: dict | None = None, **options: Any) -> fx.GraphModule:
         """A captured graph of the model with these adapters, for the verbs: compile, merge, export, package, reserve, ...
 
         The arguments are those of `peft_fx.capture`. Graph and model share tensors and the lock: what is swapped or trained
@@ -384,10 +392,10 @@ class Tuner(nn.Module):
         # other threads' calls wait, since the model is called without hosts meanwhile
         with self.changing(), self.hosts.sharing.writing(()), self.disabled(), self.hosts.away(), undressed(self):
             captured = capture(self.model, args, kwargs, **options)
-        ours = self.backend.adapters
+        ours = self.backend.adapters.peft_fx
         gm = frozen(captured)
-        gm.peft_fx.adapters, gm.peft_fx.sharing = ours.peft_fx.adapters, ours.peft_fx.sharing
-        gm.peft_fx.gates = ours.peft_fx.gates
+        store = store_of(gm)
+        store.adapters, store.sharing, store.gates = ours.adapters, ours.sharing, ours.gates
         state, acting = self.state, self.state.acting
         if state.gated:  # all are in the graph, those that act with their gates open
             acting = (*acting, *(place for place in state.recipe if place not in acting))
@@ -435,11 +443,12 @@ class Tuner(nn.Module):
                 merge_in_place(self.backend.adapters, names, safe_merge, shown, self.settle)
                 self.present()
 
-    def hotswap(self, source, name: str) -> SwapReport:
+    def hotswap(self, source: Any, name: str) -> SwapReport:
         """`peft_fx.hotswap`; what is merged is merged anew, in one step."""
         with self.changing():
             report = self.backend.hotswap(source, name)
-            trained = any(p.requires_grad for p in self.adapters._modules.get(name, nn.Module()).parameters())
+            tree = self.adapters._modules.get(name)
+            trained = tree is not None and any(p.requires_grad for p in tree.parameters())
             if trained and not self.can_train(name):
                 self.set_requires_grad(name, False)
             if name in self.state.merged:
@@ -463,7 +472,9 @@ class Tuner(nn.Module):
         shallow(self.model)
         return self.model
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names=None) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
         """The model with adapters folded in, and nothing else left of them."""
         self.merge_adapter(adapter_names, safe_merge, progressbar)
         replaced = shelved(self.backend.adapters)
@@ -472,7 +483,8 @@ class Tuner(nn.Module):
                 "The input and output embeddings are not tied any more after this merge: tie_word_embeddings=False is set in the "
                 "model's config"
             )
-            self.model.config.tie_word_embeddings = False  # or the next from_pretrained would tie them again
+            # or the next from_pretrained would tie them again
+            cast("PreTrainedModel", self.model).config.tie_word_embeddings = False
         return self.unload()
 
 

@@ -20,7 +20,7 @@ def tuner_class(peft_type: str) -> type[Tuner]:
     return MADE[peft_type]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> type[Tuner]:
     for peft_type in METHODS.keys() - INTERNAL if name.endswith("Model") else ():
         if tuner_class(peft_type).__name__ == name:
             return tuner_class(peft_type)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ...atomic import StrPath
 from ...files.keys import mapped
 from ...files.read import located, read_tensors
 from .tuner import PREFIX, tuner_of
@@ -17,8 +20,9 @@ def infer_device() -> str:
     return "cpu" if found is None else found.type
 
 
-def load_peft_weights(model_id, device: str | torch.device | None = None, key_mapping: dict[str, str] | None = None,
-                      subfolder: str | None = None, **hub) -> dict[str, torch.Tensor]:  # fmt: skip
+def load_peft_weights(model_id: StrPath, device: str | torch.device | None = None,
+                      key_mapping: dict[str, str] | None = None, subfolder: str | None = None,
+                      **hub: Any) -> dict[str, torch.Tensor]:  # fmt: skip
     """File key -> tensor of an adapter's folder, or of a Hub repository, on `device`, by default the accelerator.
 
     key_mapping: regex -> replacement for module paths, the first that matches. hub: what `snapshot_download` takes (revision,
@@ -34,7 +38,9 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: t for k, t in tuner_of(model).model.state_dict().items() if not k.startswith(PREFIX)}
 
 
-def set_base_model_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True):
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: dict[str, torch.Tensor], strict: bool = True
+) -> _IncompatibleKeys:
     """Writes it; returns missing and unexpected keys, for which strict raises RuntimeError.
 
     Raises ValueError while adapters are merged: unmerging would put the weights from before back.
