@@ -256,3 +256,55 @@ def test_refusals(nf4, case):
     with pytest.raises(peft_fx.PeftFxError, match=message):
         peft_fx.merge(tuned, **options)
     assert case == "inf" or same_bits(before, bits(tuned))
+
+
+SWAPS = {
+    "same targets": CONFIG,
+    "some left out": {**CONFIG, "r": 2, "target_modules": ["v_proj"]},
+    "others": {**CONFIG, "target_modules": ["q_proj", "o_proj"]},
+}
+
+
+@pytest.mark.parametrize("keep_base", ["device", "cpu"])
+@pytest.mark.parametrize("storage", ["dense", "requantize"])
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_swap_of_what_is_merged_is_merging_anew(nf4, swap, storage, keep_base, tmp_path):
+    first = peft_fx.save_adapter(tuned_on(nf4), tmp_path / "a")
+    second = peft_fx.save_adapter(tuned_on(nf4, SWAPS[swap], 0.3, 5), tmp_path / "b")
+    merged = peft_fx.merge(peft_fx.load_adapter(nf4, first), storage=storage, keep_base=keep_base)
+    untouched = bits(nf4)
+    if (swap, storage) == ("others", "dense"):
+        with pytest.raises(peft_fx.HotswapError, match="reads it packed"):
+            peft_fx.hotswap(merged, second)
+        return
+    names = bits(merged).keys()
+    peft_fx.hotswap(merged, second)
+    tuned = peft_fx.load_adapter(nf4, second)
+    expected = peft_fx.merge(tuned, storage=storage)
+    assert torch.equal(run(merged), run(expected)) and lines(merged) == lines(expected)
+    assert torch.equal(run(peft_fx.unmerge(merged)), run(tuned))
+    peft_fx.hotswap(merged, first)
+    again = peft_fx.load_adapter(nf4, first)
+    assert torch.equal(run(merged), run(peft_fx.merge(again, storage=storage)))
+    assert torch.equal(run(peft_fx.unmerge(merged)), run(again))
+    assert same_bits(untouched, bits(nf4)) and names <= bits(merged).keys()
+
+
+def test_a_swap_of_what_is_merged_compiles_nothing_again(base, tmp_path, fresh_dynamo):
+    folder = peft_fx.save_adapter(tuned_on(base, share=0.3, seed=5), tmp_path / "b")
+    merged = peft_fx.merge(tuned_on(base), storage="requantize")
+    compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")
+    before = run(compiled)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        peft_fx.hotswap(compiled, folder)
+        assert not torch.equal(run(compiled), before)
+    torch.testing.assert_close(run(compiled), run(merged))
+
+
+def test_a_swap_cannot_calibrate(nf4, tmp_path):
+    folder = peft_fx.save_adapter(tuned_on(nf4, seed=5), tmp_path / "b")
+    merged = peft_fx.merge(tuned_on(nf4), storage="calibrated", activations=BATCHES)
+    before = bits(merged)
+    with pytest.raises(peft_fx.HotswapError, match="whose activations are not kept"):
+        peft_fx.hotswap(merged, folder)
+    assert same_bits(before, bits(merged))
