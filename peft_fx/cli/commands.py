@@ -106,11 +106,34 @@ Name = Annotated[
 ]
 
 
-def methods(name: Name = None) -> None:
+Storage = Annotated[
+    bool,
+    typer.Option(
+        "--storage", help="What each method can do on quantized weights, and what PEFT can. [dim]e.g. --storage[/]"
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="With --storage: one method, step by step. [dim]e.g. --method oft[/]"),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="With --storage: one storage, step by step. [dim]e.g. --scheme gptq[/]"),
+]
+
+
+def methods(name: Name = None, storage: Storage = False, method: Method = None, scheme: Scheme = None) -> None:
     """List the methods and what each can do; with NAME: its formulas, options and file keys.
 
-    Everything is asked of the code: which operator kinds a method takes on a probe, and in which form.
+    Everything is asked of the code: which operator kinds a method takes on a probe, and in which form. What --storage shows
+    was run: every method on every storage, step by step.
     """
+    if storage:
+        from .storages import show as show_storages
+
+        return show_storages(name or method, scheme, stdout())
+    if method is not None or scheme is not None:
+        raise typer.BadParameter("--method and --scheme go with --storage")
     from .methods import show
 
     show(name, stdout())
