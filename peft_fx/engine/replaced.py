@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,10 +16,11 @@ from ..store.state import State
 from ..store.tensors import (
     ADAPTERS,
     REPLACED,
+    find_kept,
     get_tensor,
     kept_of,
     owner_of,
-    packed_of,
+    set_kept,
     set_packed,
     set_tensor,
     store_of,
@@ -31,15 +33,14 @@ from .transitions import unmerged
 
 def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor | Packed, keep_base: str | None) -> None:
     """Puts `value` under the model's own name and shelves what was there, unless it is shelved already."""
-    old, packed = get_tensor(gm, name), packed_of(gm, name)
+    old = get_tensor(gm, name)
     shelf = f"{REPLACED}.{name}"
     if keep_base and name not in shelved(gm):
         where = "cpu" if keep_base == "cpu" else value.device
-        if packed is not None:
-            set_packed(gm, shelf, packed.again(on(packed, where), persistent=False))
-        else:
-            kept = old if old is not None else torch.empty(0)  # an empty one: there was none
-            set_tensor(gm, shelf, kept.to(where), persistent=False)
+        kept = find_kept(gm, name)
+        set_kept(
+            gm, shelf, moved(torch.empty(0) if kept is None else kept, where), persistent=False
+        )  # empty: there was none
     if isinstance(value, Packed):
         set_packed(gm, name, value)
         return
@@ -90,9 +91,14 @@ def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device)))
 
 
-def on(packed: Packed, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """A packed weight's tensors, on a device."""
-    return {name: tensor.to(device) for name, tensor in packed.tensors.items()}
+K = TypeVar("K", torch.Tensor, Packed, torch.Tensor | Packed)
+
+
+def moved(kept: K, device: torch.device | str) -> K:
+    """A weight on a device, dense or packed."""
+    if isinstance(kept, Packed):
+        return kept.again({name: tensor.to(device) for name, tensor in kept.tensors.items()})
+    return kept.to(device)
 
 
 def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor | Packed]:
@@ -134,7 +140,8 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     move: weights that waited elsewhere come to the graph's device. Raises MergeError if they were not kept.
     """
     shelf = shelved(merged)
-    missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
+    lines = state.merge_report  # of a packed weight they say what was replaced: it may be its bias alone
+    missing = [name for r in lines for name in r.get("replaced", [r["target"]]) if name not in shelf]
     if missing:
         raise MergeError(
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
@@ -144,8 +151,7 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     back: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
         if isinstance(kept, Packed):
-            device = kept_of(new, name).device if move else kept.device
-            set_packed(new, name, kept.again(on(kept, device)))
+            set_packed(new, name, moved(kept, kept_of(new, name).device if move else kept.device))
             continue
         group = next((g for g in state.table.tied if name in g), (name,))
         untouched = next((n for n in group if n not in shelf and get_tensor(new, n) is not None), None)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..errors import StorageError
 from ..kernels.packed import Tensors
 from .formats import Format
+from .grids import Grid
 from .packed import Packed
 
 
@@ -66,6 +67,21 @@ class Storage:
         Raises StorageError with the reason, where there is no such quantizer.
         """
         raise StorageError(f"{self.title} has no quantizer here: merge with storage='dense'")
+
+    def grid(self, tensors: Tensors, f: Format) -> Grid:
+        """What a weight can be made of with the scales that these tensors have; float32, broadcast to f.shape.
+
+        Raises StorageError with the reason, where its numbers do not stand one by one.
+        """
+        raise StorageError(
+            f"{self.title} does not keep its numbers one by one: merge with storage='requantize' or 'dense'"
+        )
+
+    def pack(self, codes: torch.Tensor, like: Packed) -> dict[str, torch.Tensor]:
+        """The tensors of `like` with other codes: places in its grid's levels, f.shape. Raises StorageError as `grid` does."""
+        raise StorageError(
+            f"{self.title} does not keep its numbers one by one: merge with storage='requantize' or 'dense'"
+        )
 
     def place(self, module: nn.Module, parameter: str, new: Packed) -> Callable[[], None]:
         """Gives a package's layer other packed numbers; returns what gives it back the objects that it had."""

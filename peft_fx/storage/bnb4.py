@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from ..errors import StorageError
 from .base import Storage
 from .formats import Format
+from .grids import Grid
 from .packed import Packed
 from .recognise import made_by
 
@@ -46,14 +47,19 @@ class BitsAndBytes4(Storage):
         return Packed(Format(self.name, tuple(state.shape), dtype, facts), tensors)
 
     def dequantize(self, tensors, f):
-        packed, absmax, code, *second = tensors
-        if second:
-            absmax2, code2, offset = second
-            absmax = by_block(code2.index_select(0, absmax.int()), absmax2, f["nested"]) + offset
+        packed, _, code, *_ = tensors
         # one look-up takes a byte to its two floats
         pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1).view(torch.int64).reshape(-1)
         values = pairs.index_select(0, packed.reshape(-1).view(torch.uint8).int()).view(torch.float32)
-        return by_block(values[: prod(f.shape)], absmax.float(), f["block"]).reshape(f.shape).to(f.dtype)
+        return by_block(values[: prod(f.shape)], self.scales(tensors, f), f["block"]).reshape(f.shape).to(f.dtype)
+
+    def scales(self, tensors, f) -> torch.Tensor:
+        """absmax (blocks,) float32."""
+        _, absmax, _, *second = tensors
+        if not second:
+            return absmax.float()
+        absmax2, code2, offset = second
+        return by_block(code2.index_select(0, absmax.int()), absmax2, f["nested"]) + offset
 
     def fast(self, tensors, f):
         packed, absmax, _, *second = tensors
@@ -75,13 +81,21 @@ class BitsAndBytes4(Storage):
 
     def quantize(self, W, like):
         f, own = like.format, like.tensors
-        bytes_, absmax = nearest(W, own["code"], f["block"])
-        made = {"packed": bytes_.view(own["packed"].dtype).reshape(own["packed"].shape), "absmax": absmax}
+        codes, absmax = nearest_codes(W.detach().float().reshape(-1), own["code"], f["block"])
+        made = {"packed": bytes_like(own["packed"], codes), "absmax": absmax}
         if f["nested"]:
             offset = absmax.mean()
             q, absmax2 = nearest_codes(absmax - offset, own["code2"], f["nested"])
             made |= {"absmax": q, "absmax2": absmax2, "offset": offset}
         return own | made
+
+    def grid(self, tensors, f):
+        scales = self.scales(tensors, f).repeat_interleave(f["block"])[: prod(f.shape)].reshape(f.shape)
+        return Grid(tensors[2], scales, scales.new_zeros(()))
+
+    def pack(self, codes, like):
+        own = like.tensors
+        return own | {"packed": bytes_like(own["packed"], codes.reshape(-1).to(torch.uint8))}
 
     def place(self, module, parameter, new):
         old = held_by(module, parameter)
@@ -189,12 +203,11 @@ def by_block(values: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Te
     return (values.reshape(-1, block) * scales[:, None]).reshape(-1)[:n]
 
 
-def nearest(W: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(two codes a byte (n / 2,), absmax) of the nearest code for each element of W / absmax."""
-    codes, absmax = nearest_codes(W.detach().float().reshape(-1), code, block)
+def bytes_like(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Codes (n,) uint8, two in a byte, in the type and shape of other such bytes."""
     if codes.numel() % 2:
         codes = F.pad(codes, (0, 1))
-    return codes[::2] << 4 | codes[1::2], absmax
+    return (codes[::2] << 4 | codes[1::2]).view(packed.dtype).reshape(packed.shape)
 
 
 def nearest_codes(values: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 
 from .base import Storage
 from .formats import Format
+from .grids import Grid
 from .packed import Packed
 from .recognise import made_by
 
@@ -55,6 +56,13 @@ class BitsAndBytes8(Storage):
         scale = W.abs().amax(1)
         q = (W * (127.0 / scale.clamp_min(1e-38))[:, None]).round().to(torch.int8)
         return {"packed": q, "scale": scale}
+
+    def grid(self, tensors, f):
+        scale = tensors[1].mul(1.0 / 127.0)[:, None]
+        return Grid(torch.arange(-127, 128, device=scale.device), scale, scale.new_zeros(()))
+
+    def pack(self, codes, like):
+        return like.tensors | {"packed": (codes - 127).to(torch.int8)}
 
     def place(self, module, parameter, new):
         old, before = module._parameters[parameter], copy(module.state)

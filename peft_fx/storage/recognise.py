@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 
+from .native.base import NativeLinear
 from .packed import SUFFIX, Packed
 from .schemes import SCHEMES, scheme
 
@@ -18,6 +19,8 @@ def recognise(module: nn.Module, parameter: str = "weight") -> Packed | None:
     """
     if (own := module._modules.get(parameter + SUFFIX)) is not None:
         return own if isinstance(own, Packed) else None
+    if isinstance(module, NativeLinear):
+        return module.packed() if parameter == "weight" else None
     if plain(module, parameter):
         return None
     return next((p for n in SCHEMES if (p := scheme(n).recognise(module, parameter)) is not None), None)

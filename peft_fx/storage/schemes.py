@@ -13,6 +13,13 @@ from .formats import Format, parse
 SCHEMES: dict[str, tuple[str, str]] = {
     "bnb4": ("bnb4", "BitsAndBytes4"),
     "bnb8": ("bnb8", "BitsAndBytes8"),
+    "gptq": ("gptq", "GPTQ"),
+    "awq": ("awq", "AWQ"),
+    "hqq": ("hqq", "HQQ"),
+    "eetq": ("eetq", "EETQ"),
+    "aqlm": ("aqlm", "AQLM"),
+    "inc": ("inc", "INC"),
+    "inc8": ("inc8", "INC8"),
     "torchao": ("torchao", "Torchao"),
     "torchao_nf4": ("torchao_nf4", "TorchaoNF4"),
     "tinygemm": ("tinygemm", "TinyGemm"),

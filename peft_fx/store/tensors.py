@@ -84,6 +84,12 @@ def kept_of(root: nn.Module, name: str) -> torch.Tensor | Packed:
     return tensor_of(root, name) if packed is None else packed
 
 
+def find_kept(root: nn.Module, name: str) -> torch.Tensor | Packed | None:
+    """The same, or None."""
+    packed = packed_of(root, name)
+    return get_tensor(root, name) if packed is None else packed
+
+
 def weight_of(root: nn.Module, name: str) -> torch.Tensor:
     """The numbers of the weight called `name`: those of a packed one are made for whoever asks."""
     kept = kept_of(root, name)
@@ -114,6 +120,14 @@ def set_packed(root: nn.Module, name: str, packed: Packed) -> None:
     """Keeps the weight called `name` as `packed`."""
     owner, leaf = cleared(root, name)
     owner._modules[leaf + SUFFIX] = packed
+
+
+def set_kept(root: nn.Module, name: str, kept: torch.Tensor | Packed, persistent: bool = True) -> None:
+    """Keeps the weight called `name` as this tensor, or as a module of its own over these packed numbers."""
+    if isinstance(kept, Packed):
+        set_packed(root, name, kept.again(persistent=persistent))
+    else:
+        set_tensor(root, name, kept, persistent)
 
 
 def cleared(root: nn.Module, name: str) -> tuple[nn.Module, str]:
