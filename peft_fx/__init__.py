@@ -39,6 +39,7 @@ _NAMES = {
     "verbs.export": ("export", "load"),
     "verbs.hotswap": ("hotswap", "prepare_swap"),
     "verbs.merge": ("merge", "unmerge"),
+    "verbs.merge_report": ("merge_report",),
     "verbs.mixed": ("mixed_batch",),
     "verbs.package": ("load_package", "package"),
     "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
@@ -173,6 +174,7 @@ if TYPE_CHECKING:
     from .verbs.export import export, load
     from .verbs.hotswap import hotswap, prepare_swap
     from .verbs.merge import merge, unmerge
+    from .verbs.merge_report import merge_report
     from .verbs.mixed import mixed_batch
     from .verbs.package import load_package, package
     from .verbs.slots import delete_adapter, release, rename, slots

@@ -17,6 +17,10 @@ class GraphError(PeftFxError, RuntimeError):
     """A graph that breaks a pass's `requires` or `ensures`, or an operation a captured graph cannot do."""
 
 
+class StorageError(PeftFxError, ValueError, NotImplementedError):
+    """A packed weight that cannot be read, or be kept in its scheme; names the layer or scheme and the remedy."""
+
+
 class RecipeError(PeftFxError, ValueError):
     """A config, recipe or selection that cannot be applied to this graph."""
 

@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-MODULES = ("butterfly", "circulant", "householder", "noise")
+# the last one registers kernels/packed.py, and tells it what formats are
+MODULES = ("kernels.butterfly", "kernels.circulant", "kernels.householder", "kernels.noise", "storage.schemes")
 
 
 def register() -> None:
     for module in MODULES:
-        import_module(f"{__package__}.kernels.{module}")
+        import_module(f"{__package__}.{module}")
 
 
 class BeforeTorch(MetaPathFinder):

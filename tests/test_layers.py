@@ -22,7 +22,7 @@ LAYERS = (
         "uploads",
     },
     {"checks", "fields", "config", "config_files", "folding", "target", "kernels", "tables"},
-    {"methods", "recipe"},
+    {"methods", "recipe", "storage"},
     {"planning", "store"},
     {"files"},
     {"passes"},

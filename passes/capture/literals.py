@@ -166,7 +166,7 @@ def literals(
         x, y = left[key], right.get(key)
         x = fx.map_arg(x, skip)
         y = fx.map_arg(y, lambda n: value_of.get(skip(n), n))
-        if isinstance(x, (bool, int, float)) and isinstance(y, (bool, int, float)):
+        if isinstance(x, (bool, int, float, str)) and isinstance(y, (bool, int, float, str)):
             if not same_literals((x,), (y,)):
                 changes.append((key, x, y))
         elif x != y:

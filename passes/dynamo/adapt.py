@@ -22,6 +22,8 @@ from torch import fx
 
 from ...errors import GraphError
 from ...planning.plan import Placement
+from ...storage.packed import weight_name
+from ...store.closing import close, packed_weights
 from ...store.lazy import Forgetful, copy_graph
 from ...store.modules import Store
 from ...store.state import State, base_of
@@ -36,6 +38,7 @@ from ..core.regions import body_of
 from ..core.splice import TAG, Splicer
 from ..inject.inject import Inject
 from ..match.operators import keeps_axes
+from ..match.readers import packed_name, parameter_nodes, tensor_nodes
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # position of an input -> the model's tensor, its names in the model
@@ -55,9 +58,11 @@ def adapt(
     run((NameInputs(inputs, state.table),), new)
     inside = adapt_checkpoints(new, inputs, placements, state, store)
     outside = tuple(p for p in placements if p not in inside)
-    targets = frozenset(name for p in outside for name in (p.target.name, p.target.bias_name))
+    packed = map(packed_name, packed_weights(new.graph))  # closed with all their readers
+    targets = frozenset([*packed, *(name for p in outside for name in (p.target.name, p.target.bias_name))])
     run((ReadersToAten(targets, base_of(state).traces), Linearise(), Inject(outside, state.gated), BakeLiterals()), new)
     graph, ours = with_inputs(new)
+    close(graph)
     del new.meta[ROOT]
     return Forgetful(new, graph), ours
 
@@ -143,7 +148,8 @@ class ReadersToAten(Pass):
 
     def call(self, gm):
         splice = Splicer(gm, fake_mode_of(gm), self.traces)
-        read = {n for n in gm.graph.nodes if n.op == "get_attr" and n.target in self.names}
+        read = {n for name, n in parameter_nodes(gm.graph).items() if name in self.names}
+        read |= {n for n in tensor_nodes(gm.graph).values() if weight_name(name_of(n)) in self.names}
         changed = 0
         for node in list(gm.graph.nodes):
             if read.isdisjoint(node.all_input_nodes) or not traceable(node):

@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
 from ...errors import GraphError
+from ...store.closing import close
 from ...store.modules import set_graph
 from ...store.tensors import ADAPTERS, ROOT, get_tensor, owner_of
 from ..core.base import Pass
@@ -244,6 +245,7 @@ def block_class(part: Part, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node
     for node in part.nodes:
         env[node] = graph.node_copy(node, value)
     graph.output(tuple(env[n] for n in outputs))
+    close(graph)
     code = graph.python_code("self")
     return type("Block", (Block,), {"forward": _forward_from_src(code.src, code.globals)})
 

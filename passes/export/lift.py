@@ -32,7 +32,7 @@ from ...store.tensors import ROOT, get_tensor, tensor_of
 from ..core.base import regions
 from ..core.fakes import fake_mode_of, fake_of
 from ..core.nodes import calling, results_of
-from ..match.readers import parameter_nodes
+from ..match.readers import tensor_nodes
 
 
 def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
@@ -44,7 +44,7 @@ def lift(gm: fx.GraphModule, range_constraints: dict) -> ExportedProgram:
     state: dict[str, torch.Tensor] = {}
     constants: dict[str, Any] = {}
     persistent = set(gm.state_dict(keep_vars=True))
-    read = parameter_nodes(graph)
+    read = tensor_nodes(graph)
     unread = {
         name: unread_node(graph, gm, name) for name in persistent - read.keys() if not name.startswith(f"{ROOT}.")
     }

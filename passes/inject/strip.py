@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from ...errors import GraphError
-from ...store.tensors import tensor_of
 from ..core.base import Pass
-from ..core.fakes import fake_mode_of, fake_of
 from ..core.splice import TAG
-from ..match.readers import parameter_nodes
+from ..match.readers import add_reader, parameter_nodes
 from .inject import tag_of, tagged
 
 
@@ -52,8 +50,7 @@ def parameter(gm: fx.GraphModule, known: dict[str, fx.Node], name: str) -> fx.No
     if name not in known:
         first = next(n for n in gm.graph.nodes if n.op != "placeholder")
         with gm.graph.inserting_before(first):
-            known[name] = gm.graph.get_attr(name)
-        known[name].meta["val"] = fake_of(fake_mode_of(gm), tensor_of(gm, name))
+            known[name] = add_reader(gm, name)
     return known[name]
 
 

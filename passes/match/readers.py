@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import fx
 
+from ...storage.packed import SUFFIX, weight_name
+from ...store.tensors import packed_of, tensor_of
+from ..core.fakes import fake_mode_of, fake_of
 from ..core.nodes import input_of, name_of
 from .operators import OPERATORS, SWAPS, Operator, full_args, keeps_axes, schema_name
+
+DEQUANTIZE = torch.ops.peft_fx.dequantize.default
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,34 @@ class Site:
         return expects_in_out != swapped
 
 
-def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+def tensor_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Name of a tensor -> the node that reads it."""
     return {name_of(n): n for n in graph.nodes if n.op == "get_attr"}
+
+
+def parameter_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Name -> the node that gives the parameter's value: of a packed one, that which dequantizes it."""
+    packed = {packed_name(n): n for n in graph.find_nodes(op="call_function", target=DEQUANTIZE)}
+    return tensor_nodes(graph) | packed
+
+
+def packed_name(node: fx.Node) -> str:
+    """The weight that a node dequantizes."""
+    return weight_name(name_of(cast("list[fx.Node]", node.args[0])[0]))
+
+
+def add_reader(gm: fx.GraphModule, name: str) -> fx.Node:
+    """A node for the value of the parameter called `name`, where the graph is being inserted to."""
+    packed = packed_of(gm, name)
+    if packed is None:
+        node = gm.graph.get_attr(name)
+        node.meta["val"] = fake_of(fake_mode_of(gm), tensor_of(gm, name))
+        return node
+    tensors = [add_reader(gm, f"{name}{SUFFIX}.{own}") for own in packed.tensors]
+    node = gm.graph.call_function(DEQUANTIZE, (tensors, packed.text))
+    with fake_mode_of(gm):
+        node.meta["val"] = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+    return node
 
 
 def sites(parameter: fx.Node) -> tuple[list[Site], str]:

@@ -16,9 +16,10 @@ from ..notices import warn
 from ..passes.forms.lowering import to_canonical
 from ..planning.plan import Placement
 from ..planning.selection import completed
+from ..storage.packed import Packed
 from ..store.modules import derive
 from ..store.state import state_of
-from ..store.tensors import ADAPTERS, ROOT, tensor_of
+from ..store.tensors import ADAPTERS, ROOT, kept_of, tensor_of, weight_of
 from ..target import ModuleTable, Target
 from .derive import frozen, replicated
 from .placed import describe, put
@@ -99,7 +100,7 @@ def warn_of_ties(adapter: str, placements: Iterable[Placement], table: ModuleTab
 
 def allocate(gm: fx.GraphModule, placement: Placement, values: dict | None, trainable: bool, drawn=False) -> None:
     """Registers a placement's tensors, initialised or from a file; `drawn`: one after the other."""
-    base = tensor_of(gm, placement.target.name)
+    base = kept_of(gm, placement.target.name)
     device = offloaded_to(gm.get_submodule(placement.target.path)) if base.device.type == "meta" else None
     for name, spec in placement.tensors.items():
         if name in placement.shared:
@@ -142,11 +143,11 @@ def values_of(gm: fx.GraphModule, placement: Placement, tensors: tuple[str, ...]
 
 def base_weight(gm: fx.GraphModule, target: Target) -> torch.Tensor:
     """A target's weight in canonical layout; for one expert of a stack, its own."""
-    W = tensor_of(gm, target.tensor_name).detach()
+    W = weight_of(gm, target.tensor_name).detach()
     return to_canonical(W if target.expert is None else W[target.expert], target)
 
 
-def empty_tensor(spec: Tensor, base: torch.Tensor, device=None) -> torch.Tensor:
+def empty_tensor(spec: Tensor, base: torch.Tensor | Packed, device=None) -> torch.Tensor:
     """Memory for one tensor of an adapter of the weight `base`, where that is unless a device is given."""
     return torch.empty(spec.shape, dtype=spec.dtype_on(base.dtype), device=base.device if device is None else device)
 

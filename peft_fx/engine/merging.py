@@ -16,9 +16,11 @@ from ..errors import MergeError
 from ..methods.base import Additive, Method
 from ..passes.forms.lowering import apply_weight, to_canonical
 from ..planning.plan import Placement
+from ..storage.packed import Packed
 from ..store.state import State
-from ..store.tensors import ADAPTERS, get_tensor, tensor_of
+from ..store.tensors import ADAPTERS, get_tensor, packed_of, tensor_of
 from .derive import acting
+from .storing import measured, packed_again
 
 
 def acting_whole(tuned: fx.GraphModule, state: State) -> tuple[str, ...]:
@@ -42,14 +44,21 @@ def by_target(chosen: Iterable[Placement]) -> dict[str, list[Placement]]:
 
 
 def folded(
-    gm: fx.GraphModule, group: list[Placement], check_finite: bool, place: torch.Tensor | None = None
-) -> tuple[dict[str, torch.Tensor], dict]:
+    gm: fx.GraphModule,
+    group: list[Placement],
+    check_finite: bool,
+    place: torch.Tensor | None = None,
+    storage: str | None = "dense",
+    H: torch.Tensor | None = None,
+) -> tuple[dict[str, torch.Tensor | Packed], dict]:
     """What merging the placements of one target gives: tensor name -> result, and its line of the report.
 
-    place: memory for the weight, where it keeps its shape.
+    place: memory for the weight, where it keeps its shape. storage: of `STORAGES`, how a packed weight that changes is kept,
+    None: not at all; H (in, in): XᵀX of its inputs. A packed weight that does not change is no result.
     """
     target = group[0].target
-    W = tensor_of(gm, target.name)
+    packed = packed_of(gm, target.name)
+    W = tensor_of(gm, target.name) if packed is None else packed.dense()
     b = get_tensor(gm, target.bias_name) if target.has_bias else None
     wide = torch.promote_types(W.dtype, torch.float32) if W.is_floating_point() else W.dtype
     with torch.no_grad():
@@ -66,16 +75,27 @@ def folded(
                 place = torch.empty_like(W, memory_format=torch.contiguous_format) if place is None else place
                 weight = partial(weight, out=to_canonical(place, p.target))
             exact_W, exact_b = apply_weight(weight, exact_W, exact_b, theta, p.target, p.config, wide, dense)
-        results = {target.name: rounded(exact_W, W.dtype, operands, place)}
+        results: dict[str, torch.Tensor | Packed] = {}
+        if packed is None or (storage == "dense" and not unchanged(exact_W, W)):
+            results[target.name] = rounded(exact_W, W.dtype, operands, place)
+        elif storage is not None and not unchanged(exact_W, W):
+            results[target.name] = packed_again(packed, exact_W, target, storage, H)
         if exact_b is not None and exact_b is not old_b:
             results[target.bias_name] = rounded(exact_b, W.dtype if b is None else b.dtype, operands)
         for name, result in results.items():
-            if check_finite and not finite(result):
+            if check_finite and not finite(exact_W if isinstance(result, Packed) else result):
                 merged = ", ".join(p.adapter for p in group)
                 raise MergeError(f"{name}: merging {merged} gives inf or nan in {result.dtype}; nothing was merged")
-        error = rounding_error(results[target.name], exact_W)
-    adapters = [p.adapter for p in group]
-    return results, {"target": target.name, "adapters": adapters, "dtype": str(W.dtype), "rounding_error": error}
+        now = results.get(target.name, W)
+        line = {"target": target.name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype)}
+        line["rounding_error"] = rounding_error(now, exact_W)
+        if packed is not None:
+            line |= {"storage": storage, "replaced": [*results], **measured(now, exact_W, W, target, H)}
+    return results, line
+
+
+def unchanged(exact: torch.Tensor, W: torch.Tensor) -> bool:
+    return exact.shape == W.shape and torch.equal(exact, W.to(exact.dtype))
 
 
 def writes_in_place(method: Method) -> bool:
@@ -98,11 +118,13 @@ def finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(tensor.sum()) or all(math.isfinite(x) for x in tensor.aminmax())
 
 
-def rounding_error(result: torch.Tensor, exact: torch.Tensor) -> float:
-    """Greatest difference that rounding to the weight's dtype made."""
-    if result.dtype == exact.dtype or not result.numel():
+def rounding_error(result: torch.Tensor | Packed, exact: torch.Tensor) -> float:
+    """Greatest difference that rounding to the weight's dtype, or to its packed numbers, made."""
+    if isinstance(result, Packed):
+        result = result.dense()
+    elif result.dtype == exact.dtype:
         return 0.0
-    return float((result.to(exact.dtype) - exact).abs().max())
+    return float((result.to(exact.dtype) - exact).abs().max()) if result.numel() else 0.0
 
 
 def theta_of(gm: fx.GraphModule, p: Placement) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import fx
 
 from ..planning.plan import Placement
 from ..store.resident import Adapter, Derived, adapter_of
-from ..store.tensors import ADAPTERS, get_tensor, set_tensor, store_of, tensor_of
+from ..store.tensors import ADAPTERS, get_tensor, kept_of, set_tensor, store_of
 
 
 def put(gm: fx.GraphModule, p: Placement, name: str, tensor: torch.Tensor) -> None:
@@ -21,7 +21,7 @@ def describe(gm: fx.GraphModule, placements: Iterable[Placement]) -> None:
     """Notes how derived tensors are made, from now on."""
     for p in placements:
         adapter: Adapter = adapter_of(store_of(gm).adapters, p.adapter)
-        base = tensor_of(gm, p.target.name).dtype
+        base = kept_of(gm, p.target.name).dtype
         for name, spec in p.tensors.items():
             if spec.derived and name not in p.shared:
                 adapter.derived[p.state_name(name).partition(".")[2]] = Derived(spec, base)

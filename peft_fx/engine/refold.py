@@ -4,6 +4,7 @@
 
 Everything is computed before the first write. The results wait where the kept base weights do, so the peak is one weight on
 the graph's device for keep_base="cpu", and the folded weights once more for "device". The bits are those of merging anew.
+Packed weights are kept as the merge was told to keep them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -19,27 +20,39 @@ from torch import fx, nn
 from ..errors import MergeError, RecipeError
 from ..methods.base import block_diagonal
 from ..passes.inject.inject import lower
+from ..storage.packed import Packed
 from ..store.modules import shell
 from ..store.state import Resident, State, base_of, state_of
-from ..store.tensors import REPLACED, ROOT, copy_all, get_tensor, set_tensor, store_of, tensor_of
+from ..store.tensors import REPLACED, ROOT, copy_all, find_kept, get_tensor, kept_of, set_kept, store_of
 from ..target import ModuleTable, Target, sizes
 from .adding import allocate
 from .inplace import MODEL, write
 from .merging import by_target, folded
-from .replaced import equal, restored, shelve, shelved, stays_tied
+from .replaced import equal, moved, restored, shelve, shelved, stays_tied
 from .transitions import mergeable, only_one_with_biases, resident_of, swapped, unmerged
+
+Kept = torch.Tensor | Packed
+
+
+ANEW = "merge this adapter from the unmerged graph"
+# how packed weights were kept -> why a swap cannot keep them so
+NO_WAY = {
+    None: "it is packed and would change, and the merge before did not say how it is to be kept",
+    "calibrated": "it was packed again with storage='calibrated', whose activations are not kept",
+}
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What a swap is going to change in every graph over the same folded tensors.
+    """What a swap is going to change in every graph over the same folded tensors, those of packed weights one by one.
 
-    writes: name -> (folded tensor, what it becomes). first: name of a tensor that no merge has replaced yet -> (the base's, where
-    it is kept; the folded one). padded: how many results are less than their tensor holds. adapter: the new one's tensors.
+    writes: name -> (folded tensor, what it becomes). first: name of a weight that no merge has replaced yet -> (the base's, where
+    it is kept; the folded one), packed ones whole. padded: how many results are less than their tensor holds. adapter: the new
+    one's tensors.
     """
 
     writes: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    first: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    first: dict[str, tuple[Kept, Kept]]
     padded: int
     adapter: nn.Module
     resident: Resident
@@ -56,7 +69,10 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
     fold = computed(gm, state, adapter, config, values)
     sharing, in_model = store_of(gm).sharing, MODEL in gm.meta
     graphs = [g for g in {gm, *sharing.all()} if state_of(g).merge_report is state.merge_report]
-    written = [t for t, _ in fold.writes.values()] + [t for _, t in fold.first.values()]
+    written = [t for t, _ in fold.writes.values()]
+    written += [
+        t for _, new in fold.first.values() for t in (new.tensors.values() if isinstance(new, Packed) else [new])
+    ]
     with sharing.writing(written), torch.no_grad():
         if in_model:
             write(gm, state, {name: value for name, (_, value) in (fold.writes | fold.first).items()})
@@ -64,8 +80,8 @@ def refold(gm: fx.GraphModule, state: State, adapter: str, config, values: dict)
             copy_all(fold.writes.values())
             for graph in graphs:
                 for name, (kept, value) in fold.first.items():
-                    set_tensor(graph, f"{REPLACED}.{name}", kept, persistent=False)
-                    set_tensor(graph, name, value)
+                    set_kept(graph, f"{REPLACED}.{name}", kept, persistent=False)
+                    set_kept(graph, name, value)
         for graph in graphs:
             store_of(graph).adapters._modules[adapter] = shell(fold.adapter)
             if not in_model:
@@ -96,37 +112,49 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
         read = {t.tensor_name for spec in p.tensors.values() for t in (p.target, *spec.sources)}
         with brought(scratch, gm, read):
             allocate(scratch, p, values, trainable)
-    waits = waiting_device(gm)
+    waits, storage = waiting_device(gm), next((r["storage"] for r in state.merge_report if r.get("storage")), None)
     names, report, groups = dict.fromkeys(shelved(gm)), [], by_target(chosen)
     for group in groups.values():
         target = group[0].target
         with brought(scratch, gm, (target.name, target.bias_name)):
-            results, line = folded(scratch, group, check_finite=True)
+            results, line = folded(
+                scratch, group, check_finite=True, storage=None if storage == "calibrated" else storage
+            )
+        if line.get("change") and storage in (None, "calibrated"):
+            raise MergeError(f"{target.name}: {NO_WAY[storage]}; {ANEW}")
         for name, result in results.items():
-            set_tensor(scratch, name, result if waits is None else result.to(waits))
+            set_kept(scratch, name, result if waits is None else moved(result, waits))
         names |= dict.fromkeys(results)
         report.append(line)
 
-    finals = {name: get_tensor(scratch, name) for name in names}
+    finals = {name: find_kept(scratch, name) for name in names}
     keep_ties(gm, scratch, finals, groups, state.table)
     targets = {p.target.name: p.target for p in (*state.placed(state.merged), *chosen)}
     writes: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    first: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    first: dict[str, tuple[Kept, Kept]] = {}
     padded, seen = 0, dict[int, Any]()
     for name, final in finals.items():
-        value = fitted(name, final, get_tensor(gm, name), targets.get(name))
-        now = tensor_of(gm, name)
+        value = fitted(name, final, find_kept(gm, name), targets.get(name))
+        now = kept_of(gm, name)
         padded += final is None or value.shape != final.shape
         if name in shelved(gm):
             if id(now) not in seen:
-                writes[name] = now, value
+                writes |= changes(name, now, value)
             seen[id(now)] = now
         else:
             if id(now) not in seen:
-                kept, own = (now if waits is None else now.to(waits)), value.to(now.device)
+                kept, own = (now if waits is None else moved(now, waits)), moved(value, now.device)
                 seen[id(now)] = kept, nn.Parameter(own, requires_grad=False) if isinstance(now, nn.Parameter) else own
             first[name] = seen[id(now)]
     return Fold(writes, first, padded, adapters.get_submodule(adapter), resident, tuple(report))
+
+
+def changes(name: str, now: Kept, value: Kept) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What is written to give a folded weight its value. Of packed numbers those that differ: the others may be the base's."""
+    if not isinstance(now, Packed) or not isinstance(value, Packed):
+        return {name: (cast(torch.Tensor, now), cast(torch.Tensor, value))}
+    pairs = zip(now.named(name).items(), value.tensors.values(), strict=True)
+    return {key: (tensor, new) for (key, tensor), new in pairs if not equal(new, tensor)}
 
 
 def refuse_what_cannot_be_unmerged(state: State) -> None:
@@ -141,7 +169,7 @@ def refuse_what_cannot_be_unmerged(state: State) -> None:
 
 def waiting_device(gm: fx.GraphModule) -> torch.device | None:
     """Where replaced weights wait, if not on the graph's device."""
-    devices = ((kept.device, tensor_of(gm, name).device) for name, kept in shelved(gm).items() if kept.numel())
+    devices = ((kept.device, kept_of(gm, name).device) for name, kept in shelved(gm).items() if kept.shape.numel())
     return next((kept for kept, now in devices if kept != now), None)
 
 
@@ -150,16 +178,16 @@ def brought(scratch: fx.GraphModule, gm: fx.GraphModule, names: Iterable[str]) -
     """Inside the block the weights are on the device of `gm`."""
     away = {}
     for name in names:
-        kept, now = get_tensor(scratch, name), get_tensor(gm, name)
+        kept, now = find_kept(scratch, name), find_kept(gm, name)
         if kept is not None and now is not None and kept.device != now.device:
             away[name] = kept
-            set_tensor(scratch, name, kept.detach().to(now.device))
+            set_kept(scratch, name, moved(kept if isinstance(kept, Packed) else kept.detach(), now.device))
     yield
     for name, kept in away.items():
-        set_tensor(scratch, name, kept)
+        set_kept(scratch, name, kept)
 
 
-def keep_ties(gm, scratch, finals: dict[str, torch.Tensor | None], groups: dict, table: ModuleTable) -> None:
+def keep_ties(gm, scratch, finals: dict[str, Kept | None], groups: dict, table: ModuleTable) -> None:
     """Names that share one tensor now get equal numbers. Raises MergeError where they would differ."""
     for tie in table.tied:
         owners: dict[int, str] = {}
@@ -177,11 +205,16 @@ def keep_ties(gm, scratch, finals: dict[str, torch.Tensor | None], groups: dict,
                 )
 
 
-def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, target: Target | None) -> torch.Tensor:
+def fitted(name: str, final: Kept | None, now: Kept | None, target: Target | None) -> Kept:
     """`final` as the folded operator's tensor `now` holds it: zeros for a bias that is no more, or between groups."""
-    anew = "merge this adapter from the unmerged graph"
     if now is None:
-        raise MergeError(f"{name}: the folded operator has no bias to write to, and the new adapter brings one; {anew}")
+        raise MergeError(f"{name}: the folded operator has no bias to write to, and the new adapter brings one; {ANEW}")
+    if isinstance(now, Packed):
+        if not isinstance(final, Packed):
+            raise MergeError(f"{name}: the folded operator reads it packed, and a dense weight is to come; {ANEW}")
+        return final
+    if isinstance(final, Packed):  # the base's own again
+        final = final.dense()
     if final is None:
         return torch.zeros_like(now)
     if final.shape == now.shape:
@@ -191,6 +224,6 @@ def fitted(name: str, final: torch.Tensor | None, now: torch.Tensor | None, targ
         return block_diagonal(final, target.groups)
     if target is not None and dense == tuple(final.shape[:2]):
         raise MergeError(
-            f"{name}: the folded operator has groups={target.groups}, across which the update goes; {anew}"
+            f"{name}: the folded operator has groups={target.groups}, across which the update goes; {ANEW}"
         )
-    raise MergeError(f"{name}: shape {sizes(final.shape)} does not fit the folded tensor {sizes(now.shape)}; {anew}")
+    raise MergeError(f"{name}: shape {sizes(final.shape)} does not fit the folded tensor {sizes(now.shape)}; {ANEW}")

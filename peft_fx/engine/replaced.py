@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 from ..errors import MergeError
 from ..planning.plan import Placement
+from ..storage.packed import SUFFIX, Packed
 from ..store.modules import derive
 from ..store.state import State
-from ..store.tensors import ADAPTERS, REPLACED, get_tensor, owner_of, set_tensor, store_of, tensor_of
+from ..store.tensors import (
+    ADAPTERS,
+    REPLACED,
+    find_kept,
+    get_tensor,
+    kept_of,
+    owner_of,
+    set_kept,
+    set_packed,
+    set_tensor,
+    store_of,
+    tensor_of,
+)
 from .merging import theta_of
 from .placed import put
 from .transitions import unmerged
 
 
-def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor, keep_base: str | None) -> None:
+def replace_tensor(gm: fx.GraphModule, name: str, value: torch.Tensor | Packed, keep_base: str | None) -> None:
     """Puts `value` under the model's own name and shelves what was there, unless it is shelved already."""
     old = get_tensor(gm, name)
     shelf = f"{REPLACED}.{name}"
-    if keep_base and get_tensor(gm, shelf) is None:
-        kept = old if old is not None else torch.empty(0, device=value.device)  # an empty one: there was none
-        set_tensor(gm, shelf, kept.to("cpu") if keep_base == "cpu" else kept, persistent=False)
+    if keep_base and name not in shelved(gm):
+        where = "cpu" if keep_base == "cpu" else value.device
+        kept = find_kept(gm, name)
+        set_kept(
+            gm, shelf, moved(torch.empty(0) if kept is None else kept, where), persistent=False
+        )  # empty: there was none
+    if isinstance(value, Packed):
+        set_packed(gm, name, value)
+        return
     is_parameter = old is None or isinstance(old, nn.Parameter)
     set_tensor(gm, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
@@ -71,9 +91,23 @@ def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device)))
 
 
-def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+K = TypeVar("K", torch.Tensor, Packed, torch.Tensor | Packed)
+
+
+def moved(kept: K, device: torch.device | str) -> K:
+    """A weight on a device, dense or packed."""
+    if isinstance(kept, Packed):
+        return kept.again({name: tensor.to(device) for name, tensor in kept.tensors.items()})
+    return kept.to(device)
+
+
+def shelved(gm: fx.GraphModule) -> dict[str, torch.Tensor | Packed]:
     """Tensor name -> what a merge replaced there."""
-    return dict(store_of(gm).replaced.named_buffers(remove_duplicate=False))
+    replaced = store_of(gm).replaced
+    named = replaced.named_modules(remove_duplicate=False)
+    packed = {name.removesuffix(SUFFIX): m for name, m in named if isinstance(m, Packed)}
+    tensors = replaced.named_buffers(remove_duplicate=False)
+    return packed | {n: t for n, t in tensors if n.rpartition(".")[0].removesuffix(SUFFIX) not in packed}
 
 
 def shelve(merged: fx.GraphModule, names: tuple[str, ...]) -> None:
@@ -106,7 +140,8 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     move: weights that waited elsewhere come to the graph's device. Raises MergeError if they were not kept.
     """
     shelf = shelved(merged)
-    missing = [r["target"] for r in state.merge_report if r["target"] not in shelf]
+    lines = state.merge_report  # of a packed weight they say what was replaced: it may be its bias alone
+    missing = [name for r in lines for name in r.get("replaced", [r["target"]]) if name not in shelf]
     if missing:
         raise MergeError(
             f"{missing[0]}: the replaced weight was not kept (merge with keep_base=None or loaded from a file); "
@@ -115,6 +150,9 @@ def restored(merged: fx.GraphModule, state: State, *, move: bool = True) -> fx.G
     new = derive(merged, fx.Graph(), unmerged(state))
     back: dict[str, nn.Parameter | torch.Tensor] = {}  # first name of a tie -> the tensor that all its names get
     for name, kept in shelf.items():
+        if isinstance(kept, Packed):
+            set_packed(new, name, moved(kept, kept_of(new, name).device if move else kept.device))
+            continue
         group = next((g for g in state.table.tied if name in g), (name,))
         untouched = next((n for n in group if n not in shelf and get_tensor(new, n) is not None), None)
         if kept.numel() == 0:  # the merge added this one

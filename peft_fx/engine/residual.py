@@ -22,7 +22,7 @@ from ..missing import init_of
 from ..passes.forms.lowering import to_canonical
 from ..planning.plan import Placement
 from ..store.state import state_of
-from ..store.tensors import REPLACED, get_tensor, tensor_of
+from ..store.tensors import REPLACED, find_kept, weight_of
 from .transitions import planned
 
 
@@ -80,8 +80,8 @@ def start(gm: fx.GraphModule, p: Placement, of_weight, where: str) -> dict[str, 
     if p.target.reads_ids:
         return {name: torch.zeros(p.tensors[name].shape) for name in (A, B)}
     name = p.target.tensor_name
-    merged = get_tensor(gm, f"{REPLACED}.{name}")
-    W = tensor_of(gm, name) if merged is None else merged
+    shelf = f"{REPLACED}.{name}"
+    W = weight_of(gm, name if find_kept(gm, shelf) is None else shelf)
     if p.target.kind != "linear" or W.is_meta:
         init = str(cast(LoraConfig, p.config).init_lora_weights)
         reason = "weights on meta have no numbers" if W.is_meta else f"there is none for kind {p.target.kind}"

@@ -10,7 +10,7 @@ from torch import fx
 from ..errors import GraphError, HotswapError
 from ..planning.plan import Placement, check_adapter_name
 from ..store.state import Resident, State, state_of
-from ..store.tensors import ADAPTERS, gate_name, set_tensor, store_of, tensor_of
+from ..store.tensors import ADAPTERS, gate_name, kept_of, set_tensor, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adding import allocate, fill
 from .transitions import names_of, refuse_merged, refuse_slots, resident_of
@@ -60,7 +60,7 @@ def fresh(gm: fx.GraphModule, chosen: Iterable[Placement]) -> dict[str, torch.Te
     made: dict[str, torch.Tensor] = {}
     with torch.random.fork_rng(devices=()):
         for p in chosen:
-            if tensor_of(gm, p.target.name).is_meta:
+            if kept_of(gm, p.target.name).device.type == "meta":
                 continue
             for name in p.tensors:
                 if name not in p.shared:

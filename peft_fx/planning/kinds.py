@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..folding import components, gathered, joined
 from ..target import ModuleRecord, Target, sizes
@@ -128,10 +127,7 @@ def _target(
     record: ModuleRecord, name: str, kind: str, transposed: bool, groups: int, by_parameter: bool = False
 ) -> Target:
     shape = record.parameters[name]
-    features: Any = (record.attributes.get("out_features"), record.attributes.get("in_features"))
-    if kind == "linear" and not by_parameter and None not in features:
-        shape = features  # a quantized weight is packed: the module knows the real shape
-    elif transposed:
+    if transposed:
         shape = _swap(shape)
     return Target(
         path=record.path, parameter=name, kind=kind, shape=tuple(shape), transposed=transposed, groups=groups,

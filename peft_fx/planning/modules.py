@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..storage.packed import SUFFIX, Packed
+from ..storage.twins import twin
 from ..store.resident import Adapters
 from ..target import ModuleRecord, ModuleTable
 from .renamings import renamings
@@ -41,7 +43,10 @@ def module_table(model: nn.Module) -> ModuleTable:
 
 
 def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
-    """One module's record; `paths`: where it is reachable, the first one names it."""
+    """One module's record; `paths`: where it is reachable, the first one names it. Packed parameters count as the dense ones."""
+    module = twin(module) or module
+    packed = {n.removesuffix(SUFFIX): m for n, m in module._modules.items() if isinstance(m, Packed)}
+    held = {n: p for n, p in module._parameters.items() if p is not None}
     buffers = {
         n: b for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set
     }
@@ -49,7 +54,7 @@ def record_of(module: nn.Module, paths: list[str]) -> ModuleRecord:
         path=paths[0],
         type=own_class(module).__name__,
         bases=tuple(c.__name__ for c in own_class(module).__mro__ if c not in (nn.Module, object)),
-        parameters={n: tuple(p.shape) for n, p in module._parameters.items() if p is not None},
+        parameters={n: tuple(p.shape) for n, p in (packed | held).items()},
         buffers={n: tuple(b.shape) for n, b in buffers.items()},
         # without __getattr__, in which diffusers' models look into their config, with a warning
         attributes={
@@ -65,7 +70,7 @@ def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
     """(path, module), aliases as often as they occur; adapters that the model holds are none of its own."""
     yield prefix, model
     for name, child in getattr(model, "_modules", {}).items():
-        if child is not None and not isinstance(child, Adapters):
+        if child is not None and not isinstance(child, (Adapters, Packed)):
             yield from own_modules(child, f"{prefix}.{name}" if prefix else name)
 
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import fx
 from torch.fx.graph_module import _loader
 
+from .closing import close, packed_weights
+
 if TYPE_CHECKING:
     from torch.fx.node import Argument
 
@@ -99,7 +101,7 @@ class Lazy(Forgetful):
         with LOCK:
             own = self.__dict__["_graph"]
             try:
-                self.__dict__["_graph"] = graph_to_read(self)
+                self.__dict__["_graph"] = closed(graph_to_read(self))
                 return super().recompile()
             finally:
                 self.__dict__["_graph"] = own
@@ -119,6 +121,14 @@ class Lazy(Forgetful):
     def __reduce__(self):
         self.graph  # noqa: B018
         return super().__reduce__()
+
+
+def closed(graph: fx.Graph) -> fx.Graph:
+    """The graph from which code is made: a copy where weights are packed (`closing.py`)."""
+    if packed_weights(graph):
+        graph = copy_graph(graph)
+        close(graph)
+    return graph
 
 
 def graph_to_read(gm: fx.GraphModule) -> fx.Graph:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import GraphError
+from ..storage.packed import SUFFIX, Packed
 
 if TYPE_CHECKING:
     from .modules import Store
@@ -68,6 +69,33 @@ def tensor_of(root: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def packed_of(root: nn.Module, name: str) -> Packed | None:
+    """What keeps the weight called `name`, if it is packed."""
+    path, _, leaf = name.rpartition(".")
+    module: nn.Module | None = root
+    for part in (*(path.split(".") if path else ()), leaf + SUFFIX):
+        module = None if module is None else module._modules.get(part)
+    return module if isinstance(module, Packed) else None
+
+
+def kept_of(root: nn.Module, name: str) -> torch.Tensor | Packed:
+    """The weight called `name` as it is kept: of both kinds one may ask shape, dtype and device, those of the dense one."""
+    packed = packed_of(root, name)
+    return tensor_of(root, name) if packed is None else packed
+
+
+def find_kept(root: nn.Module, name: str) -> torch.Tensor | Packed | None:
+    """The same, or None."""
+    packed = packed_of(root, name)
+    return get_tensor(root, name) if packed is None else packed
+
+
+def weight_of(root: nn.Module, name: str) -> torch.Tensor:
+    """The numbers of the weight called `name`: those of a packed one are made for whoever asks."""
+    kept = kept_of(root, name)
+    return kept.dense() if isinstance(kept, Packed) else kept
+
+
 def copy_all(writes: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Tensor <- value for all of them, or for none."""
     tensors, values = map(list, zip(*writes, strict=True)) if (writes := list(writes)) else ([], [])
@@ -81,10 +109,31 @@ def copy_all(writes: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 def set_tensor(root: nn.Module, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
     """Registers `tensor` under `name`: a Parameter as parameter, anything else (and non-persistent) as buffer."""
-    owner, leaf = owner_of(root, name, create=True)
-    owner._parameters.pop(leaf, None)
-    owner._buffers.pop(leaf, None)
+    owner, leaf = cleared(root, name)
     if isinstance(tensor, nn.Parameter) and persistent:
         owner.register_parameter(leaf, tensor)
     else:
         owner.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def set_packed(root: nn.Module, name: str, packed: Packed) -> None:
+    """Keeps the weight called `name` as `packed`."""
+    owner, leaf = cleared(root, name)
+    owner._modules[leaf + SUFFIX] = packed
+
+
+def set_kept(root: nn.Module, name: str, kept: torch.Tensor | Packed, persistent: bool = True) -> None:
+    """Keeps the weight called `name` as this tensor, or as a module of its own over these packed numbers."""
+    if isinstance(kept, Packed):
+        set_packed(root, name, kept.again(persistent=persistent))
+    else:
+        set_tensor(root, name, kept, persistent)
+
+
+def cleared(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module for the dotted `name`, which holds nothing under its last component, and that."""
+    owner, leaf = owner_of(root, name, create=True)
+    owner._parameters.pop(leaf, None)
+    owner._buffers.pop(leaf, None)
+    owner._modules.pop(leaf + SUFFIX, None)
+    return owner, leaf

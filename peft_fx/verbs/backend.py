@@ -35,11 +35,13 @@ from ..passes.dynamo.products import options_with
 from ..planning.modules import module_table
 from ..planning.plan import Placement
 from ..recipe import Recipe, as_recipe
+from ..storage.packed import weight_name
+from ..storage.twins import opened, stand_in
 from ..store.modules import ByDevice, ByMode, Store, build
 from ..store.recent import Recent
 from ..store.sharing import Shared
 from ..store.state import TRACES, BaseGraph, State, state_of
-from ..store.tensors import ROOT, get_tensor, store_of, tensor_of
+from ..store.tensors import ROOT, get_tensor, packed_of, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adapters import save_adapter
 from .capture.model import skeleton
@@ -122,6 +124,8 @@ class Backend:
             self.model, self.frames = model, frames
             self.keep(gm)
             self.open(self.acting())
+            if frames:
+                stand_in(model)
         return self
 
     def keep(self, gm: fx.GraphModule) -> None:
@@ -248,8 +252,10 @@ class Backend:
         for record in state_of(self.adapters).table.records:
             for name in (*record.parameters, *record.buffers):
                 full = f"{record.path}.{name}" if record.path else name
-                tensor = get_tensor(self.attached, full)
-                found[id(tensor)] = (*found.get(id(tensor), ()), full)
+                packed = packed_of(self.adapters, full)
+                tensors = {full: get_tensor(self.attached, full)} if packed is None else packed.named(full)
+                for own, tensor in tensors.items():
+                    found[id(tensor)] = (*found.get(id(tensor), ()), own)
         return found
 
     def refuse_python(self) -> None:
@@ -330,7 +336,7 @@ class Adapted:
         owner, known = self.owner, self.owner.names()
         table = state_of(owner.adapters).table
         inputs = {i: (args[i], known[id(args[i])]) for i in self.watched if id(args[i]) in known}
-        found = {name for _, names in inputs.values() for name in names}
+        found = {weight_name(name) for _, names in inputs.values() for name in names}
         names, gated = owner.acting_now()
         chosen = tuple(p for p in owner.state.placed(names) if p.target.name in found)
         owner.read |= {p.target.name for p in chosen}
@@ -359,7 +365,8 @@ def eager(gm: fx.GraphModule, inputs: Sequence) -> Callable:
 
 def without_graph(model: nn.Module, store: Store | None = None, state: State | None = None) -> Shared:
     """A graph module over the model's tree and own tensors that runs nothing."""
-    tree = skeleton(model)
+    with opened(model):
+        tree = skeleton(model)
     device = next(model.parameters(), torch.empty(0)).device
     buffers = {n: (b, n not in tree._non_persistent_buffers_set) for n, b in tree._buffers.items()}
     state = state or State(module_table(model), None)

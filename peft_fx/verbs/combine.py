@@ -36,7 +36,7 @@ from ..methods.ia3 import IA3Config
 from ..methods.lora import LoRA, LoraConfig
 from ..planning.plan import Placement
 from ..store.state import State, state_of
-from ..store.tensors import tensor_of
+from ..store.tensors import kept_of
 
 # name -> (how entries are pruned, whether signs are elected)
 RULES = {
@@ -124,7 +124,7 @@ def combined(
     for p, tensor_name, (key, *_) in planned(state, "combined", config).filed:
         A, B = factors[p.target.name]
         value = A if tensor_name == cast(LoRA, p.rule).names(p.target)[0] else B
-        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(tensor_of(gm, p.target.name).device)
+        tensors[key] = value.reshape(p.tensors[tensor_name].shape).to(kept_of(gm, p.target.name).device)
     return config, tensors
 
 

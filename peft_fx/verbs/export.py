@@ -26,6 +26,7 @@ from ..passes.capture.inline import InlineGradRegions
 from ..passes.capture.literals import BakeLiterals
 from ..passes.core.base import run
 from ..passes.export.lift import lift
+from ..passes.export.unpack import Unpack
 from ..passes.inject.mixed import drop_input
 from ..passes.inject.strip import StripSplices
 from ..recipe import config_from_dict
@@ -40,22 +41,25 @@ EXTRA = "peft_fx.json"
 FORMAT = 2
 
 
-def export(graph: fx.GraphModule, path: StrPath | None = None) -> ExportedProgram:
+def export(graph: fx.GraphModule, path: StrPath | None = None, *, decompose: bool = False) -> ExportedProgram:
     """The graph as a `torch.export.ExportedProgram`, in the mode that it is in now; no re-tracing, tensors are shared.
 
     path: where to write a `.pt2` too (atomically); `peft_fx.load` reads it back with its adapters. A merged graph gives a
-    program of plain operators under the model's own names.
+    program of plain operators under the model's own names. decompose: packed weights are dequantized by plain ATen operators,
+    for runtimes that do not know ours; such a program is loaded by `torch.export.load`, without adapters. Where a scheme
+    quantizes inputs in evaluation, the program's products are those with the dense weights.
     """
     state = state_of(graph, "export")
     baked = derive(graph, copy_graph(graph.graph), state)
     baked.train(graph.training)
-    run([BakeLiterals()], baked)
+    run([BakeLiterals(), Unpack()] if decompose else [BakeLiterals()], baked)
     program = lift(baked, state.range_constraints)
     device = next(graph.parameters(), torch.empty(0)).device
     if traced_device(program) not in (None, device):
         program = move_to_device_pass(program, device)
     if path is not None:
-        save(program, as_path(path, "a .pt2 file to write"), state, graph.training)
+        extra = {} if decompose else {EXTRA: json.dumps(to_json(state, graph.training))}
+        save(program, as_path(path, "a .pt2 file to write"), extra)
     return program
 
 
@@ -65,8 +69,7 @@ def traced_device(program: ExportedProgram) -> torch.device | None:
                  and isinstance(n.meta.get("val"), torch.Tensor)), None)  # fmt: skip
 
 
-def save(program: ExportedProgram, path: Path, state: State, training: bool) -> None:
-    extra = {EXTRA: json.dumps(to_json(state, training))}
+def save(program: ExportedProgram, path: Path, extra: dict[str, str]) -> None:
     write = partial(torch.export.save, program, extra_files=extra)
     replace_archive(path, lambda complete: archive_to(complete, write))
 

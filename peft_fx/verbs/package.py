@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -31,10 +32,12 @@ from ..files.registrations import register_named
 from ..passes.core.nodes import calling, results_of
 from ..planning.plan import Placement
 from ..recipe import Recipe
+from ..storage.packed import SUFFIX, Packed
+from ..storage.schemes import read
 from ..store.lazy import copy_graph
 from ..store.modules import ByDevice, ByMode, Store, build, derive
 from ..store.state import BaseGraph, State, state_of
-from ..store.tensors import ADAPTERS, GATES, ROOT, set_tensor, store_of, tensor_of
+from ..store.tensors import ADAPTERS, GATES, ROOT, set_packed, set_tensor, store_of, tensor_of
 from ..target import ModuleTable, sizes
 from .export import EXTRA, FORMAT, export, residents, to_json
 
@@ -66,7 +69,7 @@ def package(tuned: fx.GraphModule, path: StrPath, *, swappable: bool = True) -> 
     if path.suffix != ".pt2":
         raise AdapterFileError(f"{path}: expected a file name that ends in .pt2")
     plain, outputs = with_tensor_outputs(tuned, state)
-    program = export(plain)
+    program = export(plain, decompose=True)
     named = {**program.state_dict, **program.constants}
     tensors = swappable_tensors(tuned, state) if swappable else {}
     info = calling(tuned.graph)
@@ -80,11 +83,12 @@ def package(tuned: fx.GraphModule, path: StrPath, *, swappable: bool = True) -> 
         "outputs": outputs,
         "constants": {name: form(t) for name, t in tensors.items()},
         "base": {name: form(t) for name, t in named.items() if not name.startswith(f"{ROOT}.")},
+        "packed": {name: [m.text, [*m.tensors]] for name, m in packed_weights(tuned)},
         "operators": sorted({f"torch.ops.{n.target}" for n in program.graph.nodes if n.op == "call_function"}),
     }
 
     def write(compiled: Path) -> None:
-        options = KEEP_CONSTANTS if swappable else FOLD_CONSTANTS
+        options = KEEP_CONSTANTS if swappable or data["packed"] else FOLD_CONSTANTS  # packed weights stay packed
         archive_to(compiled, lambda file: compile_to(file, program, options))
         if tensors:
             refuse_folded(program, tensors, torch._inductor.aoti_load_package(str(compiled)).get_constant_fqns())
@@ -134,6 +138,13 @@ def described(node: fx.Node, state: State) -> dict:
         for symbol, values in ranges.items()
     }
     return {"name": node.name, "dtype": dtype_name(value), "sizes": sizes, "limits": limits}
+
+
+def packed_weights(gm: fx.GraphModule) -> Iterator[tuple[str, Packed]]:
+    """(name, what keeps it) of the model's packed weights."""
+    for name, module in gm.named_modules(remove_duplicate=False):
+        if isinstance(module, Packed) and not name.startswith(f"{ROOT}."):
+            yield name.removesuffix(SUFFIX), module
 
 
 def varying(size: torch.SymInt) -> int | str | None:
@@ -370,13 +381,16 @@ def loaded(path: Path, data: dict, tensors: dict[str, torch.Tensor]) -> Package:
     store_of(held).add_module("compiled", Compiled(runner, data))
     for name, (shape, dtype) in data["base"].items():
         set_tensor(held, name, torch.empty(shape, dtype=getattr(torch, dtype), device="meta"))
+    for name, (text, own) in data["packed"].items():
+        tensors_of = {n: tensor_of(held, f"{name}{SUFFIX}.{n}") for n in own}
+        set_packed(held, name, Packed(read(text)[1], tensors_of))
     for name, expected in data["constants"].items():
         if form(tensors[name]) != expected:
             raise AdapterFileError(f"{path}: {name} is {form(tensors[name])}, expected {expected}")
         set_tensor(held, name, tensors[name].to(device))
     adopt(held, state.placed(state.recipe))
     swapped = [name for name in runner.get_constant_fqns() if name in tensors and name.startswith(f"{ROOT}.")]
-    read = {name: tensor_of(held, name) for name in swapped}
-    runner.load_constants(read, check_full_update=False, user_managed=True)
+    ours = {name: tensor_of(held, name) for name in swapped}
+    runner.load_constants(ours, check_full_update=False, user_managed=True)
     held.recompile()
     return Package(path, data["swappable"], held)

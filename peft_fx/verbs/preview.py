@@ -20,7 +20,7 @@ from ..recipe import as_recipe
 from ..store.lazy import copy_graph
 from ..store.modules import derive
 from ..store.state import Resident, base_of, state_of
-from ..store.tensors import ADAPTERS, set_tensor, tensor_of
+from ..store.tensors import ADAPTERS, kept_of, set_tensor
 
 
 def preview(graph: fx.GraphModule, recipe: Any) -> fx.GraphModule:
@@ -50,7 +50,7 @@ def preview(graph: fx.GraphModule, recipe: Any) -> fx.GraphModule:
 
 
 def allocate_empty(gm: fx.GraphModule, placement: Placement) -> None:
-    base = tensor_of(gm, placement.target.name)
+    base = kept_of(gm, placement.target.name)
     for name, spec in placement.tensors.items():
         if name not in placement.shared:
             tensor = empty_tensor(spec, base)

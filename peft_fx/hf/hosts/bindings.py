@@ -8,6 +8,8 @@ from torch import nn
 
 from ...errors import TargetError
 from ...planning.modules import own_class
+from ...storage.recognise import recognise
+from ...storage.twins import twin
 from ...store.state import State
 from ...target import Target, sizes
 from .raw import PLAIN
@@ -47,6 +49,7 @@ class Bindings:
                 module = getattr(module, part)
                 if part in kept:  # else it is in what a wrapper holds
                     edges.setdefault(id(kept), (kept, {}))[1][part] = module
+        self.twins = [(m, found) for m in self.modules.values() if m is not None and (found := twin(m)) is not None]
         self.edges = [(kept, (*found,), [*found.values()]) for kept, found in edges.values()]
         held = {path: m.__dict__ for path, m in self.modules.items() if path in resized and m is not None}
         self.sizes = [(path, kept, name, kept[name]) for path, kept in held.items() for name in SIZES if name in kept]
@@ -56,14 +59,18 @@ class Bindings:
         for kept, names, modules in self.edges:
             if [*map(kept.get, names)] != modules:  # modules are equal to themselves alone
                 return False
-        return all(kept[name] == size for _, kept, name, size in self.sizes)
+        return self.packed_as_before() and all(kept[name] == size for _, kept, name, size in self.sizes)
+
+    def packed_as_before(self) -> bool:
+        """Whether layers with packed weights have the numbers that they had: `.to()` gives them others."""
+        return all([twin(module) is found for module, found in self.twins])
 
     def moved(self, model: nn.Module, targets: Iterable[Target], state: State) -> bool:
         """Whether some adapted module has another one in its place that can have its adapters; what is gone is gone.
 
         Raises TargetError for any that cannot, or that another adapted module stands in for.
         """
-        bound, found = {m: path for path, m in self.modules.items() if m is not None}, False
+        bound, found = {m: path for path, m in self.modules.items() if m is not None}, not self.packed_as_before()
         for target in targets:
             module, before = at(model, target.path), self.modules[target.path]
             if module is None or before is None:
@@ -81,7 +88,8 @@ class Bindings:
 
 def refuse_misfit(module: nn.Module, target: Target, state: State) -> None:
     """Raises TargetError for a module that is not like the one for which the adapter's tensors were made."""
-    record, weight = state.table[target.path], module._parameters.get(target.parameter)
+    record, packed = state.table[target.path], recognise(module, target.parameter)
+    weight = module._parameters.get(target.parameter) if packed is None else packed
     expected = record.parameters.get(target.parameter)
     if expected is None:  # a buffer
         return

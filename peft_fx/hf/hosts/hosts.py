@@ -24,6 +24,7 @@ from ...engine.python_parts import give_frames, of_torch
 from ...notices import warn
 from ...passes.core.splice import TRACING
 from ...planning.modules import own_class
+from ...storage.twins import stay_canonical, twin
 from ...store.sharing import Forward
 from ...store.state import State
 from ...verbs.backend import Backend
@@ -56,6 +57,7 @@ class Host:
         # accelerate's hooks move weights in and out around the forward that they found
         self.name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
         self.replaced = module.__dict__.get(self.name)
+        self.tracee = module  # or, for a package's layer, what stands in for it
         as_written = getattr(self.forward, "__func__", None) is type(module).forward
         self.dynamo = bool(module._modules) or not as_written
         self.used = False
@@ -72,7 +74,15 @@ class Host:
         return self.replaced or type(self.module).forward.__get__(self.module)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "compiled": None}
+        return {**self.__dict__, "compiled": None, "tracee": self.module}
+
+    def look(self) -> bool:
+        """Finds what is traced; True if that is another now: the module keeps its weights in other tensors."""
+        found = twin(self.module) or self.module
+        if found is self.tracee:
+            return False
+        self.tracee, self.compiled = found, None
+        return True
 
     def open(self) -> None:
         """Calls of the module come here."""
@@ -117,7 +127,7 @@ class Host:
     def foresee(self) -> None:
         """Prepares the usual kinds of call, before a compiler that cannot stop for it gets here."""
         acting = self.hosts.seen()
-        for x in () if self.dynamo else usual_inputs(self.module, self.hosts.backend.state.table[self.path]):
+        for x in () if self.dynamo else usual_inputs(self.tracee, self.hosts.backend.state.table[self.path]):
             key = (self.module.training, kind(x))
             if key not in acting.table(self.index):
                 prepare(self, acting, key, (x,))
@@ -175,8 +185,9 @@ def through_dynamo(host: Host, acting: Acting, args: tuple, kwargs: dict) -> Any
     # any call may compile, which is safe in one thread at a time, and Dynamo's limits are there for all threads
     with hosts.sharing.forward(), TRACING, torch._dynamo.config.patch(LIMITS), raw(), brought(ours):
         if host.compiled is None:
+            traced = host.forward if host.tracee is host.module else host.tracee.forward
             host.compiled = torch.compile(  # type: ignore[call-overload]  # torch's overloads lack the limits
-                host.forward, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
+                traced, backend=hosts.backend, recompile_limit=GRAPHS, isolate_recompiles=True
             )
         call = cast(Forward, hosts.sharing.call())
         before, call.seen = call.seen, acting  # where the backend looks
@@ -196,8 +207,8 @@ def prepare(host: Host, acting: Acting, key: tuple, args: tuple) -> bool:
     try:
         ours = owners(host.hosts.backend.adapters, chosen)
         with TRACING, no_modes(), brought(ours):
-            graph = host.hosts.traced(host.module, key)
-            table[key] = graph.ready(host.hosts.backend, host.module, host.path, chosen, acting.gated, args)
+            graph = host.hosts.traced(host.tracee, key)
+            table[key] = graph.ready(host.hosts.backend, host.tracee, host.path, chosen, acting.gated, args)
         host.used |= table[key].complete
     except Untraceable as reason:
         LOG.info("%s: no single graph describes its forward, it goes through Dynamo: %s", host.path, reason)
@@ -275,18 +286,20 @@ class Hosts:
         """After adapters came or went. changed: those of which graphs hold something that is another now."""
         ends = (state.table.input_embedding, state.table.output_head)
         self.bindings = Bindings(self.model, [p.target for p in state.placed(state.recipe)], ends)
+        stay_canonical(self.model)
         paths = [path for path, module in self.bindings.modules.items() if module is not None]
         wholes = {path for path in paths if self.model.get_submodule(path)._modules}
         for module in self.opened.keys() - set(self.model.modules()):  # others are in their place
             self.opened.pop(module).close()
-        places = {}
+        places, moved = {}, False
         for path in paths:
             host = self.host(path, wholes)
             places[path] = host.index
+            moved |= host.look()
             if host.dynamo:
                 give_frames(filter(of_torch, [self.model.get_submodule(path)]))
         self.lock()
-        if places.items() != self.places.items():
+        if moved or places.items() != self.places.items():
             self.places, changed = places, (*state.recipe,)
         self.snapshots.forget(state, changed)
         self.publish(state)

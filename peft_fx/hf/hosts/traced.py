@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -23,10 +23,11 @@ from ...passes.inject.inject import bare
 from ...planning.kinds import Refusal, module_targets
 from ...planning.modules import own_class
 from ...planning.plan import Placement
+from ...storage.packed import Packed
 from ...store.lazy import Forgetful
 from ...store.recent import Recent
 from ...store.state import BaseGraph, State
-from ...store.tensors import ADAPTERS, gate_name, owner_of
+from ...store.tensors import ADAPTERS, gate_name, kept_of, owner_of
 from ...target import ModuleRecord
 from ...verbs.backend import Backend
 
@@ -136,7 +137,7 @@ class Traced:
         """(graph module of the adapted forward, names of the tensors that it takes behind the module's own)."""
         store = backend.adapters.peft_fx
         store.mode.training = module.training
-        names = [f"{path}.{one.name}" if path else one.name for one in own]
+        names = [f"{path}.{name}" if path else name for name in self.names]
         inputs = {len(fakes) + i: (one.tensor, (names[i],)) for i, one in enumerate(own)}
         state = State(backend.state.table, BaseGraph(fx.Graph()), gated=gated)
         return adapt(traced(module, fakes, self.read), inputs, chosen, state, store)
@@ -186,14 +187,21 @@ def attributes(module: nn.Module) -> Iterator[tuple]:
     """All that the forward of a module without parts can read of it: of tensors what a graph sees, else value or identity."""
     own = own_tensors(module)
     yield from ((n, t.shape, t.stride(), t.dtype, t.device) for n, t in own.items())
+    yield from ((n, part.text, part.evaluation) for n, part in packed_parts(module).items())
     for name, value in module.__dict__.items():
         if not name.startswith("_") and name != "forward" and name not in own:
             yield name, value if isinstance(value, LITERALS) else Same(value)
 
 
+def packed_parts(module: nn.Module) -> dict[str, Packed]:
+    """What keeps a module's packed parameters."""
+    return {name: part for name, part in module._modules.items() if isinstance(part, Packed)}
+
+
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers, as its forward sees them."""
+    """A module's parameters and buffers, as its forward sees them; packed ones are `<parameter>_packed.<tensor>`."""
     names = [n for n, t in [*module._parameters.items(), *module._buffers.items()] if t is not None]
+    names += [f"{name}.{tensor}" for name, part in packed_parts(module).items() for tensor in part.tensors]
     return {name: held(module, name).tensor for name in names}
 
 
@@ -220,6 +228,9 @@ def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
         given = dict(zip(own, values[count:], strict=True))
         for kind in ("_parameters", "_buffers"):
             vars(twin)[kind] = {n: given.get(n) for n in module.__dict__[kind]}
+        vars(twin)["_modules"] = {
+            n: part.again({t: given[f"{n}.{t}"] for t in part.tensors}) for n, part in packed_parts(module).items()
+        }
         before = dict(vars(twin))
         result = twin.forward(*values[:count])
         if changed := [name for name, value in vars(twin).items() if before.get(name, twin) is not value]:
@@ -282,11 +293,11 @@ def usual_inputs(module: nn.Module, record: ModuleRecord) -> Iterator[torch.Tens
     if isinstance(targets := module_targets(record), Refusal):
         return
     for target in targets:
-        W = cast(nn.Parameter, module._parameters[target.parameter])
+        W = kept_of(module, target.parameter)
         outer, inner = INPUTS[target.kind]
         for sizes in outer:
             if target.kind == "embedding":
-                yield W.new_empty(sizes, dtype=torch.long)
+                yield torch.empty(sizes, dtype=torch.long, device=W.device)
             else:
                 features = target.shape[0] if target.kind == "norm" else target.shape[1] * target.groups
-                yield W.new_empty(*sizes, features, *inner)
+                yield torch.empty(*sizes, features, *inner, dtype=W.dtype, device=W.device)

@@ -27,7 +27,7 @@ from ...errors import AdapterFileError, MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
 from ...store.state import State, state_of
-from ...store.tensors import ADAPTERS, store_of, tensor_of
+from ...store.tensors import ADAPTERS, kept_of, store_of, tensor_of
 from ...target import Target
 from ...training.allocators import Allocator, allocators, penalty, work_of
 from ...verbs.backend import Backend
@@ -282,7 +282,7 @@ class Tuner(nn.Module):
     def cast_to_base(self, name: str) -> None:
         """An adapter's tensors in the dtype of the weights that they are for, but for scalars, which no product meets."""
         for p in self.state.recipe[name].placements:
-            dtype = tensor_of(self.model, p.target.tensor_name).dtype
+            dtype = kept_of(self.backend.adapters, p.target.tensor_name).dtype
             for key, spec in p.tensors.items():
                 tensor = tensor_of(self.backend.adapters, f"{ADAPTERS}.{p.resolve(key).name}")
                 numbers = tensor.is_floating_point() and dtype.is_floating_point and spec.dtype is None

@@ -23,14 +23,17 @@ from ...passes.capture.linearise import Linearise
 from ...passes.capture.literals import MarkDevice, MarkModes, lock
 from ...passes.capture.names import NameParameters
 from ...passes.core.base import run
-from ...passes.match.readers import observed_kinds
+from ...passes.match.readers import DEQUANTIZE, observed_kinds, packed_name
 from ...planning.modules import module_table
 from ...progress import step, working
+from ...storage.packed import SUFFIX, Packed
+from ...storage.schemes import read
+from ...storage.twins import opened
 from ...store.lazy import copy_graph
 from ...store.modules import ByDevice, ByMode, Store, build, set_graph
 from ...store.resident import Adapters
 from ...store.state import BaseGraph, State
-from ...store.tensors import ROOT, get_tensor, set_tensor, store_of
+from ...store.tensors import ROOT, get_tensor, owner_of, set_tensor, store_of
 from ...target import ModuleRecord, ModuleTable
 from .examples import example_inputs, is_hugging_face, refuse_no_call
 from .ones import wider
@@ -85,7 +88,7 @@ def capture(
     else:
         raise CaptureError(f"{type(model).__name__} needs example inputs: capture(model, args=(x,))")
     args, kwargs = separate(tuple(args), dict(kwargs or {}))
-    with working(f"capturing {type(model).__name__}"):
+    with working(f"capturing {type(model).__name__}"), opened(model) as model:
         for axes, larger_args, larger in wider(args, kwargs) if given and dynamic_shapes is not None else ():
             try:
                 gm = stamped(model, larger_args, larger, dynamic_shapes, stamp)
@@ -181,6 +184,8 @@ def skeleton(model: nn.Module) -> nn.Module:
     copies: dict[nn.Module, nn.Module] = {}
 
     def contain(module: nn.Module) -> nn.Module:
+        if isinstance(module, Packed):
+            return copies.setdefault(module, module.again())
         if module not in copies:
             new = copies[module] = nn.Module()
             new.training = module.training
@@ -214,7 +219,19 @@ def module_of(program: ExportedProgram, tree: nn.Module, mode: ByMode, table: Mo
         elif get_tensor(gm, node.target) is None:
             set_tensor(gm, node.target, value, persistent=isinstance(value, nn.Parameter))
     set_graph(gm, copy_graph(exported.graph))  # a graph has one owner
+    pack(gm)
     return gm
+
+
+def pack(gm: fx.GraphModule) -> None:
+    """What a file's program holds of packed weights is plain containers: gives them their formats again."""
+    for node in gm.graph.find_nodes(op="call_function", target=DEQUANTIZE):
+        name = packed_name(node)
+        owner, leaf = owner_of(gm, name)
+        container = owner._modules[leaf + SUFFIX]
+        if not isinstance(container, Packed):
+            names = [n.target.rpartition(".")[2] for n in node.args[0]]
+            owner._modules[leaf + SUFFIX] = Packed(read(node.args[1])[1], {n: container._buffers[n] for n in names})
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:

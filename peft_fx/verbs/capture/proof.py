@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ...errors import CaptureError, GraphError
+from ...store.closing import packed_weights
+from ...store.lazy import copy_graph, graph_to_read
 from ...store.tensors import store_of
 from .trace import in_mode, quiet_cache, refusals
 
@@ -29,11 +31,16 @@ def refuse_difference(model: nn.Module, gm: fx.GraphModule, args: tuple, kwargs:
     training = bool(store_of(gm).mode.locked) and gm.training
     try:
         with torch.enable_grad():
-            expected, found = numbers(model, ((model, training), (gm, training)), args, kwargs)
+            expected, found = numbers(model, ((model, training), (as_written(gm), training)), args, kwargs)
     except (RuntimeError, TypeError) as error:  # operators and tensors that have no fake, or no rule for modes
         raise GraphError(f"model and graph cannot be compared: {type(error).__name__}: {error}") from error
     if expected != found:
         raise GraphError("the graph does not give the model's outputs on the example")
+
+
+def as_written(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module that runs the graph as it is: the code of a lazy one takes packed weights, where the model dequantizes."""
+    return fx.GraphModule(gm, copy_graph(graph_to_read(gm))) if packed_weights(graph_to_read(gm)) else gm
 
 
 def modes_agree(model: nn.Module, args: tuple, kwargs: dict) -> bool:

@@ -18,6 +18,7 @@ from ...errors import GraphError, RecipeError
 from ...passes.capture.replicate import ReplicateLayers
 from ...passes.core.base import Report, run
 from ...passes.dynamo.outline import Part, key_of, list_paths
+from ...storage.twins import SOURCE
 
 TRACED = 3
 LEAST = 5  # with fewer layers stamping saves nothing
@@ -42,7 +43,7 @@ def equal(a: nn.Module, b: nn.Module, index_a: int, index_b: int) -> bool:
         ours, others = getattr(a, kind), getattr(b, kind)
         if ours.keys() != others.keys() or any(described(ours[n]) != described(others[n]) for n in ours):
             return False
-    private = nn.Module().__dict__.keys()
+    private = {*nn.Module().__dict__, SOURCE}
     ours, others = ({k: v for k, v in m.__dict__.items() if k not in private} for m in (a, b))
     if ours.keys() != others.keys() or any(m._forward_hooks or m._forward_pre_hooks for m in (a, b)):
         return False

@@ -1,0 +1,115 @@
+"""Grids: what a packed weight can be made of, the nearest of it, and rounding that keeps products."""
+
+import pytest
+import torch
+
+from peft_fx.storage.formats import Format
+from peft_fx.storage.grids import DAMPING, Grid, compensated
+from peft_fx.storage.packed import Packed
+from peft_fx.storage.schemes import scheme
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bnb4(W, kind, nested=False, dtype=torch.float32):
+    functional = pytest.importorskip("bitsandbytes").functional
+    packed, state = functional.quantize_4bit(W, blocksize=64, compress_statistics=nested, quant_type=kind)
+    tensors = {"packed": packed, "absmax": state.absmax, "code": state.code}
+    if nested:
+        tensors |= {"absmax2": state.state2.absmax, "code2": state.state2.code, "offset": state.offset}
+    facts = {"type": kind, "block": 64, "nested": state.state2.blocksize if nested else 0}
+    return Packed(Format("bnb4", tuple(W.shape), dtype, facts), tensors)
+
+
+def bnb8(W):
+    f = Format("bnb8", tuple(W.shape), torch.float32)
+    empty = Packed(f, {"packed": torch.empty(0), "scale": torch.empty(0)})
+    return empty.again(scheme("bnb8").quantize(W, empty))
+
+
+PACKED = {
+    "nf4": lambda W: bnb4(W, "nf4"),
+    "fp4": lambda W: bnb4(W, "fp4"),
+    "nested": lambda W: bnb4(W, "nf4", nested=True),
+    "bnb8": bnb8,
+}
+
+
+@pytest.fixture(params=PACKED)
+def packed(request):
+    return PACKED[request.param](random(24, 64) * 0.02)
+
+
+def grid_of(packed):
+    return scheme(packed.format.scheme).grid(list(packed.tensors.values()), packed.format)
+
+
+def test_a_packed_weight_lies_on_its_grid_and_packs_to_the_same_bits(packed):
+    grid, W = grid_of(packed), packed.dense()
+    codes = grid.nearest(W)
+    assert torch.equal(grid.numbers(codes), W)
+    again = packed.again(scheme(packed.format.scheme).pack(codes, packed))
+    assert torch.equal(again.dense(), W)
+
+
+def test_the_nearest_is_the_nearest(packed):
+    grid, W = grid_of(packed), packed.dense() + random(24, 64, seed=1) * 0.01
+    every = grid.levels.float()[:, None, None] * grid.scale + grid.offset
+    distance = (every.expand(-1, 24, 64) - W).abs()
+    found = (grid.numbers(grid.nearest(W)) - W).abs()
+    assert torch.allclose(found, distance.amin(0), rtol=1e-5, atol=1e-7)
+
+
+def test_offsets_and_negative_and_empty_scales():
+    grid = Grid(torch.arange(4), torch.tensor([[0.5], [-0.5], [0.0]]), torch.tensor([[1.0], [1.0], [7.0]]))
+    W = torch.tensor([[1.1, 2.4], [0.9, -0.4], [3.0, 9.0]])
+    assert torch.equal(grid.numbers(grid.nearest(W)), torch.tensor([[1.0, 2.5], [1.0, -0.5], [7.0, 7.0]]))
+
+
+def inputs(n, rows=512):
+    return random(rows, n, seed=2) @ (torch.eye(n) + random(n, n, seed=3) / n**0.5)
+
+
+def test_compensated_is_the_definition_column_by_column():
+    """GPTQ without blocks: each column's loss goes at once to those behind, by the inverse of what is left of H."""
+    n, W = 12, random(6, 12, seed=4)
+    X = inputs(n).double()
+    grid = Grid(torch.arange(-3, 4), torch.tensor(0.5), torch.tensor(0.0))
+    H = X.mT @ X
+    codes = compensated(W, grid, H.float())
+    order = H.diagonal().argsort(descending=True).tolist()
+    damped, w = H + DAMPING * H.diagonal().mean() * torch.eye(n), W.double()
+    expected = torch.empty(6, n, dtype=torch.int64)
+    for k, j in enumerate(order):
+        rest = order[k:]
+        inverse = damped[rest][:, rest].inverse()
+        expected[:, j] = grid.nearest(w[:, j])
+        lost = (w[:, j] - grid.numbers(expected[:, j])) / inverse[0, 0]
+        w[:, rest] -= lost[:, None] * inverse[0]
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("n", [64, 192])  # one block of columns, and more
+def test_compensated_loses_less_of_the_products_than_the_nearest(n):
+    W, X = random(32, n, seed=5), inputs(n)
+    grid = Grid(torch.arange(-4, 5), W.abs().amax(1, keepdim=True) / 4, torch.tensor(0.0))
+    lost = [(X @ (grid.numbers(c) - W).mT).norm() for c in (compensated(W, grid, X.mT @ X), grid.nearest(W))]
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_inputs_that_are_always_zero_get_the_nearest():
+    W, X = random(8, 16, seed=6), inputs(16)
+    X[:, [3, 9]] = 0
+    grid = Grid(torch.arange(-4, 5), torch.tensor(0.3), torch.tensor(0.0))
+    codes = compensated(W, grid, X.mT @ X)
+    assert torch.equal(codes[:, [3, 9]], grid.nearest(W)[:, [3, 9]])
+    assert torch.equal(compensated(W, grid, torch.zeros(16, 16)), grid.nearest(W))
+
+
+def test_the_weight_that_comes_is_not_written_to():
+    W = random(8, 16, seed=7)
+    before = W.clone()
+    compensated(W, Grid(torch.arange(-4, 5), torch.tensor(0.3), torch.tensor(0.0)), torch.eye(16))
+    assert torch.equal(W, before)
