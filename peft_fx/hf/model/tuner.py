@@ -487,7 +487,9 @@ class Tuner(nn.Module):
         storage: what becomes of packed weights. "requantize": packed again, as in PEFT; "dense": their layers become torch's own.
         """
         if storage not in ("requantize", "dense"):
-            raise MergeError(f"storage={storage!r}: expected 'requantize' or 'dense'; peft_fx.merge of to_graph() calibrates")
+            raise MergeError(
+                f"storage={storage!r}: expected 'requantize' or 'dense'; peft_fx.merge of to_graph() calibrates"
+            )
         if storage == "dense":
             with self.changing():
                 open_up(self.model, {p.target.path for p in self.state.placed(self.state.recipe)})
