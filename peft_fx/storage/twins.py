@@ -8,7 +8,7 @@ Models are captured, and modules traced, with these in the place of layers whose
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -143,6 +143,24 @@ def stay_canonical(model: nn.Module) -> None:
     for module in model.modules():
         for switch in REPACKS & vars(module).keys():
             setattr(module, switch, False)
+
+
+def open_up(model: nn.Module, paths: Iterable[str]) -> None:
+    """Puts torch's own layers with dense weights in the place of those at `paths` that keep them packed."""
+    for path in paths:
+        if (found := twin(model.get_submodule(path))) is not None:
+            model.set_submodule(path, unpacked(found))
+
+
+def unpacked(found: nn.Module) -> nn.Module:
+    """A stand-in's like, over dense parameters of its own."""
+    new: nn.Module = object.__new__(type(found).__mro__[1])
+    vars(new).update({n: v for n, v in vars(found).items() if n != SOURCE}, training=found.training)
+    packed = {n.removesuffix(SUFFIX): m for n, m in found._modules.items() if isinstance(m, Packed)}
+    dense = {n: nn.Parameter(m.dense(), requires_grad=False) for n, m in packed.items()}
+    vars(new)["_parameters"] = {**found._parameters, **dense}
+    vars(new)["_modules"] = {n: m for n, m in found._modules.items() if not isinstance(m, Packed)}
+    return new
 
 
 def stand_in(model: nn.Module) -> None:
