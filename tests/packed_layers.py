@@ -30,7 +30,7 @@ def zeros(*shape, dtype=torch.float32):
 ROUNDED = {
     "bnb4": lambda n, k: like(
         "bnb4", (n, k), {"type": "nf4", "block": 64, "nested": 0},
-        {"packed": zeros(n * k // 2, 1, dtype=torch.uint8), "absmax": zeros(n * k // 64), "code": NF4}),
+        {"packed": zeros(n * k // 2, 1, dtype=torch.uint8), "absmax": zeros(n * k // 64), "code": NF4.clone()}),
     "bnb8": lambda n, k: like("bnb8", (n, k), {}, {"packed": zeros(n, k, dtype=torch.int8), "scale": zeros(n)}),
     "torchao": lambda n, k: like(
         "torchao", (n, k), {"block": [1, 32], "low": -8, "high": 7, "wide": False},
@@ -38,7 +38,7 @@ ROUNDED = {
     "torchao_nf4": lambda n, k: like(
         "torchao_nf4", (n, k), {"block": 64, "scaler_block": n * k // 64},
         {"quantized_data": zeros(n * k // 2, dtype=torch.uint8), "quantized_scalers": zeros(n * k // 64, dtype=torch.int8),
-         "quantization_factor": zeros(1), "scaler_mean": zeros(), "nf4": NF4}),
+         "quantization_factor": zeros(1), "scaler_mean": zeros(), "nf4": NF4.clone()}),
     "tinygemm": lambda n, k: like(
         "tinygemm", (n, k), {"group": 32, "rows": 0, "from_least": False},
         {"qdata": zeros(n, k // 2, dtype=torch.uint8), "scale_and_zero": zeros(k // 32, n, 2)}),

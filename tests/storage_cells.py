@@ -3,7 +3,8 @@
     outcomes(method, schemes) -> {step: {scheme: ""}}      passes; or the reason of a refusal; or "FAILED: ..."
 
 One model has a layer of every scheme, each with an input and an output of its own, so that a step runs once for all and each
-scheme has numbers of its own. A step that raises is run again on halves of the schemes, until it is known whose fault it is.
+scheme has numbers of its own. A step that raises is run again with the method on some of the layers: all but the one that the
+message names, or on halves, until it is known which layers it is about.
 The oracle is the same model with the dequantized weights, and the same adapter on it.
 """
 
@@ -24,12 +25,13 @@ from peft_fx.cli.method_facts import OPTIONS
 from peft_fx.errors import PeftFxError
 from peft_fx.methods import get_method
 from peft_fx.storage.packed import Packed
-from peft_fx.storage.schemes import SCHEMES
+from peft_fx.storage.schemes import SCHEMES, scheme
 from peft_fx.storage.twins import Linear, made
 from peft_fx.store.tensors import packed_of, weight_of
 
 SIZE, ROWS = 64, 3
 EXACT = 2e-6  # largest difference over the largest value: the same products, perhaps in another order
+NEAR = 0.02  # of weights that were rounded to 4 bits: the sum that is rounded may differ in its last bit, then a code does
 ADAPTER = "peft_fx.adapters."
 FAILED = "FAILED"
 Found = dict[str, str]  # scheme -> "" or what was wrong
@@ -99,18 +101,23 @@ def config(method: str, schemes: tuple[str, ...]) -> dict:
 
 
 class Case:
-    """One method on layers of these schemes. Everything is made when it is first asked for."""
+    """One method on the layers of `schemes`, of a model that has those of `whole`. Everything is made when it is first asked for."""
 
-    def __init__(self, method: str, schemes: tuple[str, ...]):
-        self.schemes, self.kind, self.config = schemes, first(method)[1], config(method, schemes)
+    def __init__(self, method: str, whole: tuple[str, ...], schemes: tuple[str, ...]):
+        self.method, self.whole, self.schemes = method, whole, schemes
+        self.kind, self.config = first(method)[1], config(method, schemes)
+
+    def part(self, schemes: tuple[str, ...]) -> Case:
+        return Case(self.method, self.whole, schemes)
 
     def graph(self, *, dense: bool = False) -> torch.fx.GraphModule:
-        return captured(self.schemes, self.kind, dense=dense)
+        return captured(self.whole, self.kind, dense=dense)
 
     def adapted(self, seed: int = 3, *, dense: bool = False) -> torch.fx.GraphModule:
         """The graph with the method on it, its tensors moved away from where they start."""
+        base = self.graph(dense=dense)
         torch.manual_seed(2)
-        graph = fx.apply(self.graph(dense=dense), self.config)
+        graph = fx.apply(base, self.config)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in trained(graph).values():
@@ -141,15 +148,16 @@ class Case:
 
     def run(self, graph: Callable) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return graph(inputs(self.schemes, self.kind))
+            y = graph(inputs(self.whole, self.kind))
+        return {name: y[name] for name in self.schemes}
 
     def gradients(self, graph: Callable, named: dict[str, nn.Parameter]) -> dict[str, dict[str, torch.Tensor]]:
         """Scheme -> gradients of a scalar to which every output contributes differently: of x, and of the adapter's tensors."""
-        x = {n: t.requires_grad_() if t.is_floating_point() else t for n, t in inputs(self.schemes, self.kind).items()}
+        x = inputs(self.whole, self.kind)
         generator = torch.Generator().manual_seed(4)
+        leaves = {n: x[n].requires_grad_() for n in self.schemes if x[n].is_floating_point()} | named
         y = graph(x)
-        loss = sum((t.float() * torch.randn(t.shape, generator=generator)).sum() for t in y.values())
-        leaves = {n: t for n, t in x.items() if t.requires_grad} | named
+        loss = sum((y[n].float() * torch.randn(y[n].shape, generator=generator)).sum() for n in self.schemes)
         found = dict(zip(leaves, torch.autograd.grad(loss, [*leaves.values()]), strict=True))
         return {s: {n: g for n, g in found.items() if n == s or belongs(n, s, self.schemes)} for s in self.schemes}
 
@@ -158,10 +166,10 @@ def trained(graph: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in graph.named_parameters() if n.startswith(ADAPTER) and p.requires_grad}
 
 
-def belongs(name: str, scheme: str, schemes: tuple[str, ...]) -> bool:
+def belongs(name: str, mine: str, schemes: tuple[str, ...]) -> bool:
     """Whether a tensor is part of what acts on a scheme's layer: it is that layer's own, or shared by all."""
     owner = next((s for s in schemes if f".layers.{s}." in name), None)
-    return owner in (scheme, None)
+    return owner in (mine, None)
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -234,18 +242,27 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def requantize(case: Case) -> Iterator[tuple[str, str]]:
-    """The graph computes with what is kept, and unmerge brings the packed weights back."""
+    """What is kept is the scheme's own rounding of the merged weight, the graph computes with it, and unmerge brings all back."""
     merged = fx.merge(case.tuned, storage="requantize")
-    y, again = case.run(merged), case.run(fx.unmerge(merged))
-    back = dict(same(again, case.output, "outputs after unmerge"))
-    exact = fx.merge(case.oracle, storage="dense")
-    for name in case.schemes:
-        kept, W = packed_of(merged, f"layers.{name}.weight"), weight_of(exact, f"layers.{name}.weight").float()
+    back = dict(same(case.run(fx.unmerge(merged)), case.output, "outputs after unmerge"))
+    exact, names, wrong = fx.merge(case.oracle, storage="dense"), {s: f"layers.{s}.weight" for s in case.schemes}, {}
+    for s, n in names.items():
+        kept, before, W = packed_of(merged, n), packed_of(case.graph(), n), weight_of(exact, n)
         if not isinstance(kept, Packed):
-            yield name, "the weight is dense"
+            wrong[s] = "the weight is dense"
             continue
-        lost = float((kept.dense().float() - W).norm() / W.norm())
-        yield name, back[name] or ("" if lost < 0.5 and y[name].isfinite().all() else f"{lost:.2f} of the weight is lost")
+        again = before.again(scheme(s).quantize(W.float(), before)) if not torch.equal(W, before.dense()) else before
+        if (far := distance(kept.dense(), again.dense())) > NEAR:
+            wrong[s] = f"packed again, it is {far:.1e} from the scheme's rounding"
+        with torch.no_grad():
+            W.copy_(kept.dense())
+    for name, text in close(case.run(merged), case.run(exact), case.slack):
+        yield name, wrong.get(name) or back[name] or text
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of two weights, relative to their norm."""
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
 def hotswap(case: Case) -> Iterator[tuple[str, str]]:
@@ -279,7 +296,7 @@ def export(case: Case) -> Iterator[tuple[str, str]]:
 def face(case: Case) -> Iterator[tuple[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         fx.save_adapter(case.tuned, folder)
-        tuned = fx.PeftModel.from_pretrained(model(case.schemes, case.kind), folder).eval()
+        tuned = fx.PeftModel.from_pretrained(model(case.whole, case.kind), folder).eval()
         yield from close(case.run(tuned), case.output, case.slack)
 
 
@@ -291,11 +308,11 @@ STEPS = {
 
 def outcomes(method: str, schemes: tuple[str, ...] = tuple(SCHEMES)) -> dict[str, Found]:
     """Step -> scheme -> "", why it is refused, or what failed."""
-    case = Case(method, schemes)
-    return {step: outcome(run, case, method) for step, run in STEPS.items()}
+    case = Case(method, schemes, schemes)
+    return {step: outcome(run, case) for step, run in STEPS.items()}
 
 
-def outcome(run: Callable, case: Case, method: str) -> Found:
+def outcome(run: Callable, case: Case) -> Found:
     schemes = case.schemes
     try:
         return {s: f"{FAILED}: {why}" if why else "" for s, why in run(case)}
@@ -305,7 +322,9 @@ def outcome(run: Callable, case: Case, method: str) -> Found:
             named = tuple(s for s in schemes if text.startswith(f"layers.{s}."))
             rest = tuple(s for s in schemes if s not in named)
             parts = (named, rest) if named else (schemes[: len(schemes) // 2], schemes[len(schemes) // 2 :])
-            return {s: why for part in parts for s, why in outcome(run, Case(method, part), method).items()}
-        reason = text.removeprefix(f"layers.{schemes[0]}.weight: ").removeprefix(f"layers.{schemes[0]}: ")
+            found = {s: why for part in parts for s, why in outcome(run, case.part(part)).items()}
+            return found if any(found.values()) else dict.fromkeys(schemes, f"{FAILED}: only all together: {text}")
+        for prefix in (f"layers.{schemes[0]}.weight: ", f"layers.{schemes[0]}: ", "refused: "):
+            text = text.removeprefix(prefix)
         refused = isinstance(problem, PeftFxError)
-        return {schemes[0]: reason if refused else f"{FAILED}: {type(problem).__name__}: {reason}"}
+        return {schemes[0]: text if refused else f"{FAILED}: {type(problem).__name__}: {text}"}
