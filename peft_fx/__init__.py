@@ -38,6 +38,7 @@ _NAMES = {
     "verbs.explain": ("explain", "trainable_parameters"),
     "verbs.export": ("export", "load"),
     "verbs.hotswap": ("hotswap", "prepare_swap"),
+    "storage.native.loading": ("native_layers",),
     "verbs.merge": ("merge", "unmerge"),
     "verbs.merge_report": ("merge_report",),
     "verbs.mixed": ("mixed_batch",),
@@ -165,6 +166,7 @@ if TYPE_CHECKING:
     from .methods.waveft import WaveFTConfig
     from .peft_types import PeftType, TaskType
     from .recipe import Recipe
+    from .storage.native.loading import native_layers
     from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
     from .verbs.backend import backend
     from .verbs.capture.model import capture
