@@ -46,9 +46,10 @@ class Splicer:
         """
         values = [None if a is None else a.meta["val"] for a in arguments]
         key = (static, tuple(map(signature, values)))
-        if key not in self.cache:
-            self.cache[key] = self.trace(function, values, tag)
-        return self.copy(self.cache[key], arguments, like, tag, after)
+        traced = self.cache.get(key)
+        if traced is None:  # the table may forget it again at any time
+            traced = self.cache[key] = self.trace(function, values, tag)
+        return self.copy(traced, arguments, like, tag, after)
 
     def trace(self, function, values, tag) -> fx.Graph:
         present = [i for i, v in enumerate(values) if v is not None]

@@ -24,7 +24,7 @@ from ...errors import GraphError
 from ...planning.plan import Placement
 from ...storage.packed import weight_name
 from ...store.closing import close, packed_weights
-from ...store.lazy import copy_graph
+from ...store.lazy import Forgetful, copy_graph
 from ...store.modules import Store
 from ...store.state import State, base_of
 from ...store.tensors import ROOT, set_tensor, tensor_of
@@ -50,7 +50,7 @@ def adapt(
     gm: fx.GraphModule, inputs: Inputs, placements: Sequence[Placement], state: State, store: Store
 ) -> tuple[fx.GraphModule, list[str]]:
     """A copy of Dynamo's graph module with the adapters in it, and the names of the tensors that it takes as further inputs."""
-    new = fx.GraphModule(gm, copy_graph(gm.graph))
+    new = Forgetful(gm, copy_graph(gm.graph))
     for node in new.graph.nodes:
         node.meta["val"] = node.meta.get("example_value")
     new.add_module(ROOT, store)
@@ -64,7 +64,7 @@ def adapt(
     graph, ours = with_inputs(new)
     close(graph)
     del new.meta[ROOT]
-    return fx.GraphModule(new, graph), ours
+    return Forgetful(new, graph), ours
 
 
 def adapt_checkpoints(gm: fx.GraphModule, inputs: Inputs, placements, state: State, store: Store) -> list[Placement]:

@@ -116,9 +116,10 @@ def chosen_weight(p: Placement, at: Sequence[Site], known: dict, keys: ConfigKey
     static = ("cost", type(get_method(p.method)), keys(p), bare(p), activation_signature(site))
     shapes = tuple(t.shape for t in p.tensors.values())  # equal configs may give targets ranks of their own
     key = (static, shapes, signature(site.x.meta["val"]), signature(site.parameter.meta["val"]))
-    if key not in known:
-        known[key] = costs(p, site)
-    activation, weight = known[key]
+    found = known.get(key)
+    if found is None:  # the table may forget it again at any time
+        found = known[key] = costs(p, site)
+    activation, weight = found
     return (
         f"the weight form is cheaper here: {weight / activation:.2f} of the work"
         if weight < CHEAPER * activation

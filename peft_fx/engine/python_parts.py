@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..store.unwrap import is_compiled_in_place
 
+NO_CHANGE = RemovableHandle(OrderedDict()).id  # of `no_change` among a module's hooks; torch gives it to no other
+
 
 def running() -> Iterator[tuple[nn.Module, CodeType]]:
     """(module, code) of what runs with a module as its first one among the arguments, innermost first."""
@@ -50,12 +52,11 @@ def of_torch(module: nn.Module) -> bool:
 def give_frames(modules: Iterable[nn.Module]) -> None:
     """Lets Dynamo compile calls of these modules also where their caller runs in Python.
 
-    A module with a hook is called through a function that Dynamo compiles like any other. One hook and one id for all: it
-    guards on both, and would compile a layer's graph anew for each layer.
+    A module with a hook is called through a function that Dynamo compiles like any other. One hook and one id for all, at
+    any time: it guards on both, and would compile a layer's graph anew for each layer, and for each adapter that comes.
     """
-    id = RemovableHandle(OrderedDict()).id
     for module in modules:
-        module._forward_pre_hooks[id] = no_change
+        module._forward_pre_hooks[NO_CHANGE] = no_change
 
 
 def no_change(module: nn.Module, args) -> None:

@@ -33,6 +33,13 @@ class Storage:
         """
         return None
 
+    def layer(self, module: nn.Module) -> type[nn.Module] | None:
+        """The class whose forward does with the dense weight what the module does, where its bases say it wrongly.
+
+        None: it is what `twins.base_of` takes from the bases: torch's layer, or the module's own code.
+        """
+        return None
+
     def dequantize(self, tensors: Tensors, f: Format) -> torch.Tensor:
         """The dense weight, f.shape, f.dtype: functional ATen, traceable with fakes; same bits as the package's."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 
+from .native.base import NativeLinear
 from .packed import SUFFIX, Packed
 from .schemes import SCHEMES, scheme
 
@@ -18,6 +19,8 @@ def recognise(module: nn.Module, parameter: str = "weight") -> Packed | None:
     """
     if (own := module._modules.get(parameter + SUFFIX)) is not None:
         return own if isinstance(own, Packed) else None
+    if isinstance(module, NativeLinear):
+        return module.packed() if parameter == "weight" else None
     if plain(module, parameter):
         return None
     return next((p for n in SCHEMES if (p := scheme(n).recognise(module, parameter)) is not None), None)
@@ -40,12 +43,14 @@ def inner(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain(module: nn.Module, parameter: str) -> bool:
-    """Whether a module is torch's own around a tensor of torch's own, which most are."""
+    """Whether a module is torch's own around a tensor of torch's own, which most are.
+
+    Not where it lacks the parameter, or has numbers of one byte there: packages put theirs into torch's own layers, too.
+    """
     held = module._parameters.get(parameter)
-    ours = type(module).__module__.startswith("torch.nn.")
-    return (
-        ours and (held is None or type(held) is nn.Parameter) and not torch.nn.utils.parametrize.is_parametrized(module)
-    )
+    dense = held is None or (type(held) is nn.Parameter and held.dtype.itemsize > 1)
+    own = type(module).__module__.startswith("torch.nn.") and parameter in module._parameters
+    return own and dense and not torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def made_by(thing: object, package: str, *classes: str) -> bool:

@@ -13,6 +13,21 @@ from .formats import Format, parse
 SCHEMES: dict[str, tuple[str, str]] = {
     "bnb4": ("bnb4", "BitsAndBytes4"),
     "bnb8": ("bnb8", "BitsAndBytes8"),
+    "gptq": ("gptq", "GPTQ"),
+    "awq": ("awq", "AWQ"),
+    "hqq": ("hqq", "HQQ"),
+    "eetq": ("eetq", "EETQ"),
+    "aqlm": ("aqlm", "AQLM"),
+    "inc": ("inc", "INC"),
+    "inc8": ("inc8", "INC8"),
+    "torchao": ("torchao", "Torchao"),
+    "torchao_nf4": ("torchao_nf4", "TorchaoNF4"),
+    "tinygemm": ("tinygemm", "TinyGemm"),
+    "quanto": ("quanto", "Quanto"),
+    "gguf": ("gguf", "GGUF"),
+    "mxfp4": ("mxfp4", "MXFP4"),
+    "compressed_tensors": ("compressed_tensors", "CompressedTensors"),
+    "fp8": ("fp8", "Float8"),  # behind those that keep float8 in torch's own layers
 }
 
 

@@ -8,13 +8,14 @@ Models are captured, and modules traced, with these in the place of layers whose
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from ..kernels.packed import of
 from .packed import SUFFIX, Packed
 from .recognise import holding, recognise
 
@@ -32,6 +33,13 @@ class Linear(nn.Linear):
         dtype = self.compute_dtype or input.dtype
         b = None if self.bias is None else cast(self.bias, dtype)
         return cast(nn.functional.linear(cast(input, dtype), cast(self.weight, dtype), b), input.dtype)
+
+
+class Embedding(nn.Embedding):
+    """Rows of the weight, for layers that say no more than that."""
+
+    padding_idx = max_norm = None
+    norm_type, scale_grad_by_freq, sparse = 2.0, False, False
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -68,7 +76,7 @@ def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
     base = base_of(module, kept)
     new: nn.Module = object.__new__(reading(type(module).__name__, base, tuple(kept)))
     vars(new).update({n: v for n, v in vars(nn.Module()).items() if n != "training"}, **{SOURCE: (module,)})
-    own_code = base is not Linear and not of_torch(base)
+    own_code = not of_torch(base) and base not in (Linear, Embedding)
     for name, value in vars(module).items():
         if name not in vars(new) and name not in ("forward", "training") and (own_code or isinstance(value, LITERALS)):
             vars(new)[name] = value
@@ -87,6 +95,9 @@ def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
 
 def base_of(module: nn.Module, kept: dict[str, Packed]) -> type[nn.Module]:
     """The class whose forward reads the dense parameters: torch's, or the module's own where that is none of a package."""
+    for packed in kept.values():
+        if (said := of(packed.text)[0].layer(module)) is not None:
+            return {nn.Linear: Linear, nn.Embedding: Embedding}.get(said, said)
     of_ours = next((c for c in type(module).__mro__ if of_torch(c)), None)
     if of_ours is not None and not issubclass(of_ours, nn.Linear):
         return of_ours
@@ -132,6 +143,24 @@ def stay_canonical(model: nn.Module) -> None:
     for module in model.modules():
         for switch in REPACKS & vars(module).keys():
             setattr(module, switch, False)
+
+
+def open_up(model: nn.Module, paths: Iterable[str]) -> None:
+    """Puts torch's own layers with dense weights in the place of those at `paths` that keep them packed."""
+    for path in paths:
+        if (found := twin(model.get_submodule(path))) is not None:
+            model.set_submodule(path, unpacked(found))
+
+
+def unpacked(found: nn.Module) -> nn.Module:
+    """A stand-in's like, over dense parameters of its own."""
+    new: nn.Module = object.__new__(type(found).__mro__[1])
+    vars(new).update({n: v for n, v in vars(found).items() if n != SOURCE}, training=found.training)
+    packed = {n.removesuffix(SUFFIX): m for n, m in found._modules.items() if isinstance(m, Packed)}
+    dense = {n: nn.Parameter(m.dense(), requires_grad=False) for n, m in packed.items()}
+    vars(new)["_parameters"] = {**found._parameters, **dense}
+    vars(new)["_modules"] = {n: m for n, m in found._modules.items() if not isinstance(m, Packed)}
+    return new
 
 
 def stand_in(model: nn.Module) -> None:

@@ -9,10 +9,13 @@ A kept graph is one that nobody changes, so that many modules can run it: the ba
 from __future__ import annotations
 
 import copy
+import linecache
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import fx
+from torch.fx.graph_module import _loader
 
 from .closing import close, packed_weights
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 # Generating code renames nodes meanwhile: two threads must not do it for one graph.
 LOCK = threading.RLock()
+GENERATED = "<eval_with_key>"  # how torch's names for the files of generated code begin, each there once
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -32,7 +36,23 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-class Lazy(fx.GraphModule):
+class Forgetful(fx.GraphModule):
+    """A graph module whose source goes with its code: torch keeps all that it ever generated, for tracebacks."""
+
+    def recompile(self):
+        made = super().recompile()
+        code = type(self).forward.__code__
+        if code.co_filename.startswith(GENERATED):
+            weakref.finalize(code, forget_source, code.co_filename).atexit = False
+        return made
+
+
+def forget_source(name: str) -> None:
+    _loader.eval_cache.pop(name, None)
+    linecache.cache.pop(name, None)
+
+
+class Lazy(Forgetful):
     """_kept: the graph that it runs, or began with if it has a copy of its own by now; None if it never had one to keep.
 
     Underscores, as in torch's own classes: a model may have modules and parameters of any other name.

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from ..errors import GraphError
 from .inputs import FixedInputs
-from .lazy import copy_graph
+from .lazy import Forgetful, copy_graph
 from .resident import Adapters
 from .sharing import Shared, Sharing
 from .state import State
@@ -129,7 +129,7 @@ def shell(module: nn.Module, copies: dict[nn.Module, nn.Module] | None = None) -
     if module in copies:
         return copies[module]
     if isinstance(module, fx.GraphModule):
-        region = fx.GraphModule(module, copy_graph(module.graph))
+        region = Forgetful(module, copy_graph(module.graph))
         region.training = module.training
         return region
     new = copies[module] = module.__new__(type(module))

@@ -15,19 +15,22 @@ from ..errors import GraphError
 from ..planning.plan import Placement, Plan
 from ..target import ModuleTable
 from .lazy import copy_graph
+from .recent import Recent
 from .summary import told
 from .tensors import ROOT
+
+TRACES = 512  # several times what one adapter takes that has another rank on each layer
 
 
 class BaseGraph:
     """Holds the base `fx.Graph` inside `gm.meta`; refuses pickling, which would lose tensors, with the remedy.
 
-    traces: what has been traced for graphs derived from it, by signature.
+    traces: what has been traced for graphs derived from it, by signature, configs among it.
     """
 
     def __init__(self, graph: fx.Graph):
         self.graph = graph
-        self.traces: dict = {}
+        self.traces: dict = Recent(TRACES)
 
     def __deepcopy__(self, memo):
         return BaseGraph(copy_graph(self.graph))

@@ -38,8 +38,9 @@ from ..recipe import Recipe, as_recipe
 from ..storage.packed import weight_name
 from ..storage.twins import opened, stand_in
 from ..store.modules import ByDevice, ByMode, Store, build
+from ..store.recent import Recent
 from ..store.sharing import Shared
-from ..store.state import BaseGraph, State, state_of
+from ..store.state import TRACES, BaseGraph, State, state_of
 from ..store.tensors import ROOT, get_tensor, packed_of, store_of, tensor_of
 from ..store.unwrap import unwrapped
 from .adapters import save_adapter
@@ -47,6 +48,7 @@ from .capture.model import skeleton
 from .hotswap import hotswap
 
 RECIPE_FILES = (".json", ".yaml", ".yml")
+RUNS = 64  # compiled for one of Dynamo's graphs with adapters of other kinds
 
 
 def backend(
@@ -280,24 +282,24 @@ class Backend:
 
 @dataclass
 class Variant:
-    """An adapted graph for certain parameters. held: these, so that their ids stay theirs; text: the graph, for comparison."""
+    """An adapted graph for certain parameters. held: these, so that their ids stay theirs."""
 
     run: Callable
     tensors: tuple[torch.Tensor, ...]
     held: list
-    text: tuple
     used: bool = False
 
 
 class Adapted:
-    """What runs in place of one of Dynamo's graphs."""
+    """What runs in place of one of Dynamo's graphs. runs: an adapted graph's text -> what runs it, whichever adapters' it is."""
 
     def __init__(self, owner: Backend, gm: fx.GraphModule, inputs: Sequence, compiler: Callable):
         self.owner, self.gm, self.compiler = owner, gm, compiler
         names = owner.names()
         self.watched = [i for i, x in enumerate(inputs) if isinstance(x, nn.Parameter) or id(x) in names]
-        self.traces: dict = {}
+        self.traces: dict = Recent(TRACES)
         self.variants: dict[tuple, Variant] = {}
+        self.runs: dict[tuple, Callable] = Recent(RUNS)
         self.add(inputs, compiler)
 
     def __call__(self, *args: Any) -> Any:
@@ -320,10 +322,14 @@ class Adapted:
         tensors = tuple(tensor_of(self.owner.adapters, name) for name in names)
         fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")[len(args) :]]
         text = gm.code, *(r.code for r in regions(gm)), *map(signature, fakes)
-        run = next((v.run for v in self.variants.values() if v.text == text), None)
-        run = run or compiler(gm, [*args, *fakes])
-        variant = self.variants[self.key(args)] = Variant(run, tensors, [args[i] for i in self.watched], text)
-        return variant
+        run = self.runs.get(text)
+        if run is None:
+            run = self.runs[text] = compiler(gm, [*args, *fakes])
+        new = Variant(run, tensors, [args[i] for i in self.watched])
+        # those from before a change are not found again, and would keep the tensors of adapters that were deleted
+        now = {key: variant for key, variant in self.variants.copy().items() if key[-1] == self.owner.changes}
+        self.variants = {**now, self.key(args): new}
+        return new
 
     def adapted(self, args: Sequence) -> tuple[fx.GraphModule, list[str]]:
         """Dynamo's graph with the adapters of the parameters among `args`, and the names of its further inputs."""

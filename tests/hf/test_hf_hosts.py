@@ -13,6 +13,7 @@ from marks import quick
 from torch import nn
 
 import peft_fx
+from peft_fx.hf.hosts import traced
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -279,3 +280,24 @@ def test_base_weights_that_the_user_trains_too_get_pefts_gradients(tmp_path, cal
         weight.requires_grad_(True)
         logits(m).square().mean().backward()
     torch.testing.assert_close(base.weight.grad, theirs.weight.grad)
+
+
+def test_adapters_that_come_and_go_leave_nothing(monkeypatch):
+    """Each with a config of its own, so that no graph serves two."""
+    monkeypatch.setattr(traced, "ADAPTED", 3)
+    model = tuned()
+    hosts, first, kept = model.base_model.hosts, logits(model), []
+    for i in range(6):
+        name = f"a{i}"
+        model.add_adapter(
+            name, peft_fx.LoraConfig(r=2, lora_alpha=i + 1, target_modules="all-linear", init_lora_weights=False)
+        )
+        model.set_adapter(name)
+        assert not torch.equal(logits(model), first)
+        model.set_adapter("default")
+        assert torch.equal(logits(model), first)
+        model.delete_adapter(name)
+        graphs = [len(graph.adapted) for graph in hosts.graphs.values()]
+        assert len(graphs) > 1 and max(graphs) <= 3
+        kept.append((len(graphs), len(hosts.snapshots.kept), len(hosts.opened), len(model.base_model.configs.known)))
+    assert len(set(kept)) == 1

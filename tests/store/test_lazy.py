@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import io
+import linecache
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from graphs import bits, captured, inputs, model_of, output, same_bits, tuned
 from peft_fx.passes.core.base import settings
+from torch.fx.graph_module import _loader
 
 import peft_fx
 from peft_fx.engine import memory
 from peft_fx.engine.memory import Memory
+from peft_fx.store import state
 from peft_fx.store.state import state_of
 
 TARGETS = {"target_modules": ["embed", "conv", "plain"], "r": 4}
@@ -91,6 +94,35 @@ def test_a_graph_without_code_is_called_behind_a_graph_break():
 def test_export_takes_a_graph_without_code():
     graph = fresh()
     torch.testing.assert_close(output(peft_fx.export(graph).module(), "mixed"), output(fresh(), "mixed"))
+
+
+def sources():
+    gc.collect()
+    return set(_loader.eval_cache) | {name for name in linecache.cache if "eval_with_key" in name}
+
+
+def test_a_base_forgets_traces_of_configs_that_came_once(monkeypatch):
+    monkeypatch.setattr(state, "TRACES", 4)
+    base = copy.deepcopy(captured("mixed"))  # with a table of that size
+    for alpha in range(1, 9):
+        graph = peft_fx.apply(base, peft_fx.LoraConfig(target_modules=["plain"], r=4, lora_alpha=alpha))
+        assert 0 < len(state_of(base).base.traces) <= 4
+    once = peft_fx.apply(captured("mixed"), peft_fx.LoraConfig(target_modules=["plain"], r=4, lora_alpha=8))
+    assert graph.code == once.code
+
+
+def test_sources_go_with_their_code():
+    """torch keeps the source of all code that it has generated: a text as long as the model, at each change of adapters."""
+    graph = fresh()
+    before = sources()
+    for _ in range(5):
+        other = peft_fx.set_adapter(graph, ())
+        output(other, "mixed")
+        name = other.forward.__code__.co_filename
+        assert name in sources() and "def forward" in "".join(linecache.getlines(name))
+        del other
+        assert name not in sources()
+    assert sources() == before
 
 
 # Graphs ------------------------------------------------------------------------------------------------------------------

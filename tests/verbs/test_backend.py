@@ -1,6 +1,8 @@
 """`peft_fx.backend`: adapters in Dynamo's graphs act as in captured ones, and as PEFT's."""
 
 import copy
+import gc
+import weakref
 
 import peft
 import pytest
@@ -10,6 +12,7 @@ from tiny import llama
 from torch import nn
 
 import peft_fx
+from peft_fx.verbs.backend import Variant
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_dynamo")]
 
@@ -363,3 +366,28 @@ def test_the_model_stays_as_it_was():
     torch.compile(model, backend=backend)(**x)
     assert torch.equal(model(**x).logits, before) and list(model.state_dict()) == names
     copy.deepcopy(model)
+
+
+def test_adapters_that_come_and_go_act_and_leave_nothing():
+    """Dynamo gives up after eight graphs for one function, and runs it without adapters from then on."""
+    model, x = small_llama(), inputs("llama")
+    backend = adapted(model, ALL)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    first, count = compiled(**x).logits, graphs()
+    gone, kept = [], []
+    for i in range(10):
+        name = f"a{i}"
+        backend.add(name, peft_fx.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        backend.set_adapter(name)
+        assert not torch.equal(compiled(**x).logits, first)
+        gone += [weakref.ref(p) for full, p in backend.named_parameters() if full.startswith(f"{name}.")]
+        backend.set_adapter("default")
+        assert torch.equal(compiled(**x).logits, first)
+        backend.delete(name)
+        compiled(**x)
+        gc.collect()
+        kept.append(sum(type(o) is Variant for o in gc.get_objects()))
+    assert graphs() == count
+    assert len(gone) == 140 and not [ref for ref in gone if ref() is not None]
+    assert len(set(kept)) == 1 and kept[0] > 0
+    assert {len(m._forward_pre_hooks) for m in model.modules()} == {0, 1}

@@ -24,6 +24,8 @@ from ...planning.kinds import Refusal, module_targets
 from ...planning.modules import own_class
 from ...planning.plan import Placement
 from ...storage.packed import Packed
+from ...store.lazy import Forgetful
+from ...store.recent import Recent
 from ...store.state import BaseGraph, State
 from ...store.tensors import ADAPTERS, gate_name, kept_of, owner_of
 from ...target import ModuleRecord
@@ -42,6 +44,7 @@ INPUTS: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
 
 
 GATE = ""  # stands for the gate of a placement's adapter among the names of its tensors
+ADAPTED = 64  # kinds of adapters, by config and sizes, of which modules that are alike keep the graphs
 IN_KEY = ("forward", "training")  # attributes that a host's table knows
 
 
@@ -106,7 +109,7 @@ class Traced:
         self.key = key  # holds what it names by identity
         self.names = list(own_tensors(module))
         self.read: set[str] = set()
-        self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = {}
+        self.adapted: dict[tuple, tuple[Callable, list[tuple[int, str]]]] = Recent(ADAPTED)
 
     def ready(
         self, backend: Backend, module: nn.Module, path: str, chosen: tuple[Placement, ...], gated: bool, args: Sequence
@@ -114,12 +117,13 @@ class Traced:
         """The graph with these adapters in it, over the module's tensors and theirs. Raises Untraceable."""
         own = [held(module, name) for name in self.names]
         key = gated, likeness(chosen), *(room(backend, p) for p in chosen)
-        if key not in self.adapted:
+        found = self.adapted.get(key)
+        if found is None:
             graph = partial(self.graph, backend, module, path, chosen, gated, own)
             gm, names = sizeless(graph, module, args)
             where = {stored(p, name): (i, name) for i, p in enumerate(chosen) for name in (*p.tensors, GATE)}
-            self.adapted[key] = gm.forward, [where[name] for name in names]
-        run, further = self.adapted[key]
+            found = self.adapted[key] = gm.forward, [where[name] for name in names]
+        run, further = found
         ours = [held(backend.adapters, stored(chosen[i], name)) for i, name in further]
         values = {n: v for n, v in module.__dict__.items() if not n.startswith("_") and n not in (*self.names, *IN_KEY)}
         read = tuple((name, values[name]) for name in values.keys() & self.read)
@@ -250,7 +254,7 @@ def traced(module: nn.Module, fakes: list, read: set[str]) -> fx.GraphModule:
     call = graph.call_function(forward, tuple(nodes))
     call.meta["example_value"] = result
     graph.output(call)
-    return fx.GraphModule(nn.Module(), graph)
+    return Forgetful(nn.Module(), graph)
 
 
 def noting(kind: type[nn.Module], read: set[str]) -> type[nn.Module]:

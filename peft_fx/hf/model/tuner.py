@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from ...engine.transitions import activated, enabled, names_of, unmerged
 from ...errors import AdapterFileError, MergeError, RecipeError, WrongTypeError
 from ...notices import warn
 from ...recipe import as_config
+from ...storage.twins import open_up
 from ...store.state import State, state_of
 from ...store.tensors import ADAPTERS, kept_of, store_of, tensor_of
 from ...target import Target
@@ -440,7 +442,8 @@ class Tuner(nn.Module):
                 warn(f"Already merged: {', '.join(state.merged)}; {now}.")
             if names:
                 shown = partial(track, description="Merging", disable=not progressbar)
-                merge_in_place(self.backend.adapters, names, safe_merge, shown, self.settle)
+                report = merge_in_place(self.backend.adapters, names, safe_merge, shown, self.settle)
+                warn_of_losses(report)
                 self.present()
 
     def hotswap(self, source: Any, name: str) -> SwapReport:
@@ -473,9 +476,25 @@ class Tuner(nn.Module):
         return self.model
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        storage: str = "requantize",
     ) -> nn.Module:
-        """The model with adapters folded in, and nothing else left of them."""
+        """The model with adapters folded in, and nothing else left of them.
+
+        storage: what becomes of packed weights. "requantize": packed again, as in PEFT; "dense": their layers become torch's own.
+        """
+        if storage not in ("requantize", "dense"):
+            raise MergeError(
+                f"storage={storage!r}: expected 'requantize' or 'dense'; peft_fx.merge of to_graph() calibrates"
+            )
+        if storage == "dense":
+            with self.changing():
+                open_up(self.model, {p.target.path for p in self.state.placed(self.state.recipe)})
+                self.backend.keep(self.backend.adapters)
+                self.refresh()
         self.merge_adapter(adapter_names, safe_merge, progressbar)
         replaced = shelved(self.backend.adapters)
         if any(self.state.table.tied_to(name) for name in replaced) and hasattr(self.model, "config"):
@@ -486,6 +505,17 @@ class Tuner(nn.Module):
             # or the next from_pretrained would tie them again
             cast("PreTrainedModel", self.model).config.tie_word_embeddings = False
         return self.unload()
+
+
+def warn_of_losses(report: list[dict]) -> None:
+    """Warns of what packing merged weights again has lost."""
+    lost = {line["lost"]: line["target"] for line in report if line.get("change")}
+    if lost:
+        worst = max(lost)
+        warn(
+            f"merged into packed weights, which rounds anew: it loses {median(lost):.2f} of what the adapters change (median of "
+            f"{len(lost)}; {worst:.2f} at {lost[worst]}); merge_and_unload(storage='dense') loses nothing"
+        )
 
 
 def refuse_adapted(model: nn.Module, config: AdapterConfig) -> None:
