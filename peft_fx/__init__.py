@@ -43,6 +43,7 @@ _NAMES = {
     "verbs.merge_report": ("merge_report",),
     "verbs.mixed": ("mixed_batch",),
     "verbs.package": ("load_package", "package"),
+    "verbs.quantization_aware": ("quantization_aware",),
     "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
     "verbs.switch": ("reserve", "switch"),
     "verbs.widen": ("prepare_hotswap",),
@@ -179,6 +180,7 @@ if TYPE_CHECKING:
     from .verbs.merge_report import merge_report
     from .verbs.mixed import mixed_batch
     from .verbs.package import load_package, package
+    from .verbs.quantization_aware import quantization_aware
     from .verbs.slots import delete_adapter, release, rename, slots
     from .verbs.switch import reserve, switch
     from .verbs.widen import prepare_hotswap

@@ -71,7 +71,7 @@ def folded(
             dense = method.dense_groups(p.target)
             weight: Callable = method.weight
             last = p is group[-1] and wide == W.dtype and not dense and exact_W.shape == W.shape
-            if last and writes_in_place(method):
+            if last and writes_in_place(method) and packed is None:
                 place = torch.empty_like(W, memory_format=torch.contiguous_format) if place is None else place
                 weight = partial(weight, out=to_canonical(place, p.target))
             exact_W, exact_b = apply_weight(weight, exact_W, exact_b, theta, p.target, p.config, wide, dense)

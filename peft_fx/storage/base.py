@@ -68,6 +68,11 @@ class Storage:
         """
         raise StorageError(f"{self.title} has no quantizer here: merge with storage='dense'")
 
+    def requantized(self, W: torch.Tensor, tensors: dict[str, torch.Tensor], f: Format) -> torch.Tensor:
+        """The dense weight that is left of W once `quantize` has packed it like these tensors."""
+        like = Packed(f, tensors)
+        return like.again(self.quantize(W, like)).dense()
+
     def grid(self, tensors: Tensors, f: Format) -> Grid:
         """What a weight can be made of with the scales that these tensors have; float32, broadcast to f.shape.
 
