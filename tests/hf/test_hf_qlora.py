@@ -26,7 +26,9 @@ def trained(library, way, ids, folder):
         path = dense()
     except Unavailable as error:
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
-    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=WAYS[way], dtype=torch.float32, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=WAYS[way], dtype=torch.float32, device_map="cpu"
+    )
     for module in model.modules():  # or PEFT's evaluation would round to bfloat16 on some CPUs
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
