@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -43,7 +44,7 @@ def recomputed(forward: Callable) -> Callable:
     """A forward that keeps its inputs alone for the backward, where there will be one."""
 
     @functools.wraps(forward)
-    def run(module: nn.Module, *inputs):
+    def run(module: nn.Module, *inputs: Any) -> Any:
         if module.training and torch.is_grad_enabled():
             return checkpoint(forward, module, *inputs, use_reentrant=False)
         return forward(module, *inputs)
