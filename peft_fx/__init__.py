@@ -38,10 +38,13 @@ _NAMES = {
     "verbs.explain": ("explain", "trainable_parameters"),
     "verbs.export": ("export", "load"),
     "verbs.hotswap": ("hotswap", "prepare_swap"),
+    "storage.native.loading": ("native_layers",),
+    "verbs.kbit": ("prepare_kbit",),
     "verbs.merge": ("merge", "unmerge"),
     "verbs.merge_report": ("merge_report",),
     "verbs.mixed": ("mixed_batch",),
     "verbs.package": ("load_package", "package"),
+    "verbs.quantization_aware": ("quantization_aware",),
     "verbs.slots": ("delete_adapter", "release", "rename", "slots"),
     "verbs.switch": ("reserve", "switch"),
     "verbs.widen": ("prepare_hotswap",),
@@ -165,6 +168,7 @@ if TYPE_CHECKING:
     from .methods.waveft import WaveFTConfig
     from .peft_types import PeftType, TaskType
     from .recipe import Recipe
+    from .storage.native.loading import native_layers
     from .verbs.adapters import apply, disable_adapter, load_adapter, save_adapter, set_adapter
     from .verbs.backend import backend
     from .verbs.capture.model import capture
@@ -173,10 +177,12 @@ if TYPE_CHECKING:
     from .verbs.explain import explain, trainable_parameters
     from .verbs.export import export, load
     from .verbs.hotswap import hotswap, prepare_swap
+    from .verbs.kbit import prepare_kbit
     from .verbs.merge import merge, unmerge
     from .verbs.merge_report import merge_report
     from .verbs.mixed import mixed_batch
     from .verbs.package import load_package, package
+    from .verbs.quantization_aware import quantization_aware
     from .verbs.slots import delete_adapter, release, rename, slots
     from .verbs.switch import reserve, switch
     from .verbs.widen import prepare_hotswap

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import peft
 import torch
+from packed_bench import packed_rows
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -240,14 +241,29 @@ def parts(quick: bool) -> dict[str, Callable[[], list[Line]]]:
     chosen = {f"steady {m}": lambda m=m: steady(m, quick) for m in models}
     chosen |= {"depth": lambda: depth(quick), "methods": lambda: methods(models[0], quick),
                "face": lambda: face(models[0], quick),
-               "memory": lambda: memory(models[0], quick), "verbs": lambda: verb_lines(quick)}  # fmt: skip
+               "memory": lambda: memory(models[0], quick), "verbs": lambda: lines_of(verb_rows(quick)),
+               "packed": lambda: packed(models[0], quick)}  # fmt: skip
     return chosen
 
 
-def verb_lines(quick: bool) -> list[Line]:
-    return [
-        Line(name, ms(ours), ms(theirs), ratio(ours, theirs), goal) for name, ours, theirs, goal in verb_rows(quick)
-    ]
+def lines_of(rows: Iterable[tuple[str, list[float], list[float], float | None]]) -> list[Line]:
+    return [Line(name, ms(ours), ms(theirs), ratio(ours, theirs), goal) for name, ours, theirs, goal in rows]
+
+
+def packed(model: str, quick: bool) -> list[Line]:
+    """Over nf4 layers of bitsandbytes: QLoRA's step under both faces, then what `packed_bench.py` has."""
+    kinds = {name: dict(library=name, compiler=None, model=model, packed=True) for name in ("face", "peft")}
+    lines = []
+    with workers(**kinds) as started:
+        for what, (asked, goal) in {
+            "a QLoRA step, 2 x 64": (dict(do="training"), None),
+            "peak memory of a QLoRA step, 4 x 256": (dict(do="training", batch=4, length=256, peak=True), 0.9),
+        }.items():
+            found = rounds(started, 1 if quick else 3, **asked)
+            ours, theirs = found["face"], found["peft"]
+            shown = (f"{statistics.median(v) / 2**20:.0f} MiB" if "peak" in asked else ms(v) for v in (ours, theirs))
+            lines.append(Line(f"{model}: {what}", *shown, ratio(ours, theirs), goal))
+    return lines + lines_of(packed_rows(quick))
 
 
 def table_of(title: str, lines: list[Line]) -> Table:

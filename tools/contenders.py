@@ -36,6 +36,21 @@ def small(layers: int = 2, width: int = 1024):
 MODELS: dict[str, Callable] = {"SmolLM2-135M": lambda: load()[0], "2 x 1024 Llama": small}
 
 
+def pack(model) -> None:
+    """nf4 with double quantization, as QLoRA; computed in float32, in canonical layout on any processor."""
+    import bitsandbytes
+
+    for path, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear and path != "lm_head":
+            new = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
+                                             compute_dtype=torch.float32, quant_type="nf4")  # fmt: skip
+            new.load_state_dict(layer.state_dict())
+            new = new.to("cpu").requires_grad_(False).train(layer.training)
+            new.support_avx512bf16_for_cpu = False
+            model.set_submodule(path, new)
+    model.is_loaded_in_4bit = True
+
+
 COMPILERS: dict[str | None, Callable] = {
     None: lambda model: model,
     "torch": lambda model: torch.compile(model, dynamic=True),
@@ -44,14 +59,17 @@ COMPILERS: dict[str | None, Callable] = {
 
 
 class Contender:
-    """A model, bare or adapted by either library. compiler: of COMPILERS; config: the adapter's, if it is not LoRA's."""
+    """A model, bare or adapted by either library. compiler: of COMPILERS; config: the adapter's, if it is not LoRA's; packed:
+    linear layers but the head are bitsandbytes' nf4."""
 
     def __init__(self, library: str, compiler: str | None, model: str, layers: int | None = None, dtype: str = "float32",
-                 config: dict | None = None):  # fmt: skip
+                 config: dict | None = None, packed: bool = False):  # fmt: skip
         torch.manual_seed(0)
         self.compiler = compiler
         self.base = small(layers, 256) if layers else MODELS[model]()
         self.base = self.base.to(getattr(torch, dtype)).requires_grad_(False)
+        if packed:
+            pack(self.base)
         self.config = config or {"peft_type": "LORA", **LORA}
         self.captured = 0.0
         start = time.perf_counter()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from ...config import AdapterConfig
 from ...methods.base import Additive, Branch, InputMap, Method, OutputMap, Theta, block_diagonal
+from ...storage.packed import Packed
 from ...target import Target
 from ..core.nodes import overload_of
 from ..match.operators import full_args
@@ -56,6 +57,21 @@ def weight_function(
             wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
         new_W, new_b = apply_weight(weight, W, b, theta, target, config, wide, dense)
         return cast(new_W, W.dtype), (b if new_b is b else cast(new_b, W.dtype))
+
+    return function
+
+
+def requantized_function(method: Method, target: Target, config: AdapterConfig, names: tuple[str, ...], packed: Packed):
+    """(W, b or None, *theta, *packed numbers) -> (W', b' or None): W' packed again, with the numbers and the one rounding of a
+    merge."""
+    own, text = tuple(packed.tensors), packed.text
+
+    def function(W, b, *tensors):
+        theta = dict(zip(names, tensors[: len(names)], strict=True))
+        wide = torch.promote_types(W.dtype, torch.float32)
+        new_W, new_b = apply_weight(method.weight, W, b, theta, target, config, wide, False)
+        new_W = torch.ops.peft_fx.requantized(new_W, W, tensors[len(names) :], own, text)
+        return new_W, (b if new_b is b else cast(new_b, W.dtype if b is None else b.dtype))
 
     return function
 

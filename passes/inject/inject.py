@@ -23,7 +23,7 @@ from ...methods import get_method
 from ...methods.base import HALF
 from ...planning.kinds import one_line_each, stored_shape
 from ...planning.plan import Placement, Refusal, Shared, clashes
-from ...store.tensors import ADAPTERS, ROOT, tensor_of
+from ...store.tensors import ADAPTERS, ROOT, packed_of, tensor_of
 from ...target import Target
 from ..core.base import Pass, regions
 from ..core.fakes import fake_mode_of, fake_of
@@ -38,6 +38,7 @@ from ..forms.lowering import (
     forms_of,
     gated,
     replayed,
+    requantized_function,
     weight_function,
 )
 from ..match.operators import full_args
@@ -190,31 +191,48 @@ def lowering(p: Placement, found: tuple[list[Site], str] | None, reason: str, or
 
 @dataclass(frozen=True)
 class Inject(Pass):
-    """gated: the buffer `peft_fx.gates.<adapter>.open` says how much of each adapter acts."""
+    """gated: the buffer `peft_fx.gates.<adapter>.open` says how much of each adapter acts. aware: packed weights are packed
+    again."""
 
     placements: tuple[Placement, ...]
     gated: bool = False
+    aware: bool = False
 
     def idle(self, gm):
         return not self.placements
 
     def call(self, gm):
-        decided = lower(gm.graph, self.placements, gm.meta[ROOT].base.traces)
+        placements = as_weights(gm, self.placements) if self.aware else self.placements
+        decided = lower(gm.graph, placements, gm.meta[ROOT].base.traces)
         refused = [Refusal(x.placement.target.name, f"refused: {x.reason}") for x in decided if x.form == "refused"]
         if refused := [*refused, *clashes(self.placements)]:
             raise RecipeError("\n".join(one_line_each(refused)))
-        insert = Insert(gm, self.gated)
+        insert = Insert(gm, self.gated, self.aware)
         for x in decided:
             if x.form != "none":
                 getattr(insert, x.form)(x)
         return len(decided)
 
 
+def as_weights(gm: fx.GraphModule, placements: Sequence[Placement]) -> tuple[Placement, ...]:
+    """The placements, those on packed weights in weight form. Raises RecipeError for two on one packed weight."""
+    count = Counter(p.target.name for p in placements)
+    found = tuple(p if packed_of(gm, p.target.name) is None else replace(p, lowering="weight") for p in placements)
+    if twice := next(
+        (p for p, now in zip(placements, found, strict=True) if p is not now and count[p.target.name] > 1), None
+    ):
+        raise RecipeError(
+            f"{twice.target.name}: {count[twice.target.name]} adapters act on this packed weight, and it would be rounded after "
+            "each: train one after the other, with set_adapter"
+        )
+    return found
+
+
 class Insert:
     """The ways of inserting, over one graph module."""
 
-    def __init__(self, gm: fx.GraphModule, gated: bool):
-        self.gm, self.graph, self.gated = gm, gm.graph, gated
+    def __init__(self, gm: fx.GraphModule, gated: bool, aware: bool = False):
+        self.gm, self.graph, self.gated, self.aware = gm, gm.graph, gated, aware
         self.nodes: dict[str | tuple[str, str], fx.Node] = dict(parameter_nodes(gm.graph).items())
         self.fake_mode = fake_mode_of(gm)
         self.splice = Splicer(gm, self.fake_mode, gm.meta[ROOT].base.traces)
@@ -259,7 +277,12 @@ class Insert:
         b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
-        static = ("weight", type(get_method(p.method)), self.key(p), bare(p))
+        static: tuple = ("weight", type(get_method(p.method)), self.key(p), bare(p))
+        packed = packed_of(self.gm, p.target.name) if self.aware else None
+        if packed is not None:
+            theta = [*theta, *cast("list[fx.Node]", W.args[0])]
+            function = requantized_function(method, p.target, p.config, names, packed)
+            static = ("requantized", packed.text, *static)
         first = min(old_W.users) if old_b is None else min([*old_W.users, *old_b.users])
         label = tag(p, x.form, next(self.splices))
         new_W, new_b = self.traced(p, function, static, [old_W, old_b, *theta], first, label, after=False)

@@ -64,7 +64,7 @@ def injection(state: State) -> tuple[Pass, ...]:
     if state.mixed:
         each = tuple(state.recipe[name].placements for name in state.acting)
         return (MixedBatch(state.called(state.acting), each),)
-    return (Inject(state.placed(state.acting), state.gated),)
+    return (Inject(state.placed(state.acting), state.gated, state.aware),)
 
 
 def frozen(gm: fx.GraphModule) -> fx.GraphModule:

@@ -68,6 +68,11 @@ class Storage:
         """
         raise StorageError(f"{self.title} has no quantizer here: merge with storage='dense'")
 
+    def requantized(self, W: torch.Tensor, tensors: dict[str, torch.Tensor], f: Format) -> torch.Tensor:
+        """The dense weight that is left of W once `quantize` has packed it like these tensors."""
+        like = Packed(f, tensors)
+        return like.again(self.quantize(W, like)).dense()
+
     def grid(self, tensors: Tensors, f: Format) -> Grid:
         """What a weight can be made of with the scales that these tensors have; float32, broadcast to f.shape.
 
@@ -82,6 +87,14 @@ class Storage:
         raise StorageError(
             f"{self.title} does not keep its numbers one by one: merge with storage='requantize' or 'dense'"
         )
+
+    def fold(self, delta: torch.Tensor, like: Packed) -> dict[str, torch.Tensor] | None:
+        """The tensors of `like` whose zero points have taken the mean of an update, f.shape, over each group, codes as they are:
+        exact, as far as zero points can be, where the update is the same in all of a group (QA-LoRA, arXiv:2309.14717).
+
+        None: there are no zero points, or they are whole numbers.
+        """
+        return None
 
     def place(self, module: nn.Module, parameter: str, new: Packed) -> Callable[[], None]:
         """Gives a package's layer other packed numbers; returns what gives it back the objects that it had."""

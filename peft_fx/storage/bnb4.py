@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from math import prod
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,7 +86,7 @@ class BitsAndBytes4(Storage):
         made = {"packed": bytes_like(own["packed"], codes), "absmax": absmax}
         if f["nested"]:
             offset = absmax.mean()
-            q, absmax2 = nearest_codes(absmax - offset, own["code2"], f["nested"])
+            q, absmax2 = scale_codes(absmax - offset, own["code2"], f["nested"])
             made |= {"absmax": q, "absmax2": absmax2, "offset": offset}
         return own | made
 
@@ -98,7 +99,7 @@ class BitsAndBytes4(Storage):
         return own | {"packed": bytes_like(own["packed"], codes.reshape(-1).to(torch.uint8))}
 
     def place(self, module, parameter, new):
-        old = held_by(module, parameter)
+        old = cast(Held, held_by(module, parameter))
         state, numbers = copy(old.state), new.tensors
         state.absmax, state.packing_format_for_cpu = numbers["absmax"], False
         if new.format["nested"]:
@@ -114,14 +115,14 @@ class Held:
         self.module, self.parameter = module, parameter
 
     @property
-    def tensor(self) -> nn.Parameter:
+    def tensor(self) -> Any:
         return self.module._parameters[self.parameter]
 
     @property
     def state(self):
         return self.tensor.quant_state
 
-    def replace(self, packed: torch.Tensor, state) -> Callable[[], None]:
+    def replace(self, packed: torch.Tensor, state: Any) -> Callable[[], None]:
         module, old, before = self.module, self.tensor, self.module.__dict__.get("quant_state")
         new = type(old)(
             packed, requires_grad=False, quant_state=state, blocksize=old.blocksize, quant_type=old.quant_type,
@@ -139,8 +140,9 @@ class Parametrized(Held):
     """An expert stack: the package's parametrization dequantizes what lies in its list."""
 
     @property
-    def list(self):
-        return self.module.parametrizations[self.parameter]
+    def list(self) -> Any:
+        lists: Any = self.module.parametrizations
+        return lists[self.parameter]
 
     @property
     def tensor(self):
@@ -163,13 +165,13 @@ def held_by(module: nn.Module, parameter: str) -> Held | None:
     """How the package holds a parameter; None where it does not."""
     if made_by(module._parameters.get(parameter), "bitsandbytes", "Params4bit"):
         return Held(module, parameter)
-    lists = getattr(module, "parametrizations", {})
+    lists: Any = getattr(module, "parametrizations", {})
     if parameter in lists and made_by(lists[parameter][0], "bitsandbytes", "Bnb4bitParametrization"):
         return Parametrized(module, parameter)
     return None
 
 
-def found(module: nn.Module, parameter: str) -> tuple[torch.Tensor, object] | None:
+def found(module: nn.Module, parameter: str) -> tuple[torch.Tensor, Any] | None:
     """The packed bytes as a plain tensor, and the package's state for them."""
     held = held_by(module, parameter)
     if held is None:
@@ -208,6 +210,13 @@ def bytes_like(packed: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     if codes.numel() % 2:
         codes = F.pad(codes, (0, 1))
     return (codes[::2] << 4 | codes[1::2]).view(packed.dtype).reshape(packed.shape)
+
+
+def scale_codes(values: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest_codes` as the package finds them: its kernel is not exact where two are almost as near."""
+    if "bitsandbytes" in sys.modules:
+        return torch.ops.bitsandbytes.quantize_blockwise(values, code, block)
+    return nearest_codes(values, code, block)
 
 
 def nearest_codes(values: torch.Tensor, code: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

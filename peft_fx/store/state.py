@@ -87,6 +87,7 @@ class State:
     merged: those folded into the weights, in order. acted: what acted before a merge. merge_report: one dict per merged
     target. reports: what the passes did that made this graph. gated: adapters are switched as data; what the recipe and the
     others name are slots then, and callers say what is in them. mixed: each row of a batch chooses among the active adapters.
+    aware: packed weights that adapters change are packed again in every forward, as a merge would keep them.
     """
 
     table: ModuleTable
@@ -101,6 +102,7 @@ class State:
     reports: tuple = ()
     gated: bool = False
     mixed: bool = False
+    aware: bool = False
 
     def update(self, **changes) -> State:
         return replace(self, **changes)

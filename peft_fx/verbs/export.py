@@ -87,6 +87,7 @@ def to_json(state: State, training: bool) -> dict:
         "slots": {slot: resident.name for slot, resident in state.recipe.items()} if state.gated else {},
         "room": {slot: r.room.to_dict() for slot, r in state.recipe.items() if r.room is not None},
         "mixed": state.mixed,
+        "aware": state.aware,
         "merged": list(state.merged),
         "merge_report": list(state.merge_report),
     }
@@ -173,6 +174,7 @@ def restored(program: ExportedProgram, data: dict, where: str) -> fx.GraphModule
         merge_report=tuple(data["merge_report"]),
         gated=bool(data.get("slots")),
         mixed=data.get("mixed", False),
+        aware=data.get("aware", False),
     )
     gm.meta["peft_fx"] = state
     adopt(gm, state.placed(recipe))

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 
 from ...methods.base import HALF
+from ...storage.loaded import brings_halves, holds_packed, is_loaded_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# what transformers calls quantisations that bring their own 16-bit parameters: those stay as they are
-LEFT_ALONE = frozenset({"gptq", "aqlm", "eetq", "torchao", "hqq"})
 
 
 def prepare_model_for_kbit_training(
@@ -28,15 +26,14 @@ def prepare_model_for_kbit_training(
     frozen embeddings they would cut the gradients off otherwise. auto_clear_cache: hand freed memory back to the device.
     """
     model.requires_grad_(False)
-    quantized = str(getattr(model, "quantization_method", ""))
-    own_types = quantized in LEFT_ALONE or getattr(model, "hqq_quantized", False)
+    own_types = brings_halves(model)
     if not own_types:
         for parameter in model.parameters():
-            if parameter.dtype in HALF and type(parameter).__name__ != "Params4bit":  # bitsandbytes packs numbers in it
+            if parameter.dtype in HALF and not holds_packed(parameter):
                 parameter.data = parameter.data.float()  # ties and names stay
         if auto_clear_cache and torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-    packed = own_types or any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    packed = own_types or is_loaded_packed(model)
     if packed and use_gradient_checkpointing:
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", True):

@@ -8,7 +8,7 @@ Rows are as in the file: llama.cpp's converter has permuted those of Llama's q a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class GGUFLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.text = weight.text
         self.register_buffer("blocks", weight.tensors["blocks"])
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     weight = property(lambda self: self.packed().dense())
 
@@ -82,4 +82,4 @@ class GGUFEmbedding(nn.Embedding):
 
 def over(layer: GGUFLinear | GGUFEmbedding) -> Packed:
     """A layer's numbers, as those of other layers are recognised."""
-    return Packed(of(layer.text)[1], {"blocks": layer.blocks})
+    return Packed(of(layer.text)[1], {"blocks": cast(torch.Tensor, layer.blocks)})
