@@ -1,17 +1,12 @@
-"""One small packed weight of every scheme, from random codes, and a model whose layers have it.
-
-    packed(scheme, out, in, seed=0) -> Packed
-"""
+"""One small packed weight of every scheme, made without its package: rounded by the scheme, or packed by hand from random codes."""
 
 import handpacked
 import torch
-from torch import nn
 
 from peft_fx.storage import gguf, mxfp4
 from peft_fx.storage.formats import Format
 from peft_fx.storage.packed import Packed
-from peft_fx.storage.schemes import SCHEMES, scheme
-from peft_fx.storage.twins import made
+from peft_fx.storage.schemes import scheme
 
 NF4 = torch.tensor([*handpacked.FLOATS["nf4"].values()])
 

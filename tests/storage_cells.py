@@ -31,7 +31,9 @@ from peft_fx.store.tensors import packed_of, weight_of
 
 SIZE, ROWS = 64, 3
 EXACT = 2e-6  # largest difference over the largest value: the same products, perhaps in another order
-NEAR = 0.02  # of weights that were rounded to 4 bits: the sum that is rounded may differ in its last bit, then a code does
+NEAR = (
+    0.02  # of weights that were rounded to 4 bits: the sum that is rounded may differ in its last bit, then a code does
+)
 ADAPTER = "peft_fx.adapters."
 FAILED = "FAILED"
 Found = dict[str, str]  # scheme -> "" or what was wrong

@@ -81,9 +81,7 @@ def outcomes() -> dict[str, dict]:
               if why.startswith(FAILED)]  # fmt: skip
     if failed:
         sys.exit("\n".join(": ".join(f) for f in failed))
-    return {
-        s: {step: cell({name: found[name][step][s] for name in names}) for step in STEPS} for s in SCHEMES
-    }
+    return {s: {step: cell_of({name: found[name][step][s] for name in names}) for step in STEPS} for s in SCHEMES}
 
 
 def methods() -> list[str]:
@@ -92,7 +90,7 @@ def methods() -> list[str]:
     return names()
 
 
-def cell(reasons: dict[str, str]) -> str | dict:
+def cell_of(reasons: dict[str, str]) -> str | dict:
     """method -> "" or why it is refused, in short."""
     if not any(reasons.values()):
         return "all"
@@ -116,8 +114,13 @@ def markdown(held: dict) -> str:
     lines = [row(["storage", "", *held["steps"], "PEFT: merges", "PEFT: forward alone"])]
     lines.append(row(["---"] * (len(held["steps"]) + 4)))
     for name, steps in held["cells"].items():
-        counts = [f"{total if c == 'all' else len(c['passes'])}/{total}{refs(c, step, notes)}" for step, c in steps.items()]
-        pefts = [str(sum(name in pairs.get(what, ()) for pairs in held["peft"].values())) for what in ("merge", "forward")]
+        counts = []
+        for step, cell in steps.items():
+            passing = total if cell == "all" else len(cell["passes"])
+            counts.append(f"{passing}/{total}{refs(cell, step, notes, held['methods'])}")
+        pefts = [
+            str(sum(name in pairs.get(what, ()) for pairs in held["peft"].values())) for what in ("merge", "forward")
+        ]
         lines.append(row([f"`{name}`", scheme(name).title, *counts, *pefts]))
     text = [HEAD, f"## Methods that pass, of {total}\n", "\n".join(lines)]
     text.append("\n" + "\n".join(f"{n}. *{step}*: {reason} ({names})" for (step, reason, names), n in notes.items()))
@@ -127,13 +130,16 @@ def markdown(held: dict) -> str:
     return "\n".join(text) + "\n"
 
 
-def refs(cell: str | dict, step: str, notes: dict) -> str:
+def refs(cell: str | dict, step: str, notes: dict, methods: list[str]) -> str:
     """Numbers of the notes that say who is refused, and why."""
     if cell == "all":
         return ""
-    none = not cell["passes"]
-    keys = [(step, reason, "all that change the weight" if none else ", ".join(m)) for reason, m in cell["refused"].items()]
-    return " " + " ".join(f"[{notes.setdefault(key, len(notes) + 1)}]" for key in keys)
+    found = []
+    for reason, refused in cell["refused"].items():
+        others = [m for m in methods if m not in refused]
+        who = ", ".join(refused) if len(others) > len(refused) else f"all but {', '.join(others)}"
+        found.append(notes.setdefault((step, reason, who), len(notes) + 1))
+    return "".join(f" [{n}]" for n in found)
 
 
 def row(cells: Iterable[str]) -> str:

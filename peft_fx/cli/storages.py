@@ -76,7 +76,7 @@ def read() -> Cells:
 
 
 def show(method: str | None, scheme: str | None, console: Console) -> None:
-    """All methods on all storages; with one of either named, step by step. Raises RecipeError or StorageError for names that are none."""
+    """All methods on all storages; with one of either named, step by step. Raises RecipeError or StorageError."""
     known = read()
     if method is not None and method.upper() not in known.methods:
         raise unknown(method)
@@ -111,9 +111,7 @@ def by_step(known: Cells, methods: tuple[str, ...], schemes: tuple[str, ...], no
         reason = known.refusal(scheme, step, method)
         return noted(f"{step}: {reason}", notes) if reason else "x"
 
-    rows = [
-        [m, s, *(cell(m, s, step) for step in known.steps), known.pefts(s, m)] for m in methods for s in schemes
-    ]
+    rows = [[m, s, *(cell(m, s, step) for step in known.steps), known.pefts(s, m)] for m in methods for s in schemes]
     return Table(("method", "storage", *known.steps, "PEFT"), rows)
 
 

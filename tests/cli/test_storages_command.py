@@ -61,5 +61,7 @@ def test_the_page_on_storages_is_made_of_the_cells(monkeypatch):
     import storage_table
 
     held = json.loads(FILE.read_text(encoding="utf-8"))
-    assert storage_table.PAGE.read_text(encoding="utf-8") == storage_table.markdown(held), "run tools/storage_table.py --page"
+    assert storage_table.PAGE.read_text(encoding="utf-8") == storage_table.markdown(held), (
+        "run tools/storage_table.py --page"
+    )
     sys.modules.pop("storage_table")
