@@ -106,8 +106,10 @@ def write(gm: fx.GraphModule, state: State, values: dict[str, Kept]) -> None:
     undo: list[Callable[[], object]] = []
     try:
         for name, value in values.items():
-            packed = isinstance(value, Packed)
-            undo.append(pack(gm, name, value) if packed else step(gm, state, name, get_tensor(gm, name), value))
+            if isinstance(value, Packed):
+                undo.append(pack(gm, name, value))
+            else:
+                undo.append(step(gm, state, name, get_tensor(gm, name), value))
     except BaseException:
         for back in reversed(undo):
             back()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -87,7 +88,7 @@ def folded(
                 merged = ", ".join(p.adapter for p in group)
                 raise MergeError(f"{name}: merging {merged} gives inf or nan in {result.dtype}; nothing was merged")
         now = results.get(target.name, W)
-        line = {"target": target.name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype)}
+        line: dict[str, Any] = {"target": target.name, "adapters": [p.adapter for p in group], "dtype": str(W.dtype)}
         line["rounding_error"] = rounding_error(now, exact_W)
         if packed is not None:
             line |= {"storage": storage, "replaced": [*results], **measured(now, exact_W, W, target, H)}

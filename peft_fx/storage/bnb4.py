@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from math import prod
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ class BitsAndBytes4(Storage):
         return own | {"packed": bytes_like(own["packed"], codes.reshape(-1).to(torch.uint8))}
 
     def place(self, module, parameter, new):
-        old = held_by(module, parameter)
+        old = cast(Held, held_by(module, parameter))
         state, numbers = copy(old.state), new.tensors
         state.absmax, state.packing_format_for_cpu = numbers["absmax"], False
         if new.format["nested"]:
@@ -111,10 +112,11 @@ class Held:
     """Where a layer of the package has its numbers, and how they are replaced."""
 
     def __init__(self, module: nn.Module, parameter: str):
-        self.module, self.parameter = module, parameter
+        self.module: Any = module
+        self.parameter = parameter
 
     @property
-    def tensor(self) -> nn.Parameter:
+    def tensor(self) -> Any:
         return self.module._parameters[self.parameter]
 
     @property
@@ -169,7 +171,7 @@ def held_by(module: nn.Module, parameter: str) -> Held | None:
     return None
 
 
-def found(module: nn.Module, parameter: str) -> tuple[torch.Tensor, object] | None:
+def found(module: nn.Module, parameter: str) -> tuple[torch.Tensor, Any] | None:
     """The packed bytes as a plain tensor, and the package's state for them."""
     held = held_by(module, parameter)
     if held is None:

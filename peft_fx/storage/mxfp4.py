@@ -92,7 +92,8 @@ class MXFP4(Storage):
 
 def tensors_of(module: torch.nn.Module, parameter: str) -> tuple[str, str] | None:
     """Where a layer has blocks and scales; None if it does not keep the parameter so."""
-    how, held = module.__dict__.get("quantization_scheme"), module._parameters.get(parameter)
+    how: Any = module.__dict__.get("quantization_scheme")
+    held = module._parameters.get(parameter)
     if parameter == "weight" and made_by(how, "compressed_tensors", "QuantizationScheme"):
         kept = value(module.__dict__.get("quantization_status")) == "compressed"
         if not kept or value(how.format) != "mxfp4-pack-quantized":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,7 +50,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def packed_parameters(module: nn.Module) -> dict[str, Packed]:
     """Name -> what keeps it, of the parameters that a module does not hold as dense tensors. Raises StorageError."""
-    names = dict.fromkeys(["weight", *module._parameters, *module._modules.get("parametrizations", ())])
+    lists: Any = module._modules.get("parametrizations", ())
+    names = dict.fromkeys(["weight", *module._parameters, *lists])
     return {name: found for name in names if (found := recognise(module, name)) is not None}
 
 
@@ -74,7 +76,8 @@ def twin(module: nn.Module) -> nn.Module | None:
 def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
     """A stand-in over these packed parameters."""
     base = base_of(module, kept)
-    new: nn.Module = object.__new__(reading(type(module).__name__, base, tuple(kept)))
+    kind = reading(type(module).__name__, base, tuple(kept))  # type: ignore[arg-type]  # mypy: a class has no hash
+    new: nn.Module = object.__new__(kind)
     vars(new).update({n: v for n, v in vars(nn.Module()).items() if n != "training"}, **{SOURCE: (module,)})
     own_code = not of_torch(base) and base not in (Linear, Embedding)
     for name, value in vars(module).items():
@@ -98,12 +101,11 @@ def base_of(module: nn.Module, kept: dict[str, Packed]) -> type[nn.Module]:
     for packed in kept.values():
         if (said := of(packed.text)[0].layer(module)) is not None:
             return {nn.Linear: Linear, nn.Embedding: Embedding}.get(said, said)
-    of_ours = next((c for c in type(module).__mro__ if of_torch(c)), None)
+    of_ours: type[nn.Module] | None = next((c for c in type(module).__mro__ if of_torch(c)), None)
     if of_ours is not None and not issubclass(of_ours, nn.Linear):
         return of_ours
-    if of_ours is None and all(
-        n in module._parameters or n in module._modules.get("parametrizations", ()) for n in kept
-    ):
+    lists: Any = module._modules.get("parametrizations", ())
+    if of_ours is None and all(n in module._parameters or n in lists for n in kept):
         return next(c for c in type(module).__mro__ if not c.__name__.startswith("Parametrized"))
     return Linear
 
@@ -120,15 +122,16 @@ def reading(name: str, base: type[nn.Module], parameters: tuple[str, ...]) -> ty
 
 
 def value(child: str, module: nn.Module) -> torch.Tensor:
-    return module._modules[child](module.training)
+    packed: Any = module._modules[child]
+    return packed(module.training)
 
 
-def mode(module: nn.Module) -> bool:
+def mode(module: Any) -> bool:
     """A stand-in has no mode of its own: it may run long after its module was switched."""
     return module._peft_fx_source[0].training  # as an attribute: Dynamo guards on it
 
 
-def set_mode(module: nn.Module, training: bool) -> None:
+def set_mode(module: Any, training: bool) -> None:
     module._peft_fx_source[0].training = training
 
 

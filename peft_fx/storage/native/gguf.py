@@ -43,12 +43,15 @@ def packed_from_gguf(tensor: FileTensor, dtype: torch.dtype | None = None) -> Pa
 class GGUFLinear(nn.Linear):
     """y = x Wᵀ + bias. weight: (out, in), dense where it is read; kept as the buffer `blocks`."""
 
+    blocks: torch.Tensor
+
     def __init__(self, weight: Packed, bias: torch.Tensor | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.text = weight.text
         self.register_buffer("blocks", weight.tensors["blocks"])
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = own  # type: ignore[assignment]  # torch's annotation leaves None out
 
     weight = property(lambda self: self.packed().dense())
 
@@ -62,6 +65,8 @@ class GGUFLinear(nn.Linear):
 
 class GGUFEmbedding(nn.Embedding):
     """W[ids]. weight: (num_embeddings, embedding_dim), dense where it is read; kept as the buffer `blocks`."""
+
+    blocks: torch.Tensor
 
     def __init__(self, weight: Packed):
         nn.Module.__init__(self)

@@ -228,7 +228,7 @@ def pack(gm: fx.GraphModule) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=DEQUANTIZE):
         name = packed_name(node)
         owner, leaf = owner_of(gm, name)
-        container = owner._modules[leaf + SUFFIX]
+        container: Any = owner._modules[leaf + SUFFIX]
         if not isinstance(container, Packed):
             names = [n.target.rpartition(".")[2] for n in node.args[0]]
             owner._modules[leaf + SUFFIX] = Packed(read(node.args[1])[1], {n: container._buffers[n] for n in names})
