@@ -95,11 +95,12 @@ class PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dx = dbias = None
+        tensors = ctx.saved_tensors  # once: where a checkpoint recomputes, they can be had once
         if ctx.needs_input_grad[0]:
-            dx = g @ torch.ops.peft_fx.dequantize(ctx.saved_tensors, ctx.format).to(g.dtype)
+            dx = g @ torch.ops.peft_fx.dequantize(tensors, ctx.format).to(g.dtype)
         if ctx.biased and ctx.needs_input_grad[1]:
             dbias = g.flatten(0, -2).sum(0)
-        return dx, dbias, None, *(None for _ in ctx.saved_tensors)
+        return dx, dbias, None, *(None for _ in tensors)
 
 
 def differentiable(x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, format: str) -> torch.Tensor:

@@ -39,6 +39,7 @@ _NAMES = {
     "verbs.export": ("export", "load"),
     "verbs.hotswap": ("hotswap", "prepare_swap"),
     "storage.native.loading": ("native_layers",),
+    "verbs.kbit": ("prepare_kbit",),
     "verbs.merge": ("merge", "unmerge"),
     "verbs.merge_report": ("merge_report",),
     "verbs.mixed": ("mixed_batch",),
@@ -176,6 +177,7 @@ if TYPE_CHECKING:
     from .verbs.explain import explain, trainable_parameters
     from .verbs.export import export, load
     from .verbs.hotswap import hotswap, prepare_swap
+    from .verbs.kbit import prepare_kbit
     from .verbs.merge import merge, unmerge
     from .verbs.merge_report import merge_report
     from .verbs.mixed import mixed_batch

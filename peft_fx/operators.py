@@ -14,7 +14,14 @@ from types import ModuleType
 from typing import Any
 
 # the last one registers kernels/packed.py, and tells it what formats are
-MODULES = ("kernels.butterfly", "kernels.circulant", "kernels.householder", "kernels.noise", "kernels.requantized", "storage.schemes")
+MODULES = (
+    "kernels.butterfly",
+    "kernels.circulant",
+    "kernels.householder",
+    "kernels.noise",
+    "kernels.requantized",
+    "storage.schemes",
+)
 
 
 def register() -> None:

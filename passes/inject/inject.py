@@ -11,7 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import fx
@@ -277,7 +277,7 @@ class Insert:
         b = self.nodes.get(p.target.bias_name)  # of the base, or one that an adapter before this one added
         old_W, old_b = self.heads.get(W, W), b if b is None else self.heads.get(b, b)
         function = weight_function(method, p.target, p.config, names)
-        static: tuple[Any, ...] = ("weight", type(get_method(p.method)), self.key(p), bare(p))
+        static: tuple = ("weight", type(get_method(p.method)), self.key(p), bare(p))
         packed = packed_of(self.gm, p.target.name) if self.aware else None
         if packed is not None:
             theta = [*theta, *cast("list[fx.Node]", W.args[0])]

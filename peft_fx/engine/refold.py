@@ -144,9 +144,8 @@ def computed(gm: fx.GraphModule, state: State, adapter: str, config, values: dic
         else:
             if id(now) not in seen:
                 kept, own = (now if waits is None else moved(now, waits)), moved(value, now.device)
-                if isinstance(now, nn.Parameter):
-                    own = nn.Parameter(cast(torch.Tensor, own), requires_grad=False)
-                seen[id(now)] = kept, own
+                parameter = isinstance(now, nn.Parameter) and isinstance(own, torch.Tensor)
+                seen[id(now)] = kept, nn.Parameter(cast(torch.Tensor, own), requires_grad=False) if parameter else own
             first[name] = seen[id(now)]
     return Fold(writes, first, padded, adapters.get_submodule(adapter), resident, tuple(report))
 
@@ -200,7 +199,7 @@ def keep_ties(gm, scratch, finals: dict[str, Kept | None], groups: dict, table: 
                 continue
             if name in finals and stays_tied(scratch, groups, owner, name):
                 finals[name] = finals[owner]
-            elif not equal(cast(torch.Tensor, finals[owner]), cast(torch.Tensor, finals.get(name, now))):
+            elif not equal(*cast("list[torch.Tensor | None]", [finals[owner], finals.get(name, now)])):
                 raise MergeError(
                     f"{owner}: refused: the folded weight is tied to {name}, which would change with it; "
                     "merge this adapter from the unmerged graph, with untie=True"

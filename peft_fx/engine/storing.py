@@ -1,7 +1,7 @@
 """How a packed weight is kept after a merge, and what that loses of what the adapters do.
 
 dense        W_merged in the dtype in which the layer computes
-requantize   packed again as the package packs it
+requantize   packed again as the package packs it, or by zero points that take the update, where that loses less
 calibrated   packed again so that products with given inputs X stay (`storage/grids.py`), on the scales that lose less:
              those that the weight has, or those that the package would give it now
 
@@ -32,11 +32,20 @@ def packed_again(packed: Packed, W: torch.Tensor, target: Target, storage: str, 
     if tuple(W.shape) != tuple(packed.shape):
         raise MergeError(f"{target.name}: the merged weight has another shape; merge with storage='dense'")
     try:
-        if storage == "requantize":
-            return packed.again(scheme(packed.format.scheme).quantize(W, packed))
-        return calibrated(packed, W, target, H)
+        new = requantized(packed, W) if storage == "requantize" else calibrated(packed, W, target, H)
     except StorageError as error:
         raise MergeError(f"{target.name}: {error}") from error
+    base = packed.tensors  # whose own tensors no swap may write to
+    return new.again({name: t.clone() if t is base[name] else t for name, t in new.tensors.items()})
+
+
+def requantized(packed: Packed, W: torch.Tensor) -> Packed:
+    storage = scheme(packed.format.scheme)
+    new = packed.again(storage.quantize(W, packed))
+    shifted = storage.fold(W - packed.dense().to(W.dtype), packed)
+    if shifted is None:
+        return new
+    return min((packed.again(shifted), new), key=lambda p: float((p.dense().to(W.dtype) - W).norm()))
 
 
 def calibrated(packed: Packed, W: torch.Tensor, target: Target, H: torch.Tensor | None) -> Packed:
@@ -49,15 +58,14 @@ def calibrated(packed: Packed, W: torch.Tensor, target: Target, H: torch.Tensor 
     candidates = [packed]
     with suppress(StorageError):  # then the scales that there are will do
         candidates.append(packed.again(storage.quantize(W, packed)))
-    best, least = packed, torch.tensor(torch.inf, device=W.device)
+    found = []
     for like in candidates:
         levels, scale, offset = storage.grid(list(like.tensors.values()), like.format).over(W.shape)
         codes = compensated(exact, Grid(levels, to_canonical(scale, target), to_canonical(offset, target)), H)
-        new = like.again(storage.pack(from_canonical(codes, target).contiguous(), like))
-        loss = power(to_canonical(new.dense(), target).to(exact.dtype) - exact, H)
-        if loss < least:
-            best, least = new, loss
-    return best
+        found.append(like.again(storage.pack(from_canonical(codes, target).contiguous(), like)))
+    if (shifted := storage.fold(W - packed.dense().to(W.dtype), packed)) is not None:
+        found.append(packed.again(shifted))
+    return min(found, key=lambda p: float(power(to_canonical(p.dense(), target).to(exact.dtype) - exact, H)))
 
 
 def measured(

@@ -17,6 +17,7 @@ from .base import Storage
 from .bits import nearest, pack, replaced, unpack
 from .formats import Format
 from .gptq import refuse_repacked
+from .grids import Grid
 from .packed import Packed
 from .recognise import made_by
 
@@ -58,7 +59,16 @@ class AWQ(Storage):
         f, own = like.format, like.tensors
         scale, zero = (t.t()[:, :, None] for t in (own["scales"], columns(own["qzeros"], f)))
         codes = nearest(W.unflatten(1, (scale.shape[1], -1)), scale, zero, 2 ** f["bits"] - 1)
-        words = packed_columns(codes.flatten(1).t(), f["bits"])
+        return self.pack(codes.flatten(1), like)
+
+    def grid(self, tensors, f):
+        _, qzeros, scales = tensors
+        size = f.shape[1] // scales.shape[0]
+        scale, zero = (t.t().float().repeat_interleave(size, 1) for t in (scales, columns(qzeros, f)))
+        return Grid(torch.arange(2 ** f["bits"], device=scale.device), scale, -zero * scale)
+
+    def pack(self, codes, like):
+        own, words = like.tensors, packed_columns(codes.t(), like.format["bits"])
         return own | {"qweight": words[:, : own["qweight"].shape[1]].contiguous()}
 
     def place(self, module, parameter, new):

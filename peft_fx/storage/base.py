@@ -92,6 +92,14 @@ class Storage:
             f"{self.title} does not keep its numbers one by one: merge with storage='requantize' or 'dense'"
         )
 
+    def fold(self, delta: torch.Tensor, like: Packed) -> dict[str, torch.Tensor] | None:
+        """The tensors of `like` whose zero points have taken the mean of an update, f.shape, over each group, codes as they are:
+        exact, as far as zero points can be, where the update is the same in all of a group (QA-LoRA, arXiv:2309.14717).
+
+        None: there are no zero points, or they are whole numbers.
+        """
+        return None
+
     def place(self, module: nn.Module, parameter: str, new: Packed) -> Callable[[], None]:
         """Gives a package's layer other packed numbers; returns what gives it back the objects that it had."""
         raise StorageError(f"{type(module).__name__} takes no other numbers: merge with storage='dense'")

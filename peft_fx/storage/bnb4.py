@@ -112,8 +112,7 @@ class Held:
     """Where a layer of the package has its numbers, and how they are replaced."""
 
     def __init__(self, module: nn.Module, parameter: str):
-        self.module: Any = module
-        self.parameter = parameter
+        self.module, self.parameter = module, parameter
 
     @property
     def tensor(self) -> Any:
@@ -123,7 +122,7 @@ class Held:
     def state(self):
         return self.tensor.quant_state
 
-    def replace(self, packed: torch.Tensor, state) -> Callable[[], None]:
+    def replace(self, packed: torch.Tensor, state: Any) -> Callable[[], None]:
         module, old, before = self.module, self.tensor, self.module.__dict__.get("quant_state")
         new = type(old)(
             packed, requires_grad=False, quant_state=state, blocksize=old.blocksize, quant_type=old.quant_type,
@@ -141,8 +140,9 @@ class Parametrized(Held):
     """An expert stack: the package's parametrization dequantizes what lies in its list."""
 
     @property
-    def list(self):
-        return self.module.parametrizations[self.parameter]
+    def list(self) -> Any:
+        lists: Any = self.module.parametrizations
+        return lists[self.parameter]
 
     @property
     def tensor(self):
@@ -165,7 +165,7 @@ def held_by(module: nn.Module, parameter: str) -> Held | None:
     """How the package holds a parameter; None where it does not."""
     if made_by(module._parameters.get(parameter), "bitsandbytes", "Params4bit"):
         return Held(module, parameter)
-    lists = getattr(module, "parametrizations", {})
+    lists: Any = getattr(module, "parametrizations", {})
     if parameter in lists and made_by(lists[parameter][0], "bitsandbytes", "Bnb4bitParametrization"):
         return Parametrized(module, parameter)
     return None

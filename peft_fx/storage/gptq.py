@@ -24,6 +24,7 @@ from ..errors import StorageError
 from .base import Storage
 from .bits import nearest, pack, replaced, unpack
 from .formats import Format
+from .grids import Grid
 from .packed import Packed
 from .recognise import made_by
 
@@ -64,7 +65,15 @@ class GPTQ(Storage):
         f, own = like.format, like.tensors
         scale, zero = grid(list(own.values()), f)
         codes = nearest(W, scale, zero, 2 ** f["bits"] - 1)
-        return own | {"qweight": pack(codes, f["bits"])[:, : own["qweight"].shape[0]].t().contiguous()}
+        return self.pack(codes, like)
+
+    def grid(self, tensors, f):
+        scale, zero = (t.float() for t in grid(tensors, f))
+        return Grid(torch.arange(2 ** f["bits"], device=scale.device), scale, -zero * scale)
+
+    def pack(self, codes, like):
+        own = like.tensors
+        return own | {"qweight": pack(codes, like.format["bits"])[:, : own["qweight"].shape[0]].t().contiguous()}
 
     def place(self, module, parameter, new):
         undo = replaced(module._buffers, {name: t for name, t in new.tensors.items() if name != "g_idx"})

@@ -17,6 +17,7 @@ from ..errors import StorageError
 from .base import Storage
 from .bits import gather, nearest, replaced, spread
 from .formats import Format
+from .grids import Grid
 from .packed import Packed
 from .recognise import made_by
 
@@ -50,7 +51,25 @@ class HQQ(Storage):
         f, own = like.format, like.tensors
         words = own["W_q"]
         codes = nearest(W.reshape(-1, words.shape[1]), own["scale"], own["zero"].float(), f["top"])
-        return own | {"W_q": in_strips(codes, f["bits"], words)}
+        return self.pack(codes, like)
+
+    def grid(self, tensors, f):
+        W_q, scale, zero = tensors
+        rows = (prod(f.shape) // W_q.shape[1], W_q.shape[1])
+        scale, offset = scale.float(), -zero.float() * scale.float()
+        levels = torch.arange(f["top"] + 1, device=scale.device)
+        return Grid(levels, *(t.expand(rows).reshape(f.shape) for t in (scale, offset)))
+
+    def pack(self, codes, like):
+        words = like.tensors["W_q"]
+        return like.tensors | {"W_q": in_strips(codes.reshape(-1, words.shape[1]), like.format["bits"], words)}
+
+    def fold(self, delta, like):
+        own = like.tensors
+        scale, zero = own["scale"].float(), own["zero"]
+        mean = delta.reshape(-1, own["W_q"].shape[1]).mean(1 if zero.shape[1] == 1 else 0).view(zero.shape)
+        shift = torch.where(scale == 0, 0, mean / scale)
+        return own | {"zero": (zero.float() - shift).to(zero.dtype)}
 
     def place(self, module, parameter, new):
         numbers = new.tensors

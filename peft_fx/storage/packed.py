@@ -54,7 +54,7 @@ class Packed(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.buffers(recurse=False)).device
+        return next(iter(self.tensors.values())).device
 
     def forward(self, training: bool) -> torch.Tensor:
         text = self.text if training or not self.evaluation else self.evaluation

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from .recognise import holding, recognise
 
 REPACKS = frozenset({"support_avx512bf16_for_cpu"})
 SOURCE = "_peft_fx_source"  # where a stand-in has, in a tuple, the module that it stands for
+KNOWN = "_peft_fx_stand_in"  # where a module has its stand-in
 LITERALS = (bool, int, float, str, tuple, type(None), torch.dtype)
 
 
@@ -50,13 +50,27 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def packed_parameters(module: nn.Module) -> dict[str, Packed]:
     """Name -> what keeps it, of the parameters that a module does not hold as dense tensors. Raises StorageError."""
-    lists: Any = module._modules.get("parametrizations", ())
-    names = dict.fromkeys(["weight", *module._parameters, *lists])
+    names = dict.fromkeys(["weight", *module._parameters, *parametrized(module)])
     return {name: found for name in names if (found := recognise(module, name)) is not None}
 
 
-# module -> (what it held, its stand-in): whoever asks twice gets the same tensors
-KNOWN: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module | None]] = WeakKeyDictionary()
+def parametrized(module: nn.Module) -> list[str]:
+    """The parameters that `torch.nn.utils.parametrize` computes."""
+    lists = module._modules.get("parametrizations")
+    return [] if lists is None else list(lists._modules)
+
+
+class Known:
+    """What a module held when its stand-in was made, and that: at the module itself. A copy of the module knows nothing."""
+
+    def __init__(self, held: tuple = (), found: nn.Module | None = None):
+        self.held, self.found = held, found
+
+    def __deepcopy__(self, memo: dict) -> Known:
+        return Known()
+
+    def __reduce__(self) -> tuple:
+        return Known, ()
 
 
 def twin(module: nn.Module) -> nn.Module | None:
@@ -66,22 +80,28 @@ def twin(module: nn.Module) -> nn.Module | None:
     """
     if isinstance(module, Packed) or any(isinstance(m, Packed) for m in module._modules.values()):
         return None
-    now = holding(module)
-    if module not in KNOWN or KNOWN[module][0] != now:
-        kept = packed_parameters(module)
-        KNOWN[module] = now, made(module, kept) if kept else None
-    return KNOWN[module][1]
+    known, now = vars(module).get(KNOWN), holding(module)
+    if known is not None and known.held == now:
+        return known.found
+    vars(module).pop(KNOWN, None)
+    if not (kept := packed_parameters(module)):
+        return None
+    vars(module)[KNOWN] = Known(now, made(module, kept))
+    return vars(module)[KNOWN].found
 
 
 def made(module: nn.Module, kept: dict[str, Packed]) -> nn.Module:
     """A stand-in over these packed parameters."""
     base = base_of(module, kept)
-    kind = reading(type(module).__name__, base, tuple(kept))  # type: ignore[arg-type]  # mypy: a class has no hash
-    new: nn.Module = object.__new__(kind)
+    new: nn.Module = object.__new__(reading(type(module).__name__, base, tuple(kept)))  # type: ignore[arg-type]  # classes hash
     vars(new).update({n: v for n, v in vars(nn.Module()).items() if n != "training"}, **{SOURCE: (module,)})
     own_code = not of_torch(base) and base not in (Linear, Embedding)
     for name, value in vars(module).items():
-        if name not in vars(new) and name not in ("forward", "training") and (own_code or isinstance(value, LITERALS)):
+        if (
+            name not in vars(new)
+            and name not in ("forward", "training", KNOWN)
+            and (own_code or isinstance(value, LITERALS))
+        ):
             vars(new)[name] = value
     if own_code:
         new._buffers.update(module._buffers)
@@ -101,13 +121,17 @@ def base_of(module: nn.Module, kept: dict[str, Packed]) -> type[nn.Module]:
     for packed in kept.values():
         if (said := of(packed.text)[0].layer(module)) is not None:
             return {nn.Linear: Linear, nn.Embedding: Embedding}.get(said, said)
-    of_ours: type[nn.Module] | None = next((c for c in type(module).__mro__ if of_torch(c)), None)
+    of_ours = next((c for c in modules(type(module)) if of_torch(c)), None)
     if of_ours is not None and not issubclass(of_ours, nn.Linear):
         return of_ours
-    lists: Any = module._modules.get("parametrizations", ())
-    if of_ours is None and all(n in module._parameters or n in lists for n in kept):
-        return next(c for c in type(module).__mro__ if not c.__name__.startswith("Parametrized"))
+    if of_ours is None and all(n in module._parameters or n in parametrized(module) for n in kept):
+        return next(c for c in modules(type(module)) if not c.__name__.startswith("Parametrized"))
     return Linear
+
+
+def modules(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    """A class and the modules among its bases, nearest first."""
+    return (c for c in kind.__mro__ if issubclass(c, nn.Module))
 
 
 def of_torch(kind: type) -> bool:
@@ -121,9 +145,8 @@ def reading(name: str, base: type[nn.Module], parameters: tuple[str, ...]) -> ty
     return type(name, (base,), dense | {"training": property(mode, set_mode)})
 
 
-def value(child: str, module: nn.Module) -> torch.Tensor:
-    packed: Any = module._modules[child]
-    return packed(module.training)
+def value(child: str, module: Any) -> torch.Tensor:
+    return module._modules[child](module.training)
 
 
 def mode(module: Any) -> bool:

@@ -14,7 +14,9 @@ def quantization_aware(tuned: fx.GraphModule, on: bool = True) -> fx.GraphModule
     gradients go straight through the rounding (arXiv:1308.3432).
 
         aware = peft_fx.quantization_aware(tuned)       # the same parameters: train it, then
-        merged = peft_fx.merge(aware, storage="requantize")     # computes what `aware` does, bit for bit
+        merged = peft_fx.merge(aware, storage="requantize")     # has the weights of `aware`, bit for bit
+
+    What is equal are the weights: packages may take products of packed ones otherwise, LLM.int8() rounds inputs in evaluation.
 
     tuned: with adapters; its tensors are shared, it stays as it is. on: False gives the graph without the rounding. Forwards
     pack each such weight again and keep it dense until the backward. Weights that are not packed are adapted as before.

@@ -1,12 +1,15 @@
 """Grids: what a packed weight can be made of, the nearest of it, and rounding that keeps products."""
 
+import handpacked
 import pytest
 import torch
 
+from peft_fx.engine.storing import packed_again
 from peft_fx.storage.formats import Format
 from peft_fx.storage.grids import DAMPING, Grid, compensated
 from peft_fx.storage.packed import Packed
 from peft_fx.storage.schemes import scheme
+from peft_fx.target import Target
 
 
 def random(*shape, seed=0):
@@ -113,3 +116,50 @@ def test_the_weight_that_comes_is_not_written_to():
     before = W.clone()
     compensated(W, Grid(torch.arange(-4, 5), torch.tensor(0.3), torch.tensor(0.0)), torch.eye(16))
     assert torch.equal(W, before)
+
+
+HANDPACKED = {
+    "hqq": lambda: handpacked.hqq(96, 128),
+    "gptq": lambda: handpacked.gptq(96, 128),
+    "awq": lambda: handpacked.awq(96, 128),
+}
+
+
+@pytest.mark.parametrize("name", HANDPACKED)
+def test_weights_packed_by_hand_lie_on_their_grids(name):
+    hand = HANDPACKED[name]()
+    p = Packed(Format(hand.scheme, (96, 128), torch.float32, hand.facts), hand.tensors)
+    grid = grid_of(p)
+    codes = grid.nearest(hand.W.float())
+    torch.testing.assert_close(grid.numbers(codes).double(), hand.W, rtol=1e-3, atol=1e-5)
+    again = p.again(scheme(name).pack(codes, p))
+    assert all(torch.equal(t, again.tensors[n]) for n, t in p.tensors.items())
+
+
+def test_zero_points_take_an_update_that_groups_have_in_common():
+    hand = HANDPACKED["hqq"]()
+    p = Packed(Format("hqq", (96, 128), torch.float32, hand.facts), hand.tensors)
+    groups = p.tensors["scale"].numel()
+    delta = (random(groups, 1, seed=8) * 0.01).expand(-1, 96 * 128 // groups).reshape(96, 128)
+    new = p.again(scheme("hqq").fold(delta, p))
+    assert torch.equal(new.tensors["W_q"], p.tensors["W_q"])
+    torch.testing.assert_close(new.dense(), p.dense() + delta, rtol=1e-4, atol=1e-6)
+    rounded = p.again(scheme("hqq").quantize(p.dense() + delta, p)).dense()
+    assert (new.dense() - p.dense() - delta).norm() < 1e-3 * (rounded - p.dense() - delta).norm()
+
+
+def test_a_merge_lets_zero_points_take_what_they_can():
+    """Codes stay as they are for an update that groups have in common; the base's tensors are nobody else's."""
+    hand = HANDPACKED["hqq"]()
+    p = Packed(Format("hqq", (96, 128), torch.float32, hand.facts), hand.tensors)
+    groups, target = p.tensors["scale"].numel(), Target("layer", "weight", "linear", (96, 128))
+    common = (random(groups, 1, seed=8) * 0.01).expand(-1, 96 * 128 // groups).reshape(96, 128)
+    X = inputs(128)
+    for storage in ("requantize", "calibrated"):
+        new = packed_again(p, p.dense() + common, target, storage, X.mT @ X)
+        assert torch.equal(new.tensors["W_q"], p.tensors["W_q"]) and not torch.equal(
+            new.tensors["zero"], p.tensors["zero"]
+        )
+        assert not {t.data_ptr() for t in new.tensors.values()} & {t.data_ptr() for t in p.tensors.values()}
+        other = packed_again(p, p.dense() + random(96, 128, seed=9) * 0.1, target, storage, X.mT @ X)
+        assert not torch.equal(other.tensors["W_q"], p.tensors["W_q"])

