@@ -11,7 +11,12 @@ from torch import nn
 import peft_fx
 
 IDS = torch.randint(0, 40, (4, 6), generator=torch.Generator().manual_seed(0))
-CONFIG = {"target_parameters": ["experts.gate_up_proj"], "target_modules": ["embed"], "r": 2, "init_lora_weights": False}
+CONFIG = {
+    "target_parameters": ["experts.gate_up_proj"],
+    "target_modules": ["embed"],
+    "r": 2,
+    "init_lora_weights": False,
+}
 
 
 class Experts(nn.Module):
