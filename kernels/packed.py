@@ -6,7 +6,7 @@
 
 tensors: the packed numbers, which get no gradient. format: the text of a `peft_fx.storage.formats.Format`. The backward of
 `packed_linear` dequantizes once more: nothing dense lives between forward and backward. What W is a scheme says in plain ATen
-(`peft_fx/storage/`), which `decompositions` puts in the place of these operators.
+(`peft_fx/storage/`), which `passes/export/unpack.py` puts in the place of `dequantize`.
 """
 
 from __future__ import annotations
@@ -134,21 +134,3 @@ def flops(x, tensors, bias, format, *, out_shape=None, **kwargs):
     for size in x[:-1]:
         rows *= size
     return 2 * rows * x[-1] * out_shape[-1]
-
-
-def decompositions() -> dict:
-    """Operator -> the same in ATen, for `ExportedProgram.run_decompositions` and for compilers."""
-
-    def plain(tensors, format):
-        storage, f = of(format)
-        return storage.dequantize(tensors, f)
-
-    def linear(x, tensors, bias, format):
-        return F.linear(x, plain(tensors, format).to(x.dtype), bias)
-
-    def embedding(ids, tensors, format):
-        return F.embedding(ids, plain(tensors, format))
-
-    ops = torch.ops.peft_fx
-    return dict(zip((ops.dequantize.default, ops.packed_linear.default, ops.packed_embedding.default),
-                    (plain, linear, embedding), strict=True))  # fmt: skip

@@ -57,6 +57,10 @@ class Storage:
         """A product that is not that with the dense weight (inputs that are quantized too); None: it is."""
         return None
 
+    def rounds_inputs(self, f: Format) -> bool:
+        """Whether `linear` has a product of its own for such weights, with inputs that are rounded to 8 bits."""
+        return False
+
     def rows(self, tensors: Tensors, ids: torch.Tensor, f: Format) -> torch.Tensor:
         """W[ids], (*ids.shape, f.shape[1])."""
         return F.embedding(ids, self.dequantize(tensors, f))

@@ -39,8 +39,11 @@ class BitsAndBytes8(Storage):
         packed, scale = tensors
         return (packed[ids].float() * (scale[ids] / 127.0)[..., None]).to(f.dtype)
 
+    def rounds_inputs(self, f):
+        return "threshold" in f.facts
+
     def linear(self, x, tensors, bias, f):
-        if "threshold" not in f.facts:
+        if not self.rounds_inputs(f):
             return None
         packed, scale = tensors
         rows, ops = x.reshape(-1, x.shape[-1]), torch.ops.bitsandbytes

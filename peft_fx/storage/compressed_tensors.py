@@ -84,8 +84,11 @@ class CompressedTensors(ByRows):
             return grid.index_select(1, own["group"])
         return spread(grid, f["block"], f.shape)
 
+    def rounds_inputs(self, f):
+        return "inputs" in f.facts
+
     def linear(self, x, tensors, bias, f):
-        return product(x, self.dequantize(tensors, f), bias, f["inputs"]) if "inputs" in f.facts else None
+        return product(x, self.dequantize(tensors, f), bias, f["inputs"]) if self.rounds_inputs(f) else None
 
     def rows(self, tensors, ids, f):
         if "group" in f["tensors"]:

@@ -42,6 +42,9 @@ class INC8(Storage):
         words, scale = tensors
         return (words.float() * scale).t().contiguous().to(f.dtype)
 
+    def rounds_inputs(self, f):
+        return True
+
     def linear(self, x, tensors, bias, f):
         kind = getattr(torch, f["type"])
         top = torch.finfo(kind).max

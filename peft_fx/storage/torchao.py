@@ -54,10 +54,11 @@ class Torchao(ByRows):
             W = W - spread(zero[0].to(f.dtype).reshape(scale.shape), block, f.shape)
         return (W * spread(scale, block, f.shape)).to(f.dtype)
 
+    def rounds_inputs(self, f):
+        return "inputs" in f.facts
+
     def linear(self, x, tensors, bias, f):
-        if "inputs" not in f.facts:
-            return None
-        return product(x, self.dequantize(tensors, f), bias, f["inputs"])
+        return product(x, self.dequantize(tensors, f), bias, f["inputs"]) if self.rounds_inputs(f) else None
 
     def quantize(self, W, like):
         f, own = like.format, like.tensors

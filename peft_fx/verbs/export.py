@@ -47,7 +47,7 @@ def export(graph: fx.GraphModule, path: StrPath | None = None, *, decompose: boo
     path: where to write a `.pt2` too (atomically); `peft_fx.load` reads it back with its adapters. A merged graph gives a
     program of plain operators under the model's own names. decompose: packed weights are dequantized by plain ATen operators,
     for runtimes that do not know ours; such a program is loaded by `torch.export.load`, without adapters. Where a scheme
-    quantizes inputs in evaluation, the program's products are those with the dense weights.
+    quantizes inputs too, the program's products are those with the dense weights, and a warning counts them.
     """
     state = state_of(graph, "export")
     baked = derive(graph, copy_graph(graph.graph), state)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from handpacked import CASES, FLOATS
-from peft_fx.kernels.packed import decompositions
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,7 +49,8 @@ def test_the_product_and_its_gradient_are_those_of_the_dense_weight(hand):
     y = torch.ops.peft_fx.packed_linear(x, list(p.tensors.values()), bias, p.text)
     g = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, g)
-    W = p.dense().float()
+    W, own = p.dense().float(), scheme(hand.scheme)
+    assert own.rounds_inputs(p.format) == (own.linear(x, list(p.tensors.values()), bias, p.format) is not None)
     if hand.scheme == "inc8":
         s = hand.facts["input"]
         rounded = ((x.detach() / s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s).bfloat16()
@@ -67,8 +67,9 @@ def test_it_traces_without_numbers(name, hand):
         fakes = [mode.from_tensor(t) for t in p.tensors.values()]
         W = torch.ops.peft_fx.dequantize(fakes, p.text)
         assert W.shape == (N, K) and W.dtype == hand.dtype and W.is_contiguous()
-    traced = make_fx(lambda tensors: torch.ops.peft_fx.dequantize(tensors, p.text),
-                     decompositions(), tracing_mode="fake")(list(p.tensors.values()))  # fmt: skip
+    traced = make_fx(lambda tensors: scheme(hand.scheme).dequantize(tensors, p.format), tracing_mode="fake")(
+        list(p.tensors.values())
+    )
     called = {n.target for n in traced.graph.nodes if n.op == "call_function"}
     assert called and not [op for op in called if op.namespace != "aten" or op._schema.is_mutable]
     assert not [n for n in traced.graph.nodes if n.op == "get_attr"], "numbers are baked in"
