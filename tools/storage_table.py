@@ -60,7 +60,14 @@ tuned = peft_fx.apply(graph, {"peft_type": "OFT", "target_modules": ["q_proj", "
 merged = peft_fx.merge(tuned, storage="dense")        # or "requantize", or "calibrated" with activations=
 ```
 
-What each storage is, its packing and its formula, is said at the top of its file in `peft_fx/storage/`.
+Checkpoints of GPTQ, AWQ, HQQ, AQLM and EETQ need no package: load them inside `with peft_fx.native_layers():`. What each
+storage is, its packing and its formula, is said at the top of its file in `peft_fx/storage/`; which packages it was compared
+with in [quantizers.md](quantizers.md), what the methods are in [methods.md](methods.md).
+
+The oracle is the same model with the dequantized weights and the same adapter, every layer in the dtype in which its storage
+computes: outputs and gradients equal but for the order of sums; merges the same rounding of the same sum; after unmerge, in a
+`.pt2` read back and after a swap the same bits. *requantize* passes where what is kept is the storage's own rounding of the
+merged weight; how much of an adapter that leaves is another matter: `peft_fx.merge_report`.
 """
 
 
