@@ -44,7 +44,7 @@ def from_canonical(W: torch.Tensor, target: Target) -> torch.Tensor:
 def weight_function(
     method: Method, target: Target, config: AdapterConfig, names: tuple[str, ...], weight: Callable | None = None
 ):
-    """(W, b or None, *theta) -> (W', b' or None), in W's dtype; computed in the wider of W's and theta's dtypes.
+    """(W, b or None, *theta) -> (W', b' or None), in their own dtypes, a new b' in W's; computed in the wider of W's and theta's dtypes.
 
     weight: the function, if it is not `training_weight`.
     """
@@ -56,7 +56,7 @@ def weight_function(
         for t in tensors:
             wide = torch.promote_types(wide, t.dtype) if t.is_floating_point() else wide
         new_W, new_b = apply_weight(weight, W, b, theta, target, config, wide, dense)
-        return cast(new_W, W.dtype), (b if new_b is b else cast(new_b, W.dtype))
+        return cast(new_W, W.dtype), (b if new_b is b else cast(new_b, (W if b is None else b).dtype))
 
     return function
 

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from ...errors import CaptureError, GraphError
+from ...passes.capture.checks import DropWeightChecks
 from ...passes.capture.inline import InlineGradRegions
 from ...passes.capture.inputs import CheckInputs
 from ...passes.capture.linearise import Linearise
@@ -161,7 +162,7 @@ def in_current_mode(gm: fx.GraphModule, evaluation: fx.GraphModule, clean: list)
 
 def finish(gm: fx.GraphModule, table: ModuleTable, device: torch.device, lists: dict | None = None) -> fx.GraphModule:
     """The rest of normalisation; records kinds of weights of unknown classes and the base graph."""
-    reports = run([NameParameters(table), Linearise(), MarkDevice(device), CheckInputs()], gm)
+    reports = run([NameParameters(table), DropWeightChecks(), Linearise(), MarkDevice(device), CheckInputs()], gm)
     reports += stamp_layers(gm, lists or {})
     table = with_kinds(table, observed_kinds(gm.graph))
     state = gm.meta["peft_fx"]
