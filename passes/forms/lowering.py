@@ -44,7 +44,8 @@ def from_canonical(W: torch.Tensor, target: Target) -> torch.Tensor:
 def weight_function(
     method: Method, target: Target, config: AdapterConfig, names: tuple[str, ...], weight: Callable | None = None
 ):
-    """(W, b or None, *theta) -> (W', b' or None), in their own dtypes, a new b' in W's; computed in the wider of W's and theta's dtypes.
+    """(W, b or None, *theta) -> (W', b' or None), in their own dtypes, a new b' in W's;
+    computed in the wider of W's and theta's dtypes.
 
     weight: the function, if it is not `training_weight`.
     """

@@ -199,7 +199,7 @@ def keep_ties(gm, scratch, finals: dict[str, Kept | None], groups: dict, table: 
                 continue
             if name in finals and stays_tied(scratch, groups, owner, name):
                 finals[name] = finals[owner]
-            elif not equal(*cast("list[torch.Tensor | None]", [finals[owner], finals.get(name, now)])):
+            elif not equal(finals[owner], finals.get(name, now)):
                 raise MergeError(
                     f"{owner}: refused: the folded weight is tied to {name}, which would change with it; "
                     "merge this adapter from the unmerged graph, with untie=True"

@@ -87,8 +87,11 @@ def same_numbers(gm: fx.GraphModule, p: Placement, q: Placement) -> bool:
     )
 
 
-def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device)))
+def equal(a: torch.Tensor | Packed | None, b: torch.Tensor | Packed | None) -> bool:
+    """Whether two weights have equal numbers; packed ones that are two count as different."""
+    if a is b or not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return a is b
+    return a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 
 K = TypeVar("K", torch.Tensor, Packed, torch.Tensor | Packed)
