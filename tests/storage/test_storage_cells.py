@@ -9,9 +9,9 @@ from peft_fx.storage.schemes import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-EVERYWHERE = ("LORA", "OFT", "HIRA", "IA3")  # in the quick run on all storages; the other methods on one
+EVERYWHERE = ("LORA", "OFT", "IA3")  # on all storages; the other methods on one: `tools/storage_table.py` runs all on all
 CASES = [
-    *(pytest.param(m, tuple(SCHEMES), marks=() if m in EVERYWHERE else pytest.mark.slow, id=m) for m in names()),
+    *(pytest.param(m, tuple(SCHEMES), marks=pytest.mark.slow, id=m) for m in EVERYWHERE),
     *(pytest.param(m, ("bnb4",), id=f"{m}-bnb4") for m in names() if m not in EVERYWHERE),
 ]
 
