@@ -9,7 +9,11 @@ from peft_fx.storage.schemes import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
-EVERYWHERE = ("LORA", "OFT", "IA3")  # on all storages; the other methods on one: `tools/storage_table.py` runs all on all
+EVERYWHERE = (
+    "LORA",
+    "OFT",
+    "IA3",
+)  # on all storages; the other methods on one: `tools/storage_table.py` runs all on all
 CASES = [
     *(pytest.param(m, tuple(SCHEMES), marks=pytest.mark.slow, id=m) for m in EVERYWHERE),
     *(pytest.param(m, ("bnb4",), id=f"{m}-bnb4") for m in names() if m not in EVERYWHERE),
