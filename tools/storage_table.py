@@ -57,7 +57,7 @@ other:
 model = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 graph = peft_fx.capture(model)
 tuned = peft_fx.apply(graph, {"peft_type": "OFT", "target_modules": ["q_proj", "v_proj"]})
-merged = peft_fx.merge(tuned, storage="dense")        # or "requantize", or "calibrated" with activations=
+merged = peft_fx.merge(tuned, storage="dense")  # or "requantize", or "calibrated" with activations=
 ```
 
 Checkpoints of GPTQ, AWQ, HQQ, AQLM and EETQ need no package: load them inside `with peft_fx.native_layers():`. What each
